@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Train and evaluate a detector with DyHead from a config file: ``python train_net.py --config-file FILE [KEY VALUE ...]``.
+
+Runs on Detectron2 where it is installed and on torchvision otherwise; ``--engine`` chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+
+from dyhead.config import ConfigError
+from dyhead.data import DataError
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line, Detectron2's own plus ``--engine``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate and measure MODEL.WEIGHTS; no training")
+    parser.add_argument("--engine", choices=["auto", "detectron2", "torchvision"], default="auto")
+    parser.add_argument("--num-gpus", type=int, default=1, help="devices per machine (processes where there is no GPU)")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, 0 to NUM_MACHINES - 1")
+    parser.add_argument(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{2**15 + 2**14 + os.getuid() % 2**14}",
+        help="address of the machine of rank 0, tcp://HOST:PORT",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of config keys, last")
+    return parser
+
+
+def choose_engine(name: str) -> str:
+    """The engine to run on: ``name``, or for ``auto`` Detectron2 where it is installed, else torchvision."""
+    if name != "auto":
+        return name
+    return "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = argument_parser().parse_args(argv)
+    engine = choose_engine(args.engine)
+    print(f"Engine: {engine}" + (" (--engine chooses)" if args.engine == "auto" else ""), flush=True)
+    try:
+        if engine == "detectron2":
+            if not importlib.util.find_spec("detectron2"):
+                raise ConfigError(
+                    "--engine detectron2: Detectron2 is not installed; "
+                    "pip install 'git+https://github.com/facebookresearch/detectron2.git', or --engine torchvision"
+                )
+            from dyhead.detectron2 import main as run
+        else:
+            from dyhead.torchvision import main as run
+        run(args)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
