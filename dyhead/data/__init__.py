@@ -1,0 +1,18 @@
+"""Data sets by name: COCO, any COCO-format json, and `shapes`, which the project draws itself. Nothing here needs torch."""
+
+from dyhead.data.catalog import DatasetInfo, get, names, register_coco_json, register_from_config
+from dyhead.data.coco import CocoSplit, load
+from dyhead.data.errors import DataError
+from dyhead.data.images import read_image
+
+__all__ = [
+    "CocoSplit",
+    "DataError",
+    "DatasetInfo",
+    "get",
+    "load",
+    "names",
+    "read_image",
+    "register_coco_json",
+    "register_from_config",
+]
