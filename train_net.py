@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train and evaluate a detector with DyHead from a config file: ``python train_net.py --config-file FILE [KEY VALUE ...]``.
+"""Train and evaluate a detector with DyHead: ``python train_net.py --config-file FILE [options] [KEY VALUE ...]``.
 
 Runs on Detectron2 where it is installed and on torchvision otherwise; ``--engine`` chooses.
 """
