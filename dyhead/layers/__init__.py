@@ -1,0 +1,25 @@
+"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, their block, the stack, and what predicts from it.
+
+Shapes in this package: N batch, C channels, L levels; level l is (N, C, H_l, W_l), levels run from fine to coarse, each
+half the size of the one before it. K taps of a kernel, G offset groups.
+"""
+
+from dyhead.layers.block import DyHeadBlock
+from dyhead.layers.checkpoint import convert_checkpoint
+from dyhead.layers.head import DyHead
+from dyhead.layers.predictor import DensePredictor
+from dyhead.layers.released import ReleasedDyHeadBlock
+from dyhead.layers.scale_attention import ScaleAwareAttention
+from dyhead.layers.spatial_attention import SpatialAwareAttention
+from dyhead.layers.task_attention import TaskAwareAttention
+
+__all__ = [
+    "DensePredictor",
+    "DyHead",
+    "DyHeadBlock",
+    "ReleasedDyHeadBlock",
+    "ScaleAwareAttention",
+    "SpatialAwareAttention",
+    "TaskAwareAttention",
+    "convert_checkpoint",
+]

@@ -1,0 +1,93 @@
+"""The Dynamic Head: a stack of blocks on a feature pyramid."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from dyhead.layers.block import DyHeadBlock
+from dyhead.layers.levels import Pyramid
+from dyhead.layers.released import ReleasedDyHeadBlock
+
+
+class DyHead(nn.Module):
+    """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks on a feature pyramid; a pyramid in, a pyramid out.
+
+    Args:
+        channels: channels C of every level, in and out.
+        num_blocks: how many blocks are stacked; the paper's best trade is 6. 0 is the identity.
+        block: "paper" is :class:`DyHeadBlock`. "released" and "mmdetection" are :class:`ReleasedDyHeadBlock` as the
+            published checkpoints of the one and the other project need it (:func:`convert_checkpoint`); the options
+            below do not apply to these.
+        window: levels on each side of a level that the spatial-aware attention sees; None is the whole pyramid.
+        scale_aware: apply Eq. 3.
+        spatial_aware: apply Eq. 4.
+        task_aware: apply Eq. 5.
+        offset_groups: groups of channels with offsets of their own in the spatial-aware attention.
+        norm_groups: groups of its GroupNorm.
+
+    Raises:
+        ValueError: an unknown ``block``; a negative ``num_blocks``; groups that do not divide ``channels``; an option
+            that differs from its default although ``block`` is not "paper".
+
+    Example:
+        >>> import torch
+        >>> head = DyHead(64, num_blocks=2)
+        >>> pyramid = {"p3": torch.randn(1, 64, 25, 42), "p4": torch.randn(1, 64, 13, 21)}
+        >>> {name: tuple(level.shape) for name, level in head(pyramid).items()}
+        {'p3': (1, 64, 25, 42), 'p4': (1, 64, 13, 21)}
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_blocks: int = 6,
+        *,
+        block: Literal["paper", "released", "mmdetection"] = "paper",
+        window: int | None = 1,
+        scale_aware: bool = True,
+        spatial_aware: bool = True,
+        task_aware: bool = True,
+        offset_groups: int = 1,
+        norm_groups: int = 16,
+    ) -> None:
+        super().__init__()
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks: expected at least 0, got {num_blocks}")
+        options = {
+            "window": window,
+            "scale_aware": scale_aware,
+            "spatial_aware": spatial_aware,
+            "task_aware": task_aware,
+            "offset_groups": offset_groups,
+            "norm_groups": norm_groups,
+        }
+        if block == "paper":
+            blocks = [DyHeadBlock(channels, **options) for _ in range(num_blocks)]
+        elif block in ("released", "mmdetection"):
+            changed = {name: value for name, value in options.items() if value != DyHead.__init__.__kwdefaults__[name]}
+            if changed:
+                given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+                raise ValueError(f"block={block!r} has no options, its weights fix them all; got {given}")
+            coarse_mask = "flat" if block == "released" else "corner"
+            blocks = [ReleasedDyHeadBlock(channels, coarse_mask=coarse_mask) for _ in range(num_blocks)]
+        else:
+            raise ValueError(f"block: expected 'paper', 'released' or 'mmdetection', got {block!r}")
+        self.channels = channels
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:
+        """A pyramid (dict, list or tuple of levels, fine to coarse) in, one of the same kind and shapes out.
+
+        Args:
+            pyramid: levels (N, C, H_l, W_l), each half the size of the one before it; an odd size is rounded either
+                way ("released" and "mmdetection": up).
+
+        Raises:
+            TypeError, ValueError: a pyramid that is none (no levels, wrong order, sizes, channels, ...), naming the
+                level, what was expected and what came.
+        """
+        for block in self.blocks:
+            pyramid = block(pyramid)
+        return pyramid

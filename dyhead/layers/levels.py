@@ -1,0 +1,101 @@
+"""Feature pyramids: taking them apart, checking them, putting them together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+#: Levels from fine to coarse, each (N, C, H_l, W_l): a dict by name (``{"p3": ..., "p4": ...}``), a list or a tuple.
+Pyramid = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
+
+
+def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) -> list[Tensor]:
+    """The levels of ``pyramid`` as a list, after checking that they form one.
+
+    Args:
+        pyramid: levels from fine to coarse.
+        channels: the channels C that every level must have.
+        round_up: a level of size n is followed by one of ceil(n / 2); otherwise by one of floor(n / 2) or ceil(n / 2).
+
+    Raises:
+        TypeError: not a dict, list or tuple of floating-point tensors of one dtype.
+        ValueError: no level at all; a level with other channels, batch size or device, or whose size is not half the
+            size of the level before it. The message names the level, what was expected and what came.
+    """
+    if isinstance(pyramid, dict):
+        names, levels = [repr(name) for name in pyramid], list(pyramid.values())
+    elif isinstance(pyramid, (list, tuple)):
+        names, levels = [str(i) for i in range(len(pyramid))], list(pyramid)
+    else:
+        raise TypeError(f"pyramid: expected a dict, list or tuple of levels, got {type(pyramid).__name__}")
+    if not levels:
+        raise ValueError("pyramid: expected at least one level, got none")
+
+    for name, level in zip(names, levels, strict=True):
+        if not isinstance(level, Tensor):
+            raise TypeError(f"level {name}: expected a tensor, got {type(level).__name__}")
+        if level.dim() != 4:
+            raise ValueError(f"level {name}: expected 4 dimensions (N, C, H, W), got {tuple(level.shape)}")
+        if not level.is_floating_point():
+            raise TypeError(f"level {name}: expected a floating-point tensor, got {level.dtype}")
+        if level.shape[1] != channels:
+            raise ValueError(f"level {name}: expected {channels} channels, got {level.shape[1]}")
+        if level.shape[2] < 1 or level.shape[3] < 1:
+            raise ValueError(f"level {name}: expected a height and width of at least 1, got {_size(level)}")
+
+    first = levels[0]
+    for i in range(1, len(levels)):
+        name, finer, level = names[i], levels[i - 1], levels[i]
+        if level.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"level {name}: expected batch size {first.shape[0]} as in level {names[0]}, got {level.shape[0]}"
+            )
+        if level.dtype != first.dtype:
+            raise TypeError(f"level {name}: expected {first.dtype} as in level {names[0]}, got {level.dtype}")
+        if level.device != first.device:
+            raise ValueError(f"level {name}: expected device {first.device} as in level {names[0]}, got {level.device}")
+        if not all(_is_half(level.shape[d], finer.shape[d], round_up) for d in (2, 3)):
+            rounding = "rounded up" if round_up else "rounded either way"
+            message = (
+                f"level {name}: expected half the size of level {names[i - 1]} ({_size(finer)}), {rounding}, "
+                f"got {_size(level)}"
+            )
+            if level.shape[2] > finer.shape[2] and level.shape[3] > finer.shape[3]:
+                message += "; levels run from fine to coarse"
+            raise ValueError(message)
+    return levels
+
+
+def join_pyramid(levels: list[Tensor], like: Pyramid) -> Pyramid:
+    """``levels`` as the kind of pyramid that ``like`` is: a dict with its keys in its order, a list or a tuple."""
+    if isinstance(like, dict):
+        return dict(zip(like, levels, strict=True))
+    return tuple(levels) if isinstance(like, tuple) else levels
+
+
+def mean_of_levels(levels: Iterable[Tensor]) -> Tensor:
+    """Global average pool of every level, (N, L, C)."""
+    return torch.stack([level.mean(dim=(2, 3)) for level in levels], dim=1)
+
+
+def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` (N, C, H, W), in channels_last if that is what ``like`` is in; without a copy where it is already."""
+    if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def check_groups(name: str, groups: int, channels: int) -> None:
+    """Raise ValueError unless ``groups``, the argument called ``name``, divides ``channels``."""
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{name}: expected a divisor of the {channels} channels, got {groups}")
+
+
+def _is_half(size: int, of: int, round_up: bool) -> bool:
+    return size == (of + 1) // 2 or (not round_up and size == of // 2)
+
+
+def _size(level: Tensor) -> str:
+    return f"{level.shape[2]} x {level.shape[3]}"

@@ -1,0 +1,129 @@
+"""The block of the published weights, which differs from the paper's equations; for checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dyhead.layers.levels import Pyramid, check_groups, in_memory_format_of, join_pyramid, split_pyramid
+from dyhead.ops import deform_conv2d
+
+TAPS = 9
+
+
+class DeformConvNorm(nn.Module):
+    """A modulated deformable 3x3 convolution (padding 1) with bias, then GroupNorm with 16 groups."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.norm = nn.GroupNorm(16, channels)
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """(N, C, H, W), offsets (N, 18, H', W') in pixels of ``x`` and importances (N, 9, H', W') -> (N, C, H', W')."""
+        x = deform_conv2d(x, offset, self.weight, self.bias, stride=self.stride, padding=1, mask=mask)
+        return self.norm(x)
+
+
+class ReleasedDyHeadBlock(nn.Module):
+    """The block of microsoft/DynamicHead's published weights, or of mmdetection's, bit by bit. Train ``DyHeadBlock``.
+
+    What it does, level by level, and where it leaves the paper:
+
+    * Offsets and importances come from the level by one 3x3 convolution; three deformable convolutions, on the level,
+      on the next finer one (stride 2; the offsets then count that level's pixels) and on the next coarser one, each
+      have a GroupNorm; the coarser one's result is resized afterwards (bilinear, corners aligned). Eq. 4 samples all
+      levels at the same places of the image and normalises their sum.
+    * The scale-aware weight is that of the convolved branch, ``hardsigmoid(relu(f(mean)))`` with
+      ``hardsigmoid(x) = relu6(x + 3) / 6``: never below one half.
+    * The dynamic ReLU pools each level by itself, without the normalisation.
+    * The offsets for the coarser branch have the size of the level, which is larger than that branch's output: its
+      kernel reads the start of each image's memory as if it had the smaller size. Published weights were trained so.
+
+    mmdetection's block (``coarse_mask="corner"``) has the same arithmetic but for two things. It cuts the upper left
+    corner, of the coarser level's size, out of offsets and importances. For the importances that is what happens; but
+    the cut offsets are a view that mmcv's kernels (CPU and CUDA) read from its first element as plain memory, which is
+    the released reading again. And its convolutions have no bias, which a bias of zero expresses. (mmcv stores the
+    gradient of those offsets at the corner; the gradient here is that of the forward pass.)
+
+    Sizes must halve with rounding up from level to level.
+
+    Args:
+        channels: channels C of every level; a multiple of 16.
+        coarse_mask: how the importances of the coarser branch are read: "flat" (released) or "corner" (mmdetection).
+
+    Raises:
+        ValueError: ``channels`` is not a multiple of 16; ``coarse_mask`` is neither.
+    """
+
+    def __init__(self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat") -> None:
+        super().__init__()
+        check_groups("the released block's 16 norm groups", 16, channels)
+        if coarse_mask not in ("flat", "corner"):
+            raise ValueError(f"coarse_mask: expected 'flat' or 'corner', got {coarse_mask!r}")
+        self.channels = channels
+        self.coarse_mask = coarse_mask
+        self.offset = nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
+        self.finer = DeformConvNorm(channels, stride=2)
+        self.same = DeformConvNorm(channels, stride=1)
+        self.coarser = DeformConvNorm(channels, stride=1)
+        self.scale = nn.Conv2d(channels, 1, 1)
+        self.theta = nn.Sequential(
+            nn.Linear(channels, channels // 4), nn.ReLU(), nn.Linear(channels // 4, 4 * channels)
+        )
+        # The released offset convolution starts at random; mmdetection found zero better (43.3 against 42.5 AP).
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+        nn.init.normal_(self.scale.weight, std=0.01)
+        nn.init.zeros_(self.scale.bias)
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:
+        """A pyramid (dict, list or tuple of levels, fine to coarse) in, one of the same kind and shapes out.
+
+        Raises:
+            TypeError, ValueError: a pyramid that is none, naming the level, what was expected and what came.
+        """
+        levels = split_pyramid(pyramid, self.channels, round_up=True)
+        out = []
+        for m, level in enumerate(levels):
+            logits = self.offset(level)
+            offset, mask_logits = logits[:, : 2 * TAPS], logits[:, 2 * TAPS :]
+            mask = mask_logits.sigmoid()
+            branches = [self.same(level, offset, mask)]
+            if m > 0:
+                branches.append(self.finer(levels[m - 1], offset, mask))
+            if m + 1 < len(levels):
+                coarse = levels[m + 1]
+                size = coarse.shape[2:]
+                coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else _flat(mask, size)
+                x = self.coarser(coarse, _flat(offset, size), coarse_mask)
+                branches.append(functional.interpolate(x, level.shape[2:], mode="bilinear", align_corners=True))
+            x = sum(branch * self._gate(branch) for branch in branches) / len(branches)
+            out.append(in_memory_format_of(self._dynamic_relu(x), level))
+        return join_pyramid(out, pyramid)
+
+    def _gate(self, branch: Tensor) -> Tensor:
+        """Scale-aware weight of a branch, (N, 1, 1, 1)."""
+        return _hard_sigmoid(self.scale(branch.mean(dim=(2, 3), keepdim=True)).relu())
+
+    def _dynamic_relu(self, x: Tensor) -> Tensor:
+        y = _hard_sigmoid(self.theta(x.mean(dim=(2, 3))))[:, :, None, None] - 0.5
+        a1, b1, a2, b2 = y.chunk(4, dim=1)
+        return torch.maximum((2 * a1 + 1) * x + b1, 2 * a2 * x + b2)
+
+
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    # torch's own hardsigmoid has a backward pass with 1/6 in float32, which costs float64 its last eight digits.
+    return functional.relu6(x + 3) / 6
+
+
+def _flat(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The start of each image's memory, (N, C, H, W) in NCHW order, as (N, C, *size)."""
+    n, c = x.shape[:2]
+    return x.flatten(1)[:, : c * size[0] * size[1]].reshape(n, c, *size)

@@ -1,0 +1,42 @@
+"""Scale-aware attention, Eq. 3 of the paper: how much each level counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dyhead.layers.levels import mean_of_levels
+
+
+class ScaleAwareAttention(nn.Module):
+    """One weight in [0, 1] per level, ``sigma(f(mean of F_l))`` (Eq. 3).
+
+    ``f`` is a linear function C -> 1 (a 1x1 convolution of the pooled level), shared by all levels; ``sigma`` is the
+    hard sigmoid ``max(0, min(1, (x + 1) / 2))``.
+
+    ``f`` starts at zero weight and a bias that opens the gate to ``INITIAL_WEIGHT`` for every level: a stack of blocks
+    that does nothing but weigh levels must not dim its input (0.5 a block would leave 1/64 after six), and the hard
+    sigmoid still has a slope there.
+
+    Args:
+        channels: channels C of every level.
+
+    Example:
+        >>> import torch
+        >>> levels = [torch.randn(2, 64, 16, 16), torch.randn(2, 64, 8, 8)]
+        >>> ScaleAwareAttention(64)(levels).shape
+        torch.Size([2, 2])
+    """
+
+    INITIAL_WEIGHT = 0.9
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.f = nn.Linear(channels, 1)
+        nn.init.zeros_(self.f.weight)
+        nn.init.constant_(self.f.bias, 2 * self.INITIAL_WEIGHT - 1)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """The levels' weights, (N, L), from L levels (N, C, H_l, W_l)."""
+        return ((self.f(mean_of_levels(levels)).squeeze(2) + 1) / 2).clamp(0, 1)

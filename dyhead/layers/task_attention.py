@@ -1,0 +1,56 @@
+"""Task-aware attention, Eq. 5 of the paper: which channels to switch on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dyhead.layers.levels import check_groups, in_memory_format_of, mean_of_levels
+
+
+class TaskAwareAttention(nn.Module):
+    """Dynamic ReLU, ``max(a1 * F_c + b1, a2 * F_c + b2)`` with coefficients per channel c (Eq. 5).
+
+    ``theta``, which makes the coefficients, is that of DY-ReLU (Chen et al., ECCV 2020) with the normalisation the
+    paper adds: the average over space and then over levels, so that every level counts the same; a linear layer
+    C -> C/reduction, ReLU, a linear layer -> 4 C, LayerNorm, and the shifted sigmoid ``2 sigmoid(x) - 1`` in [-1, 1].
+    Its result t is a residual on the plain ReLU: ``a1 = 1 + t_a1, a2 = t_a2, b1 = t_b1 / 2, b2 = t_b2 / 2``.
+
+    The LayerNorm starts with a gain of ``INITIAL_GAIN``: the activation starts within a few percent of ReLU, and every
+    parameter has a gradient (a gain of 0 would leave the linear layers none).
+
+    Args:
+        channels: channels C of every level.
+        reduction: C / reduction hidden channels.
+
+    Raises:
+        ValueError: ``reduction`` does not divide ``channels``.
+
+    Example:
+        >>> import torch
+        >>> levels = [torch.randn(2, 64, 16, 16), torch.randn(2, 64, 8, 8)]
+        >>> [tuple(level.shape) for level in TaskAwareAttention(64)(levels)]
+        [(2, 64, 16, 16), (2, 64, 8, 8)]
+    """
+
+    INITIAL_GAIN = 0.1
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        check_groups("reduction", reduction, channels)
+        self.theta = nn.Sequential(
+            nn.Linear(channels, channels // reduction),
+            nn.ReLU(),
+            nn.Linear(channels // reduction, 4 * channels),
+            nn.LayerNorm(4 * channels),
+        )
+        nn.init.constant_(self.theta[3].weight, self.INITIAL_GAIN)
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Each level (N, C, H_l, W_l) through the activation; one set of coefficients per image for all its levels."""
+        t = 2 * self.theta(mean_of_levels(levels).mean(dim=1)).sigmoid() - 1
+        a1, a2, b1, b2 = t[:, :, None, None].chunk(4, dim=1)
+        a1, b1, b2 = 1 + a1, b1 / 2, b2 / 2
+        return [in_memory_format_of(torch.maximum(a1 * x + b1, a2 * x + b2), x) for x in levels]
