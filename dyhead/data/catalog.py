@@ -1,15 +1,15 @@
 """Which data sets there are: a name stands for an annotation file in COCO's format and a folder of pictures.
 
-Three kinds of names: COCO's own (`coco_2017_train`, ...), looked for under the folder `DETECTRON2_DATASETS`; the drawn
-`shapes` sets, made there on first use; and those a user registers, from code or from the config key `DATASETS.REGISTER`.
+Three kinds of names: COCO's own (`coco_2017_train`, ...), looked for under the folder `DETECTRON2_DATASETS`; the
+`shapes` sets, drawn there on first use; and those a user registers, in code or by the config key `DATASETS.REGISTER`.
 """
 
 import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
-from dyhead.data import shapes
 from dyhead.data.errors import DataError
 
 # name: (annotation file, picture folder), both under the data sets' folder, laid out as Detectron2 wants COCO.
@@ -26,7 +26,7 @@ _COCO = {
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Where a data set lies: its name, its annotation file in COCO's format, and the folder its pictures' names start from."""
+    """A data set: its name, its annotation file in COCO's format, and the folder that its pictures' names start from."""
 
     name: str
     json_file: str
@@ -51,7 +51,7 @@ def register_coco_json(name: str, json_file: str | os.PathLike, image_root: str 
         DataError: the name is taken, by a built-in data set or by other paths.
     """
     info = DatasetInfo(name, os.path.expanduser(json_file), os.path.expanduser(image_root))
-    if name in _COCO or name in shapes.SPECS:
+    if name in _COCO or name in _drawn().SPECS:
         raise DataError(f"data set name '{name}': it is the name of a built-in data set, choose another")
     known = _registered.setdefault(name, info)
     if _absolute(known) != _absolute(info):
@@ -75,7 +75,7 @@ def register_from_config(entries: Iterable[Sequence[str]]) -> None:
 
 def names() -> list[str]:
     """All names that `get` knows, sorted."""
-    return sorted({*_COCO, *shapes.SPECS, *_registered})
+    return sorted({*_COCO, *_drawn().SPECS, *_registered})
 
 
 def get(name: str) -> DatasetInfo:
@@ -84,17 +84,16 @@ def get(name: str) -> DatasetInfo:
     Raises:
         DataError: the name is not known (the nearest ones are named), or its files are not where they should be.
     """
-    if name in shapes.SPECS:
-        return DatasetInfo(name, *shapes.prepare(name, datasets_root()))
+    if name in _drawn().SPECS:
+        return DatasetInfo(name, *_drawn().prepare(name, datasets_root()))
     if name in _COCO:
         json_file, image_root = (os.path.join(datasets_root(), path) for path in _COCO[name])
         info = DatasetInfo(name, json_file, image_root)
-        variable = os.environ.get("DETECTRON2_DATASETS")
+        annotations, pictures = (path.removeprefix("coco/") for path in _COCO[name])
         hint = (
-            f"COCO is looked for in {os.path.abspath(os.path.join(datasets_root(), 'coco'))} "
-            f"(DETECTRON2_DATASETS {'is ' + variable if variable else 'is not set'}): put {_COCO[name][0][5:]} and the "
-            f"folder {_COCO[name][1][5:]}/ from https://cocodataset.org there, or set DETECTRON2_DATASETS to the folder "
-            "that holds coco/"
+            f"put {annotations} and the folder {pictures} of https://cocodataset.org into "
+            f"{os.path.abspath(os.path.join(datasets_root(), 'coco'))}, "
+            "or set DETECTRON2_DATASETS to the folder that holds your coco"
         )
     elif name in _registered:
         info = _registered[name]
@@ -111,6 +110,13 @@ def get(name: str) -> DatasetInfo:
     if not os.path.isdir(info.image_root):
         raise DataError(f"data set '{name}': picture folder {info.image_root} does not exist; {hint}")
     return info
+
+
+def _drawn() -> ModuleType:
+    # Imported late, so that `python -m dyhead.data.shapes` does not find itself loaded already.
+    from dyhead.data import shapes
+
+    return shapes
 
 
 def _absolute(info: DatasetInfo) -> tuple[str, str]:

@@ -4,7 +4,8 @@ What is asked of a file: the sections images, annotations and categories; ids th
 pictures and categories; boxes [x, y, width, height] in pixels, finite, not negative, inside the picture; every picture
 file in place. Real files need some tolerance, and get this much:
 
-* A box that sticks out of its picture by at most `TOLERANCE` pixel, as rounding leaves it, is clipped. Further out is an error.
+* A box that sticks out of its picture by at most `TOLERANCE` pixel, as rounding leaves it, is clipped. Further out is
+  an error.
 * A box of exactly zero width or height (COCO train2017 has two) is left out, and one warning says how many and which.
 * Pictures without annotations and crowd annotations (iscrowd 1) are legal and kept.
 """
@@ -12,7 +13,7 @@ file in place. Real files need some tolerance, and get this much:
 import json
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,8 @@ class CocoSplit:
         info: where it came from.
         class_names: names of the classes, ordered by their id in the file.
         category_ids: the ids in the file; `category_ids[i]` is the id of class i.
-        records: one dict per picture, in Detectron2's standard form: file_name (with the folder), height, width, image_id
-            (the file's) and annotations, a list of dicts with bbox [x0, y0, x1, y1] in pixels, bbox_mode 0
+        records: one dict per picture, in Detectron2's standard form: file_name (with the folder), height, width,
+            image_id (the file's) and annotations, a list of dicts with bbox [x0, y0, x1, y1] in pixels, bbox_mode 0
             (BoxMode.XYXY_ABS), category_id (the class 0, 1, ...), iscrowd, area in pixels, and segmentation as the
             file gives it, where it does.
     """
@@ -62,7 +63,7 @@ def read_json(json_file: str | os.PathLike) -> dict[str, Any]:
         raise DataError(f"{json_file}: not a JSON file ({error})") from error
     for section in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or section not in data:
-            got = f"a dict with {', '.join(map(str, data)) or 'nothing'}" if isinstance(data, dict) else type(data).__name__
+            got = f"a dict with {', '.join(map(str, data))}" if isinstance(data, dict) else f"a {type(data).__name__}"
             raise DataError(
                 f"{json_file}: not in COCO's format: expected a dict with images, annotations and categories, got {got}"
             )
@@ -82,9 +83,10 @@ def load(info: DatasetInfo) -> CocoSplit:
     data = read_json(info.json_file)
     categories = _by_id(data["categories"], "category", info)
     category_ids = sorted(categories)
-    class_names = [categories[i].get("name") for i in category_ids]
-    _fail(info, [f"category {i} has no name" for i, name in zip(category_ids, class_names) if not isinstance(name, str)])
-    _fail(info, [f"category name '{n}' is there more than once" for n in dict.fromkeys(class_names) if class_names.count(n) > 1])
+    _fail(info, [f"category {i} has no name" for i, c in categories.items() if not isinstance(c.get("name"), str)])
+    class_names = [categories[i]["name"] for i in category_ids]
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    _fail(info, [f"category name '{name}' is there more than once" for name in repeated])
     if not categories:
         raise DataError(f"{info.json_file} (data set '{info.name}'): it has no categories")
     records = _records(data["images"], info)
@@ -99,7 +101,7 @@ def _records(images: list[dict], info: DatasetInfo) -> dict[int, dict[str, Any]]
         if not isinstance(name, str) or not name:
             faults.append(f"image {image_id} has no file_name")
         elif not all(isinstance(n, (int, float)) and n >= 1 for n in (height, width)):
-            faults.append(f"image {image_id} ({name}): expected a positive height and width, got {height!r} and {width!r}")
+            faults.append(f"image {image_id} ({name}): expected a height and a width, got {height!r} and {width!r}")
         else:
             records[image_id] = {
                 "file_name": os.path.join(info.image_root, name),
@@ -153,8 +155,8 @@ def _attach_annotations(
         a, record = annotations[i], records[annotations[i]["image_id"]]
         what = "lies outside the picture" if outside[i] else "has no proper size"
         faults.append(
-            f"annotation {a['id']} of image {a['image_id']} ({record['file_name']}, {record['width']} x {record['height']}): "
-            f"box [x, y, width, height] = {a['bbox']} {what}"
+            f"annotation {a['id']} of image {a['image_id']} ({record['file_name']}, {record['width']} x "
+            f"{record['height']}): box [x, y, width, height] = {a['bbox']} {what}"
         )
     _fail(info, faults)
 
@@ -166,7 +168,8 @@ def _attach_annotations(
             "%s: %d of %d boxes have no width or no height and are left out (annotation ids %s%s)",
             info.json_file, empty.sum(), len(boxes), first, ", ..." if empty.sum() > _NAMED else "",
         )  # fmt: skip
-    for a, box, (width, height), skip in zip(annotations, corners.tolist(), boxes[:, 2:].tolist(), empty.tolist()):
+    areas = boxes[:, 2:].prod(axis=1).tolist()
+    for a, box, area, skip in zip(annotations, corners.tolist(), areas, empty.tolist(), strict=True):
         if skip:
             continue
         entry = {
@@ -174,7 +177,7 @@ def _attach_annotations(
             "bbox_mode": _XYXY_ABS,
             "category_id": classes[a["category_id"]],
             "iscrowd": int(a.get("iscrowd") or 0),
-            "area": a.get("area", width * height),
+            "area": a.get("area", area),
         }
         if a.get("segmentation"):
             entry["segmentation"] = a["segmentation"]

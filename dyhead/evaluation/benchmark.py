@@ -40,7 +40,7 @@ def measure(
         model_fn: takes one batch; for CUDA it may return before the work is done, `measure` waits for it.
         batches: what to call it with, each once; `len(batch)` is its number of images.
         device: where the model runs: decides what waiting and memory mean.
-        warmup: so many calls (over the first batches, again and again if there are fewer) come before and are not timed.
+        warmup: so many calls, over the first batches, come before and are not timed.
     """
     raise NotImplementedError
 
