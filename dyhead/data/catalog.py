@@ -26,7 +26,7 @@ _COCO = {
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A data set: its name, its annotation file in COCO's format, and the folder that its pictures' names start from."""
+    """A data set: its name, its annotation file in COCO's format, and the folder that holds its pictures."""
 
     name: str
     json_file: str

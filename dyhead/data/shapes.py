@@ -250,7 +250,7 @@ def _paint(spec: Spec, index: int, objects: list[_Object], shape: tuple[int, int
         colour = _contrasting(rng, beneath, spec.contrast)
         if spec.textured:
             # The second colour keeps away from the ground too, or half of a striped object would vanish in it.
-            second = beneath + (colour - beneath) * rng.uniform(0.6, 1.0) + rng.uniform(-0.4, 0.4, 3) * spec.contrast[0]
+            second = beneath + (colour - beneath) * rng.uniform(0.6, 1.0) + rng.uniform(-0.7, 0.7, 3) * spec.contrast[0]
             colour = colour + _texture(rng, region.shape[:2])[:, :, None] * (second - colour)
         region += cover * (colour - region)
     if spec.noise:

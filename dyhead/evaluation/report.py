@@ -1,16 +1,30 @@
 """The results of an evaluation: one table for people, one JSON file for programs."""
 
+import json
+import math
 import os
+import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from dyhead.evaluation.benchmark import Timing
+from dyhead.evaluation.coco import METRICS
 
 
-def describe_machine(device: Any = "cpu") -> dict[str, Any]:
-    """CPU or GPU name, torch version, number of threads."""
-    raise NotImplementedError
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What speed depends on: device (the GPU's or CPU's name), threads PyTorch computes with, torch and system."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+    }
 
 
 @dataclass
@@ -42,9 +56,63 @@ class Report:
 
 def format_table(reports: Sequence[Report]) -> str:
     """One aligned plain-text table, a row per report, and below it what the columns were measured on."""
-    raise NotImplementedError
+    header = ["model", "data set", *METRICS, "ms", "ms p95", "images/s", "MiB", "params (M)", "GFLOPs"]
+    rows = [header]
+    for r in reports:
+        t = r.timing
+        speed = (t.latency_ms, t.latency_p95_ms, t.images_per_second, t.memory_mib) if t else (None,) * 4
+        numbers = [r.metrics.get(key) for key in METRICS] + list(speed)
+        cells = [_number(n, 1) for n in numbers] + [_number(r.parameters / 1e6, 2), _number(r.gflops, 2)]
+        rows.append([r.model, r.dataset, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines + list(dict.fromkeys(_note(r) for r in reports)))
 
 
 def write_results(reports: Sequence[Report], output_dir: str | os.PathLike) -> str:
-    """Writes results.json into `output_dir` (NaN becomes null) and returns its path."""
-    raise NotImplementedError
+    """Writes `{"results": [a dict per report]}` to results.json in `output_dir`, NaN as null, and returns its path."""
+    path = os.path.join(output_dir, "results.json")
+    partial = path + ".partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"results": [_jsonable(asdict(r)) for r in reports]}, file, indent=2, allow_nan=False)
+        file.write("\n")
+    os.replace(partial, path)  # never half a file, also if the disk is full
+    return path
+
+
+def _note(r: Report) -> str:
+    machine = [r.engine, f"torch {r.machine['torch']}", r.machine["device"], f"{r.machine['threads']} threads"]
+    lines = ["; ".join(part for part in machine if part)]
+    if r.timing:
+        lines.append(f"ms and images/s: {r.timing.calls} calls of batch {r.timing.batch_size}")
+        lines.append(f"MiB: {r.timing.memory_kind}")
+    if r.input_size:
+        lines.append(f"GFLOPs: multiply-adds for one picture of {r.input_size[0]} x {r.input_size[1]} (height x width)")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
