@@ -24,7 +24,7 @@ def evaluate_coco(truth: DatasetInfo | str | os.PathLike, detections: Iterable[d
     """COCO's average precision of boxes, over all images of a data set.
 
     Args:
-        truth: a data set, or its annotation file in COCO's format.
+        truth: a data set, or its annotation file, as `dyhead.data.coco.load` takes it.
         detections: COCO's result dicts: image_id and category_id (both as in the file), bbox [x, y, width, height] in
             pixels, score.
 

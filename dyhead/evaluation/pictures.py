@@ -44,16 +44,8 @@ def draw_predictions(
             found[d["image_id"]].append(d)
     classes = {category: i for i, category in enumerate(split.category_ids)}
 
-    columns = 2 if count > 1 else 1  # of pairs
-    rows = -(-count // columns)
-    pair = 2 * _SIDE + 3 * _GAP
-    sheet = Image.new("RGB", (columns * pair, _HEAD + rows * (_SIDE + _GAP)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column in range(columns):
-        left = column * pair + _GAP
-        pen.text((left, 3), "ground truth", "black", font)
-        pen.text((left + _SIDE + _GAP, 3), f"predictions, score >= {score_threshold:g}", "black", font)
-    for i, record in enumerate(chosen):
+    pairs = []
+    for record in chosen:
         truth = [(a["bbox"], a["category_id"], "") for a in record["annotations"] if not a["iscrowd"]]
         predicted = [
             ([x, y, x + w, y + h], classes[d["category_id"]], f" {d['score']:.2f}")
@@ -61,35 +53,33 @@ def draw_predictions(
             for x, y, w, h in [d["bbox"]]
         ]
         picture = Image.fromarray(read_image(record["file_name"], size=(record["height"], record["width"])))
-        x, y = (i % columns) * pair + _GAP, _HEAD + (i // columns) * (_SIDE + _GAP)
-        sheet.paste(_with_boxes(picture, truth, split.class_names), (x, y))
-        sheet.paste(_with_boxes(picture, predicted, split.class_names), (x + _SIDE + _GAP, y))
+        pairs.append([_with_boxes(picture, boxes, split.class_names) for boxes in (truth, predicted)])
+
+    columns = min(2, count)  # of pairs
+    rows = [pairs[i : i + columns] for i in range(0, count, columns)]
+    heights = [max(picture.height for pair in row for picture in pair) + _GAP for row in rows]
+    sheet = Image.new("RGB", (columns * 2 * (_SIDE + _GAP) + _GAP, _HEAD + sum(heights)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column in range(2 * columns):
+        title = f"predictions, score >= {score_threshold:g}" if column % 2 else "ground truth"
+        pen.text((_GAP + column * (_SIDE + _GAP), 3), title, "black", font)
+    y = _HEAD
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(picture for pair in row for picture in pair):
+            sheet.paste(picture, (_GAP + column * (_SIDE + _GAP), y))
+        y += height
     sheet.save(png_path)
 
 
 def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) -> None:
     """Plots the losses in a metrics.json over iterations: total_loss and each loss_*.
 
-    The file holds one JSON dict a line, as Detectron2 writes it. Lines without an iteration or a loss (those of
-    evaluations) and a last line cut short are passed over; where a resumed run repeats an iteration, its later line
-    counts.
-
     Raises:
         ValueError: the file holds no losses.
     """
-    curves: dict[str, dict[int, float]] = defaultdict(dict)
-    with open(metrics_json, encoding="utf-8") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            for key, value in entry.items():
-                if "iteration" in entry and (key == "total_loss" or key.startswith("loss_")):
-                    curves[key][entry["iteration"]] = value
+    curves = read_losses(metrics_json)
     if not curves:
         raise ValueError(f"{os.fspath(metrics_json)}: expected lines with iteration and total_loss or loss_*, got none")
-
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -104,6 +94,26 @@ def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) ->
     figure.savefig(png_path)
 
 
+def read_losses(metrics_json: str | os.PathLike) -> dict[str, dict[int, float]]:
+    """The losses in a metrics.json: for total_loss and each loss_*, its value by iteration.
+
+    The file holds one JSON dict a line, as Detectron2 writes it. Lines without an iteration or a loss (those of
+    evaluations) and a last line cut short are passed over; where a resumed run repeats an iteration, its later line
+    counts.
+    """
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    with open(metrics_json, encoding="utf-8") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            for key, value in entry.items():
+                if "iteration" in entry and (key == "total_loss" or key.startswith("loss_")):
+                    curves[key][entry["iteration"]] = value
+    return curves
+
+
 def _with_boxes(
     picture: Image.Image, boxes: Sequence[tuple[Sequence[float], int, str]], names: list[str]
 ) -> Image.Image:
@@ -112,16 +122,16 @@ def _with_boxes(
     small = picture.resize([max(1, round(n * scale)) for n in picture.size])
     pen, font = ImageDraw.Draw(small), ImageFont.load_default(11)
     for box, class_index, score in boxes:
-        corners = [v * scale for v in box]
+        x0, y0, x1, y1 = (v * scale for v in box)
         colour = _colour(class_index)
-        pen.rectangle(corners, outline="black", width=3)
-        pen.rectangle(corners, outline=colour, width=1 if scale < 1 else 2)
+        pen.rectangle((x0 - 1, y0 - 1, max(x0, x1 - 1) + 1, max(y0, y1 - 1) + 1), outline="black")
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
         text = names[class_index] + score
         width, height = pen.textbbox((0, 0), text, font)[2:]
-        x = min(max(corners[0], 0), max(small.width - width - 2, 0))
-        y = corners[1] - height - 1 if corners[1] > height else min(corners[3], small.height - height - 2)
-        pen.rectangle((x, y, x + width + 2, y + height), fill="black")
-        pen.text((x + 1, y - 1), text, colour, font)
+        x = min(max(x0, 0), max(small.width - width - 2, 0))
+        y = y0 - height - 2 if y0 > height + 2 else min(y1, small.height - height - 2)
+        pen.rectangle((x, y, x + width + 1, y + height + 1), fill="black")
+        pen.text((x + 1, y), text, colour, font)
     return small
 
 
