@@ -1,0 +1,46 @@
+"""The Dynamic Head in Detectron2: backbones, detectors and the trainer. Importing it registers them with Detectron2.
+
+In a Detectron2 project of one's own:
+
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+    from dyhead.detectron2 import add_dyhead_config
+
+    cfg = add_dyhead_config(get_cfg())
+    cfg.merge_from_file("configs/fcos_dyhead_R50.yaml")
+    model = build_model(cfg)
+
+``DyHeadBackbone(backbone)`` gives the head to any other backbone with a pyramid; every class also takes plain keyword
+arguments, as LazyConfig wants them.
+"""
+
+from dyhead.config import add_dyhead_config
+from dyhead.detectron2.backbone import (
+    DyHeadBackbone,
+    build_resnet_fpn_dyhead_backbone,
+    build_retinanet_resnet_fpn_dyhead_backbone,
+)
+from dyhead.detectron2.checkpoint import Checkpointer
+from dyhead.detectron2.datasets import register_datasets
+from dyhead.detectron2.engine import main, setup
+from dyhead.detectron2.fcos import DyHeadFCOS
+from dyhead.detectron2.head import DenseHead
+from dyhead.detectron2.rcnn import DyHeadRCNN
+from dyhead.detectron2.retinanet import DyHeadRetinaNet
+from dyhead.detectron2.trainer import Trainer
+
+__all__ = [
+    "Checkpointer",
+    "DenseHead",
+    "DyHeadBackbone",
+    "DyHeadFCOS",
+    "DyHeadRCNN",
+    "DyHeadRetinaNet",
+    "Trainer",
+    "add_dyhead_config",
+    "build_resnet_fpn_dyhead_backbone",
+    "build_retinanet_resnet_fpn_dyhead_backbone",
+    "main",
+    "register_datasets",
+    "setup",
+]
