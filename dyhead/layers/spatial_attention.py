@@ -93,7 +93,8 @@ class SpatialAwareAttention(nn.Module):
                 level_weight=window_weight,
                 scales=[2.0 ** (m - source) for source in range(first, last + 1)],
             )
-            out.append(in_memory_format_of(self.norm(x), level))
+            # Autocast runs the norm in float32; what follows needs no more than the operator's own type.
+            out.append(in_memory_format_of(self.norm(x).to(x.dtype), level))
         return out
 
     def _window_of(self, m: int, num_levels: int) -> tuple[int, int]:

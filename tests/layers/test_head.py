@@ -1,0 +1,219 @@
+import re
+
+import pytest
+import torch
+
+from dyhead.layers import DyHead
+
+BLOCKS = ("paper", "released", "mmdetection")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_takes_and_returns_the_same_kind_of_pyramid(make_pyramid, block):
+    head = DyHead(16, 2, block=block)
+    levels = make_pyramid(25, 18, channels=16, dtype=torch.float32)  # 25 -> 13 -> 7
+    names = ["p3", "p4", "p5"]
+    as_dict = head(dict(zip(names, levels, strict=True)))
+    as_list, as_tuple = head(levels), head(tuple(levels))
+    assert type(as_dict) is dict
+    assert type(as_list) is list
+    assert type(as_tuple) is tuple
+    assert list(as_dict) == names
+    for level, a, b, c in zip(levels, as_dict.values(), as_list, as_tuple, strict=True):
+        assert a.shape == level.shape
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_takes_odd_sizes_rounded_down():
+    levels = [torch.randn(1, 16, *size) for size in ((25, 7), (12, 4), (6, 2), (3, 1), (1, 1), (1, 1))]
+    assert [out.shape for out in DyHead(16, 1, norm_groups=4)(levels)] == [level.shape for level in levels]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_takes_an_empty_batch(block):
+    levels = [torch.randn(0, 16, 8, 6), torch.randn(0, 16, 4, 3)]
+    out = DyHead(16, 2, block=block)(levels)
+    assert [level.shape for level in out] == [level.shape for level in levels]
+
+
+def test_no_blocks_leave_the_pyramid_as_it_is(make_pyramid):
+    levels = make_pyramid(8, 8)
+    assert all(a is b for a, b in zip(DyHead(8, 0)(levels), levels, strict=True))
+
+
+def test_stacks_its_blocks(make_pyramid, randomize):
+    head = randomize(DyHead(16, 3, norm_groups=4).double(), std=0.1)
+    levels = make_pyramid(8, 8, channels=16)
+    expected = head.blocks[2](head.blocks[1](head.blocks[0](levels)))
+    assert all(torch.equal(a, b) for a, b in zip(head(levels), expected, strict=True))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_state_dict_makes_the_same_head_again(make_pyramid, randomize, tmp_path, block):
+    head, other = randomize(DyHead(16, 2, block=block)), DyHead(16, 2, block=block)
+    levels = make_pyramid(9, 8, channels=16, dtype=torch.float32)
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    other.load_state_dict(torch.load(tmp_path / "head.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(head(levels), other(levels), strict=True))
+
+
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_a_deep_stack_starts_with_sound_magnitudes(make_pyramid, block):
+    head = DyHead(32, 6, block=block)
+    levels = [level.requires_grad_() for level in make_pyramid(32, 24, levels=4, channels=32, dtype=torch.float32)]
+    out = head(levels)
+    for level in out:
+        assert 0.1 < level.square().mean().sqrt() < 3
+    for grad in torch.autograd.grad(out, levels, [torch.randn_like(level) for level in out]):
+        assert 0.05 < grad.square().mean().sqrt() < 10
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_keeps_channels_last(make_pyramid, block):
+    head = DyHead(16, 2, block=block)
+    levels = make_pyramid(9, 8, channels=16, dtype=torch.float32)
+    out = head([level.to(memory_format=torch.channels_last) for level in levels])
+    for a, b in zip(out, head(levels), strict=True):
+        assert a.is_contiguous(memory_format=torch.channels_last)
+        assert b.is_contiguous()
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_autocast_stays_close_to_float32(make_pyramid, randomize, block, dtype):
+    head = randomize(DyHead(16, 2, block=block), std=0.1)
+    levels = make_pyramid(16, 12, channels=16, dtype=torch.float32)
+    expected = head(levels)
+    with torch.autocast("cpu", dtype=dtype):
+        out = head(levels)
+    for a, b in zip(out, expected, strict=True):
+        # Half types have 8 and 11 bits; offsets amplify their rounding where neighbouring pixels differ (noise here).
+        assert (a.float() - b).square().mean().sqrt() < (0.1 if dtype == torch.bfloat16 else 0.02)
+    sum(level.float().sum() for level in out).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_runs_wholly_in_another_type(make_pyramid, dtype):
+    head = DyHead(16, 2).to(dtype)
+    assert all(level.dtype == dtype for level in head(make_pyramid(8, 6, channels=16, dtype=dtype)))
+
+
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_compiles_whole_for_pyramids_of_two_sizes(make_pyramid, randomize, block):
+    head = randomize(DyHead(16, 1, block=block), std=0.1)
+    torch._dynamo.reset()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    for size in ((25, 18), (40, 31)):
+        levels = make_pyramid(*size, levels=2, channels=16, dtype=torch.float32)
+        named = dict(zip(("p3", "p4"), levels, strict=True))
+        expected, out = head(named), compiled(named)
+        for name in named:
+            torch.testing.assert_close(out[name], expected[name], rtol=1e-4, atol=1e-4)
+        head.zero_grad()
+        sum(level.square().sum() for level in out.values()).backward()
+        grads = [p.grad.clone() for p in head.parameters()]
+        head.zero_grad()
+        sum(level.square().sum() for level in expected.values()).backward()
+        for grad, p in zip(grads, head.parameters(), strict=True):
+            torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-3 * max(1.0, p.grad.abs().max().item()))
+
+
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_exports(make_pyramid, randomize, block):
+    head = randomize(DyHead(16, 1, block=block), std=0.1).eval()
+    levels = make_pyramid(12, 9, channels=16, dtype=torch.float32)
+    exported = torch.export.export(head, (levels,)).module()
+    for a, b in zip(exported(levels), head(levels), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def level(*shape, **options):
+    return torch.zeros(shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("pyramid", "error", "message"),
+    [
+        (level(1, 16, 8, 8), TypeError, "pyramid: expected a dict, list or tuple of levels, got Tensor"),
+        ([], ValueError, "pyramid: expected at least one level, got none"),
+        ({}, ValueError, "pyramid: expected at least one level, got none"),
+        ([None], TypeError, "level 0: expected a tensor, got NoneType"),
+        ([level(16, 8, 8)], ValueError, "level 0: expected 4 dimensions (N, C, H, W), got (16, 8, 8)"),
+        (
+            [level(1, 16, 8, 8, dtype=torch.int64)],
+            TypeError,
+            "level 0: expected a floating-point tensor, got torch.int64",
+        ),
+        ({"p3": level(1, 8, 8, 8)}, ValueError, "level 'p3': expected 16 channels, got 8"),
+        ([level(1, 16, 0, 8)], ValueError, "level 0: expected a height and width of at least 1, got 0 x 8"),
+        (
+            {"p3": level(1, 16, 8, 8), "p4": level(1, 32, 4, 4)},
+            ValueError,
+            "level 'p4': expected 16 channels, got 32",
+        ),
+        (
+            {"p3": level(2, 16, 8, 8), "p4": level(1, 16, 4, 4)},
+            ValueError,
+            "level 'p4': expected batch size 2 as in level 'p3', got 1",
+        ),
+        (
+            [level(1, 16, 8, 8), level(1, 16, 4, 4, dtype=torch.float64)],
+            TypeError,
+            "level 1: expected torch.float32 as in level 0, got torch.float64",
+        ),
+        (
+            [level(1, 16, 8, 8), level(1, 16, 4, 4, device="meta")],
+            ValueError,
+            "level 1: expected device cpu as in level 0, got meta",
+        ),
+        (
+            {"p5": level(1, 16, 7, 7), "p4": level(1, 16, 13, 13)},
+            ValueError,
+            "level 'p4': expected half the size of level 'p5' (7 x 7), rounded either way, got 13 x 13; "
+            "levels run from fine to coarse",
+        ),
+        (
+            {"p3": level(1, 16, 25, 25), "p4": level(1, 16, 14, 13)},
+            ValueError,
+            "level 'p4': expected half the size of level 'p3' (25 x 25), rounded either way, got 14 x 13",
+        ),
+        (
+            {"p3": level(1, 16, 32, 32), "p5": level(1, 16, 8, 8)},
+            ValueError,
+            "level 'p5': expected half the size of level 'p3' (32 x 32), rounded either way, got 8 x 8",
+        ),
+    ],
+)
+def test_names_what_is_wrong_with_a_pyramid(pyramid, error, message):
+    with pytest.raises(error, match=re.escape(message) + "$"):
+        DyHead(16, 1)(pyramid)
+
+
+def test_the_released_block_wants_sizes_rounded_up():
+    with pytest.raises(
+        ValueError, match=r"level 1: expected half the size of level 0 \(9 x 8\), rounded up, got 4 x 4"
+    ):
+        DyHead(16, 1, block="released")([level(1, 16, 9, 8), level(1, 16, 4, 4)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": "papre"}, "block: expected 'paper', 'released' or 'mmdetection', got 'papre'"),
+        ({"num_blocks": -1}, "num_blocks: expected at least 0, got -1"),
+        ({"norm_groups": 5}, "norm_groups: expected a divisor of the 16 channels, got 5"),
+        ({"block": "released", "window": None}, "block='released' has no options, .*got window=None"),
+        ({"block": "mmdetection", "task_aware": False, "norm_groups": 8}, "got task_aware=False, norm_groups=8"),
+    ],
+)
+def test_names_a_wrong_argument(options, message):
+    with pytest.raises(ValueError, match=message):
+        DyHead(16, **options)
+
+
+def test_the_released_block_names_a_wrong_number_of_channels():
+    with pytest.raises(ValueError, match="16 norm groups: expected a divisor of the 24 channels, got 16"):
+        DyHead(24, block="released")
