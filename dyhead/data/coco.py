@@ -211,7 +211,7 @@ def _by_id(entries: list[dict], kind: str, info: DatasetInfo) -> dict[int, dict]
     for entry in entries:
         key = entry.get("id")
         if not isinstance(key, int if kind == "category" else (int, str)):
-            faults.append(f"a {kind} has no proper id: {str(entry)[:100]}")
+            faults.append(f"{kind} without a proper id: {str(entry)[:100]}")
         elif key in found:
             faults.append(f"{kind} id {key!r} is there more than once")
         else:
