@@ -1,0 +1,318 @@
+"""Pictures for training and evaluation: a shuffled, endless and resumable stream, and a plain pass over a data set.
+
+Which picture comes at a position of the training stream, and how it is augmented, depends only on the seed and the
+position. A run that is resumed, or that has another number of worker processes, sees the same pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
+
+from dyhead import data
+from dyhead.config import ConfigError
+from dyhead.data import CocoSplit, DataError
+
+# Random numbers of different use come from different streams.
+_ORDER, _AUGMENTATION = 0, 1
+
+Target = dict[str, Tensor]
+
+
+def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """Height and width after a picture's shorter edge became ``shortest``, or its longer one ``longest`` if that is less.
+
+    In pixels; rounded as Detectron2 does. ``shortest`` 0 leaves the size as it is.
+    """
+    if shortest == 0:
+        return height, width
+    scale = min(shortest / min(height, width), longest / max(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def load_train(cfg: CfgNode) -> list[CocoSplit]:
+    """The data sets of ``DATASETS.TRAIN``, loaded and checked.
+
+    Raises:
+        ConfigError: none is configured, or their classes differ.
+        DataError: one of them is not sound, or no picture is left to train on.
+    """
+    splits = load_splits(cfg.DATASETS.TRAIN)
+    if not splits:
+        raise ConfigError("DATASETS.TRAIN: expected at least one data set to train on, got none")
+    for split in splits[1:]:
+        if split.class_names != splits[0].class_names:
+            raise ConfigError(
+                f"DATASETS.TRAIN: expected the same classes everywhere, got {splits[0].class_names} in "
+                f"{splits[0].info.name!r} and {split.class_names} in {split.info.name!r}"
+            )
+    return splits
+
+
+def load_splits(names: Sequence[str]) -> list[CocoSplit]:
+    """The data sets of these names, loaded and checked."""
+    return [data.load(data.get(name)) for name in names]
+
+
+def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[dict[str, Any]]:
+    """The records to train on; with ``filter_empty`` without pictures that show no object but crowds.
+
+    Raises:
+        DataError: there is none.
+    """
+    records = [record for split in splits for record in split.records]
+    if filter_empty:
+        records = [record for record in records if any(not a["iscrowd"] for a in record["annotations"])]
+    if not records:
+        names = ", ".join(split.info.name for split in splits)
+        raise DataError(f"data set {names}: no picture with an annotation that is not a crowd, nothing to train on")
+    return records
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a picture is changed for training: resized to a random size and flipped at random.
+
+    Attributes:
+        sizes: lengths of the shorter edge in pixels to choose from, or the lowest and the highest.
+        sampling: "choice" or "range", which of the two ``sizes`` means.
+        longest: what the longer edge may have at most, in pixels.
+        flip: "horizontal", "vertical" or "none".
+    """
+
+    sizes: tuple[int, ...]
+    sampling: str
+    longest: int
+    flip: str
+
+    def __call__(
+        self, image: Tensor, boxes: Tensor, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A picture uint8 (3, H, W) and its boxes (M, 4) in pixels, both changed by random numbers of ``rng``."""
+        if self.sampling == "range":
+            shortest = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
+        else:
+            shortest = self.sizes[rng.integers(len(self.sizes))]
+        flipped = rng.random() < 0.5
+        h, w = image.shape[-2:]
+        size = list(resized(h, w, shortest, self.longest))
+        pair = tv_tensors.Image(image), tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w))
+        image, boxes = (functional.resize(part, size, antialias=True) for part in pair)
+        if flipped and self.flip == "horizontal":
+            image, boxes = functional.horizontal_flip(image), functional.horizontal_flip(boxes)
+        elif flipped and self.flip == "vertical":
+            image, boxes = functional.vertical_flip(image), functional.vertical_flip(boxes)
+        return image.as_subclass(Tensor), boxes.as_subclass(Tensor)
+
+
+class TrainStream(Dataset):
+    """The training pictures by their position in an endless stream: epoch after epoch, each shuffled anew.
+
+    Args:
+        records: of the data sets.
+        augmentation: changes pictures and boxes.
+        image_format: "RGB" or "BGR".
+        seed: of the order and of the augmentation, not negative.
+    """
+
+    def __init__(
+        self, records: Sequence[dict[str, Any]], augmentation: Augmentation, image_format: str, seed: int
+    ) -> None:  # fmt: skip
+        self.records = records
+        self.augmentation = augmentation
+        self.image_format = image_format
+        self.seed = seed
+
+    def record(self, position: int) -> dict[str, Any]:
+        """The record at a position, from 0."""
+        epoch, place = divmod(position, len(self.records))
+        return self.records[_order(self.seed, epoch, len(self.records))[place]]
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Target] | DataError:
+        record = self.record(position)
+        try:
+            image = _read(record, self.image_format)
+        except DataError as error:
+            return error  # see DetectionLoader
+        objects = [a for a in record["annotations"] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        rng = np.random.default_rng([_AUGMENTATION, self.seed, position])
+        image, boxes = self.augmentation(image, boxes, rng)
+        labels = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+        seen = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(dim=1)
+        return image, {"boxes": boxes[seen], "labels": labels[seen]}
+
+
+class TrainBatches(Sampler[list[int]]):
+    """Positions of the training stream in batches, from an iteration on, without end.
+
+    Args:
+        stream: the stream.
+        batch_size: pictures of a batch on one device.
+        start: iterations that are done.
+        rank, world_size: which device of how many this is; each takes its own batches of the one stream.
+        group: put pictures that are wider than high, and others, into batches of their own, so that less is padded.
+    """
+
+    def __init__(
+        self,
+        stream: TrainStream,
+        batch_size: int,
+        start: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        group: bool = False,
+    ) -> None:
+        self.stream = stream
+        self.batch_size = batch_size
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+        self.group = group
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(self._batches(), self.start * self.world_size + self.rank, None, self.world_size)
+
+    def _batches(self) -> Iterator[list[int]]:
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for position in count():
+            record = self.stream.record(position) if self.group else {"width": 0, "height": 0}
+            batch = waiting[record["width"] > record["height"]]
+            batch.append(position)
+            if len(batch) == self.batch_size:
+                yield list(batch)
+                batch.clear()
+
+
+class TestPictures(Dataset):
+    """The pictures of a data set in their order, resized for evaluation.
+
+    Args:
+        split: the data set.
+        shortest, longest: of a picture's edges, see :func:`resized`.
+        image_format: "RGB" or "BGR".
+    """
+
+    __test__ = False  # for pytest: not a test
+
+    def __init__(self, split: CocoSplit, shortest: int, longest: int, image_format: str) -> None:
+        self.split = split
+        self.shortest = shortest
+        self.longest = longest
+        self.image_format = image_format
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
+        try:
+            return self.read(index)
+        except DataError as error:
+            return error  # see DetectionLoader
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """A picture uint8 (3, H, W) and its index.
+
+        Raises:
+            DataError: it is broken.
+        """
+        image = _read(self.split.records[index], self.image_format)
+        size = resized(*image.shape[-2:], self.shortest, self.longest)
+        return functional.resize(image, list(size), antialias=True), index
+
+
+class DetectionLoader(DataLoader):
+    """A loader of pictures of different sizes: a batch is a pair of lists.
+
+    A broken picture is raised as the :class:`DataError` that names it, also where a worker process found it: there
+    it travels as a value, because an exception would come out with the worker's whole traceback for a message.
+    """
+
+    def __init__(self, dataset: Dataset, **kwargs) -> None:
+        super().__init__(dataset, collate_fn=_collate, **kwargs)
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list]]:
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def train_loader(
+    cfg: CfgNode, records: Sequence[dict[str, Any]], seed: int, start: int = 0, *, rank: int = 0, world_size: int = 1
+) -> DetectionLoader:
+    """Batches for one device: lists of pictures uint8 (3, H, W) and of targets, boxes (M, 4) in pixels and labels (M,).
+
+    Args:
+        cfg: the configuration; ``SOLVER.IMS_PER_BATCH`` counts the pictures on all devices together.
+        records: of the data sets.
+        seed: of order and augmentation.
+        start: iterations that are done.
+        rank, world_size: which device of how many this is.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the devices.
+    """
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {world_size} devices, got {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    augmentation = Augmentation(
+        tuple(cfg.INPUT.MIN_SIZE_TRAIN),
+        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+        cfg.INPUT.MAX_SIZE_TRAIN,
+        cfg.INPUT.RANDOM_FLIP,
+    )
+    stream = TrainStream(records, augmentation, cfg.INPUT.FORMAT, seed)
+    batches = TrainBatches(
+        stream,
+        cfg.SOLVER.IMS_PER_BATCH // world_size,
+        start,
+        rank=rank,
+        world_size=world_size,
+        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+    )
+    return DetectionLoader(stream, batch_sampler=batches, **_loader_options(cfg))
+
+
+def test_loader(cfg: CfgNode, split: CocoSplit, *, rank: int = 0, world_size: int = 1) -> DetectionLoader:
+    """Every ``world_size``-th picture of a data set, one at a time: lists of a picture uint8 (3, H, W) and its index."""
+    pictures = TestPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
+    return DetectionLoader(pictures, sampler=range(rank, len(pictures), world_size), **_loader_options(cfg))
+
+
+test_loader.__test__ = False  # for pytest: not a test
+
+
+def _loader_options(cfg: CfgNode) -> dict[str, Any]:
+    return {"num_workers": cfg.DATALOADER.NUM_WORKERS, "pin_memory": cfg.MODEL.DEVICE.startswith("cuda")}
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
+
+
+def _read(record: dict[str, Any], image_format: str) -> Tensor:
+    image = data.read_image(record["file_name"], image_format, size=(record["height"], record["width"]))
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _collate(samples: list) -> tuple[list[Tensor], list] | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    images, others = zip(*samples, strict=True)
+    return list(images), list(others)

@@ -1,0 +1,303 @@
+"""The runs of ``train_net.py`` on torchvision: from the command line to a trained, evaluated, measured detector."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import platform
+import random
+import sys
+from urllib.parse import urlparse
+
+import lightning.pytorch as L
+import torch
+import torchvision
+from fvcore.common.config import CfgNode
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+import dyhead
+from dyhead import data
+from dyhead.config import ConfigError, check_num_classes, load_config
+from dyhead.data import DataError
+from dyhead.torchvision.checkpoint import Checkpoints, last_checkpoint, load_weights, read_checkpoint
+from dyhead.torchvision.config import check_values, get_cfg, warn_not_honoured
+from dyhead.torchvision.data import load_splits, load_train, test_loader, train_records
+from dyhead.torchvision.detectors import build_model
+from dyhead.torchvision.logs import Metrics, Progress, start_logging, stop_logging
+from dyhead.torchvision.report import report_losses, report_results
+from dyhead.torchvision.training import Training
+
+_log = logging.getLogger(__name__)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen configuration of a command line: ``args.config_file`` with ``args.opts`` on Detectron2's defaults.
+
+    Nothing is written. One warning names the keys that cannot be honoured. Where there is no CUDA device,
+    ``MODEL.DEVICE`` becomes "cpu", with a warning.
+
+    Raises:
+        ConfigError: the configuration cannot be read or used; ``OUTPUT_DIR`` holds a run that is not to be continued;
+            weights that are asked for are not there; more devices than there are.
+    """
+    cfg = get_cfg()
+    given = load_config(cfg, args.config_file, args.opts)
+    check_values(cfg)
+    warn_not_honoured(cfg, given)
+    _check_device(cfg, args)
+    _check_output_dir(cfg, args)
+    cfg.freeze()
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Train and evaluate, or with ``args.eval_only`` evaluate, as the command line says.
+
+    Args:
+        args: ``config_file``, ``opts`` (KEY VALUE ...), ``eval_only``, ``resume``, ``num_gpus``, ``num_machines``,
+            ``machine_rank`` and ``dist_url`` of ``train_net.py``. Without CUDA, ``num_gpus`` is a number of processes.
+
+    Returns:
+        For each data set of ``DATASETS.TEST`` its metrics (AP, AP50, ..., in percent; None where there are none); on
+        machines other than that of rank 0 nothing.
+
+    Raises:
+        ConfigError, DataError: see :mod:`dyhead.config` and :mod:`dyhead.data`.
+    """
+    start_logging(None)
+    try:
+        cfg = setup(args)
+        if args.num_gpus * args.num_machines == 1:
+            _run(cfg, args)
+        else:
+            _launch(cfg, args)
+    finally:
+        stop_logging()
+    if not cfg.DATASETS.TEST or args.machine_rank > 0:
+        return {}
+    with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), encoding="utf-8") as file:
+        return {report["dataset"]: report["metrics"] for report in json.load(file)["results"]}
+
+
+def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Run this machine's processes and raise the first error of the kinds a user can cause, as it was."""
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        torch.multiprocessing.spawn(_process, (cfg, args, errors), nprocs=args.num_gpus)
+    except torch.multiprocessing.ProcessExitedException:
+        if errors.empty():
+            raise
+        raise pickle.loads(errors.get()) from None
+
+
+def _process(local_rank: int, cfg: CfgNode, args: argparse.Namespace, errors: torch.multiprocessing.SimpleQueue) -> None:
+    url = urlparse(args.dist_url)
+    os.environ.update(
+        MASTER_ADDR=url.hostname,
+        MASTER_PORT=str(url.port),
+        NODE_RANK=str(args.machine_rank),
+        LOCAL_RANK=str(local_rank),
+    )
+    if cfg.MODEL.DEVICE == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
+    try:
+        _run(cfg, args, local_rank)
+    except (ConfigError, DataError) as error:
+        errors.put(pickle.dumps(error))
+        # Not through Python's end: the other processes may wait for this one for ever.
+        os._exit(1)
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace, local_rank: int = 0) -> None:
+    """One process of a run."""
+    first = args.machine_rank == 0 and local_rank == 0
+    if first:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        start_logging(cfg.OUTPUT_DIR)
+        _log_environment(cfg, args)
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+    data.register_from_config(cfg.DATASETS.REGISTER)
+    (_evaluate if args.eval_only else _train)(cfg, args, local_rank, first)
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bool) -> None:
+    train, test = load_train(cfg), load_splits(cfg.DATASETS.TEST)
+    for split in (*train, *test):
+        check_num_classes(cfg, split.info.name, split.class_names)
+    records = train_records(train, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+
+    checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
+    seed, start = _seed_and_start(cfg, checkpoint)
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, strict=True)  # lightning's own error would be of no use
+        _log.info("Resuming %s after %d iterations", checkpoint, start)
+    else:
+        if args.resume:
+            _log.warning("--resume: %s holds no checkpoint yet; starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
+        if cfg.MODEL.WEIGHTS:
+            load_weights(model, cfg.MODEL.WEIGHTS, strict=False)
+    if first:
+        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
+            file.write(cfg.dump())
+        _log.info(
+            "Training on %d pictures, seed %d: %s",
+            len(records), seed, ", ".join(f"{s.info.name} ({len(s.class_names)} classes)" for s in train),
+        )  # fmt: skip
+
+    training = Training(cfg, model, records, test, seed, start)
+    terminal = sys.stderr.isatty()
+    trainer = _trainer(
+        cfg,
+        args,
+        local_rank,
+        [
+            Metrics(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, quiet=terminal),
+            Checkpoints(cfg.OUTPUT_DIR, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER),
+            Progress(start, cfg.SOLVER.MAX_ITER, enabled=terminal),
+        ],
+    )
+    loaders = _test_loaders(cfg, args, training, local_rank)
+    periodic = loaders if cfg.TEST.EVAL_PERIOD > 0 and loaders else None
+    trainer.fit(training, val_dataloaders=periodic, ckpt_path=checkpoint)
+    if first:
+        report_losses(cfg)
+    if loaders:
+        if training.evaluated_at != cfg.SOLVER.MAX_ITER:
+            trainer.validate(training, loaders, verbose=False)
+        if first:
+            report_results(cfg, training)
+
+
+def _evaluate(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bool) -> None:
+    test = load_splits(cfg.DATASETS.TEST)
+    if not test:
+        raise ConfigError("DATASETS.TEST: expected at least one data set to evaluate on, got none")
+    for split in test:
+        check_num_classes(cfg, split.info.name, split.class_names)
+    model = build_model(cfg)
+    load_weights(model, (last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None) or cfg.MODEL.WEIGHTS, strict=True)
+    training = Training(cfg, model, [], test, seed=0)
+    trainer = _trainer(cfg, args, local_rank, [Progress(0, 0, enabled=sys.stderr.isatty())])
+    trainer.validate(training, _test_loaders(cfg, args, training, local_rank), verbose=False)
+    if first:
+        report_results(cfg, training)
+
+
+def _trainer(cfg: CfgNode, args: argparse.Namespace, local_rank: int, callbacks: list[L.Callback]) -> L.Trainer:
+    device = torch.device(cfg.MODEL.DEVICE)
+    cuda = device.type == "cuda"
+    several = args.num_gpus * args.num_machines > 1
+    return L.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=[device.index] if cuda and device.index is not None else args.num_gpus,
+        num_nodes=args.num_machines,
+        strategy=DDPStrategy(
+            process_group_backend="nccl" if cuda else "gloo",
+            # Statistics are of each device's own batch, and evaluation has no common pace to copy them in.
+            broadcast_buffers=False,
+        )
+        if several
+        else "auto",
+        plugins=[LightningEnvironment()],
+        precision={(True, True): "16-mixed", (True, False): "bf16-mixed"}.get((cfg.SOLVER.AMP.ENABLED, cuda), "32-true"),
+        max_steps=cfg.SOLVER.MAX_ITER,
+        max_epochs=-1,
+        val_check_interval=cfg.TEST.EVAL_PERIOD or None,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        benchmark=cfg.CUDNN_BENCHMARK,
+        default_root_dir=cfg.OUTPUT_DIR,
+    )
+
+
+def _test_loaders(cfg: CfgNode, args: argparse.Namespace, training: Training, local_rank: int) -> list:
+    rank = args.machine_rank * args.num_gpus + local_rank
+    world_size = args.num_gpus * args.num_machines
+    return [test_loader(cfg, split, rank=rank, world_size=world_size) for split in training.splits]
+
+
+def _seed_and_start(cfg: CfgNode, checkpoint: str | None) -> tuple[int, int]:
+    """The seed of the run and the iterations that it has done."""
+    seed = cfg.SEED if cfg.SEED >= 0 else random.SystemRandom().randrange(2**31)
+    if checkpoint is None:
+        return seed, 0
+    content = read_checkpoint(checkpoint)
+    ours = content.get("dyhead")
+    if ours is None or "global_step" not in content:
+        raise ConfigError(f"--resume: {checkpoint} is no checkpoint of a training on torchvision; set MODEL.WEIGHTS")
+    if ours["optimizer"] != cfg.SOLVER.OPTIMIZER:
+        raise ConfigError(
+            f"SOLVER.OPTIMIZER: expected {ours['optimizer']!r}, with which {checkpoint} was trained, got "
+            f"{cfg.SOLVER.OPTIMIZER!r}"
+        )
+    return (seed if cfg.SEED >= 0 else ours["seed"]), content["global_step"]
+
+
+def _check_device(cfg: CfgNode, args: argparse.Namespace) -> None:
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"MODEL.DEVICE: expected cpu, cuda or cuda:NUMBER, got {cfg.MODEL.DEVICE!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        _log.warning("MODEL.DEVICE is %s, but there is no CUDA device; running on the CPU", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    for flag in ("num_gpus", "num_machines"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ConfigError(f"--machine-rank: expected 0 to {args.num_machines - 1}, got {args.machine_rank}")
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        there = torch.cuda.device_count() if device.index is None else 1
+        if args.num_gpus > there:
+            raise ConfigError(f"--num-gpus: expected at most {there} with MODEL.DEVICE {device}, got {args.num_gpus}")
+    processes = args.num_gpus * args.num_machines
+    if processes > 1 and (urlparse(args.dist_url).scheme != "tcp" or not urlparse(args.dist_url).port):
+        raise ConfigError(f"--dist-url: expected tcp://HOST:PORT, got {args.dist_url}")
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} devices, got {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+
+
+def _check_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if args.eval_only:
+        if args.resume and last_checkpoint(cfg.OUTPUT_DIR) is None:
+            raise ConfigError(f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint")
+        if not args.resume and not cfg.MODEL.WEIGHTS:
+            raise ConfigError(
+                "--eval-only: set MODEL.WEIGHTS to a checkpoint, or take OUTPUT_DIR's last one with --resume"
+            )
+    elif not args.resume:
+        for name in ("last_checkpoint", "metrics.json"):
+            if os.path.exists(os.path.join(cfg.OUTPUT_DIR, name)):
+                raise ConfigError(
+                    f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run already ({name}): continue it with --resume, or set "
+                    "another OUTPUT_DIR"
+                )
+
+
+def _log_environment(cfg: CfgNode, args: argparse.Namespace) -> None:
+    device = torch.device(cfg.MODEL.DEVICE)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    _log.info(
+        "dyhead %s, torchvision %s, lightning %s, torch %s, Python %s",
+        dyhead.__version__, torchvision.__version__, L.__version__, torch.__version__, platform.python_version(),
+    )  # fmt: skip
+    _log.info("%s (%s), %d threads; writing to %s", device, name, torch.get_num_threads(), cfg.OUTPUT_DIR)
+    _log.debug("Command line: %s", args)
+    _log.debug("Configuration:\n%s", cfg.dump())

@@ -1,0 +1,284 @@
+"""Faster R-CNN in the pyramid form: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
+
+N batch, C channels, K classes, Q proposals of all pictures, S side of a pooled region in cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import roi_align
+
+from dyhead.config import ConfigError, get
+from dyhead.torchvision.anchors import PyramidAnchors
+from dyhead.torchvision.backbone import build_norm, build_pyramid
+from dyhead.torchvision.config import iou_thresholds
+from dyhead.torchvision.losses import box_loss
+from dyhead.torchvision.normalization import Normalization
+
+
+class FasterRCNN(GeneralizedRCNN):
+    """torchvision's Faster R-CNN with labels as in its one-stage detectors: 0 to K - 1, without a background class.
+
+    Its own class of this name builds parts whose losses and pooling are fixed; here the parts come ready.
+    """
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
+        """As in :class:`torchvision.models.detection.FCOS`: losses by name in training, else detections."""
+        if self.training:
+            return super().forward(images, [t | {"labels": t["labels"] + 1} for t in targets])
+        return [found | {"labels": found["labels"] - 1} for found in super().forward(images)]
+
+
+class ProposalNetwork(RegionProposalNetwork):
+    """torchvision's region proposal network on some levels of the pyramid, with the losses of the configuration.
+
+    Args:
+        levels: names of the levels it works on.
+        loss_type, beta: of the boxes, see :func:`box_loss`.
+        loss_weights: of the objectness and of the boxes.
+        args, kwargs: torchvision's.
+    """
+
+    def __init__(
+        self,
+        *args,
+        levels: Sequence[str],
+        loss_type: str,
+        beta: float,
+        loss_weights: tuple[float, float],
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.levels = tuple(levels)
+        self.loss_type = loss_type
+        self.beta = beta
+        self.loss_weights = loss_weights
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals of each picture (x0, y0, x1, y1 in pixels), and in training the losses by Detectron2's names."""
+        levels = [features[name] for name in self.levels]
+        logits, deltas = self.head(levels)
+        anchors = self.anchor_generator(images, levels)
+        counts = [level[0].numel() for level in logits]
+        # (N, A*X, H, W) to (N, H*W*A, X), in float32: positions in pixels do not fit half types.
+        logits = torch.cat([x.float().permute(0, 2, 3, 1).flatten(1) for x in logits], dim=1)
+        deltas = torch.cat([x.float().permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in deltas], dim=1)
+        boxes = self.box_coder.decode(deltas.detach().reshape(-1, 4), anchors).view(len(deltas), -1, 4)
+        proposals, _ = self.filter_proposals(boxes, logits.detach(), images.image_sizes, counts)
+        if not self.training:
+            return proposals, {}
+        labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        return proposals, self.compute_losses(logits, deltas, anchors, labels, matched)
+
+    def compute_losses(
+        self, logits: Tensor, deltas: Tensor, anchors: list[Tensor], labels: list[Tensor], matched: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Losses of a random sample of the anchors, by the size that the sample should have.
+
+        Args:
+            logits: objectness (N, R).
+            deltas: (N, R, 4).
+            anchors: for each picture (R, 4) in pixels.
+            labels: for each picture (R,): 1 object, 0 background, -1 ignored.
+            matched: for each picture the box (R, 4) that each anchor is compared with.
+        """
+        positive, negative = (torch.stack(chosen).bool() for chosen in self.fg_bg_sampler(labels))
+        sample = positive | negative
+        count = len(labels) * self.fg_bg_sampler.batch_size_per_image
+        loss_cls = F.binary_cross_entropy_with_logits(logits[sample], torch.stack(labels)[sample], reduction="sum")
+        loss_loc = box_loss(
+            self.loss_type,
+            self.box_coder,
+            deltas[positive],
+            torch.stack(anchors)[positive],
+            torch.stack(matched)[positive],
+            self.beta,
+        )
+        weight_cls, weight_loc = self.loss_weights
+        return {"loss_rpn_cls": weight_cls * loss_cls / count, "loss_rpn_loc": weight_loc * loss_loc / count}
+
+
+class BoxHeads(RoIHeads):
+    """torchvision's box head, with the losses of the configuration.
+
+    Args:
+        loss_type, beta: of the boxes, see :func:`box_loss`.
+        loss_weight: of the boxes.
+        append_truth: add the true boxes to the proposals in training.
+        args, kwargs: torchvision's.
+    """
+
+    def __init__(
+        self, *args, loss_type: str, beta: float, loss_weight: float, append_truth: bool, **kwargs
+    ) -> None:  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.loss_type = loss_type
+        self.beta = beta
+        self.loss_weight = loss_weight
+        self.append_truth = append_truth
+
+    def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
+        """The proposals, with the true boxes if so configured."""
+        return super().add_gt_proposals(proposals, gt_boxes) if self.append_truth else list(proposals)
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections of each picture, or in training none, and the losses by Detectron2's names; label 0 is background."""
+        if self.training:
+            proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
+        regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        logits, deltas = (output.float() for output in self.box_predictor(regions))
+        if not self.training:
+            found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
+            return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)], {}
+
+        truth = [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
+        labels, truth, boxes = torch.cat(labels), torch.cat(truth), torch.cat(proposals)
+        positive = torch.where(labels > 0)[0]
+        own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
+        loss_box = box_loss(self.loss_type, self.box_coder, own_class, boxes[positive], truth[positive], self.beta)
+        return [], {
+            # Summed and divided, not averaged: the mean of no proposals would be NaN.
+            "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1),
+            "loss_box_reg": self.loss_weight * loss_box / max(len(labels), 1),
+        }
+
+
+class PyramidPool(nn.Module):
+    """RoI pooling from the level that fits a region's size (Lin et al., "Feature Pyramid Networks", Eq. 1).
+
+    torchvision's own guesses the strides from the first pictures it sees, without their padding, and does not align.
+
+    Args:
+        strides: of the levels to pool from, by name, fine to coarse.
+        resolution: side S of the pooled regions.
+        sampling_ratio: samples in a cell, per axis; 0 is as many as there are pixels.
+        aligned: shift by half a pixel ("ROIAlignV2" of Detectron2).
+    """
+
+    def __init__(self, strides: dict[str, int], resolution: int, sampling_ratio: int, aligned: bool) -> None:
+        super().__init__()
+        self.strides = dict(strides)
+        self.resolution = resolution
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:  # fmt: skip
+        """Levels (N, C, H, W) and boxes of each picture in pixels to (Q, C, S, S); the pictures' sizes do not matter."""
+        index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
+        regions = torch.cat([index, torch.cat(boxes)], dim=1)
+        size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))
+        numbers = [stride.bit_length() - 1 for stride in self.strides.values()]  # log2
+        # A region of 224 pixels, ImageNet's picture, belongs to level 4, of stride 16.
+        wanted = (4 + torch.log2(size / 224 + 1e-8)).floor().clamp(numbers[0], numbers[-1])
+        levels = [features[name] for name in self.strides]
+        pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], self.resolution, self.resolution)
+        for level, number in zip(levels, numbers, strict=True):
+            here = torch.where(wanted == number)[0]
+            scale = 1 / 2**number
+            out = roi_align(level, regions[here], self.resolution, scale, self.sampling_ratio, self.aligned)
+            pooled[here] = out.to(pooled.dtype)
+        return pooled
+
+
+def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
+    """Faster R-CNN with DyHead, of ``MODEL.RPN``, ``ROI_HEADS`` and ``ROI_BOX_HEAD``; labels 0 to K - 1.
+
+    Raises:
+        ConfigError, ValueError: levels that are not there, a box head without layers.
+    """
+    pyramid = build_pyramid(cfg)
+    return FasterRCNN(
+        pyramid,
+        _build_proposal_network(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.RPN")),
+        _build_box_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
+        Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
+    )
+
+
+def _strides(strides: dict[str, int], cfg: CfgNode, node: str) -> dict[str, int]:
+    names = get(cfg, f"{node}.IN_FEATURES")
+    if not names or not set(names) <= set(strides):
+        raise ConfigError(f"{node}.IN_FEATURES: expected some of the levels {', '.join(strides)}, got {names}")
+    return {name: stride for name, stride in strides.items() if name in names}
+
+
+def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]) -> ProposalNetwork:
+    options, anchors = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
+    if not options.CONV_DIMS or any(width not in (-1, channels) for width in options.CONV_DIMS):
+        raise ConfigError(
+            f"MODEL.RPN.CONV_DIMS: expected one -1 for each convolution of {channels} channels, got {options.CONV_DIMS}"
+        )
+    generator = PyramidAnchors(anchors.SIZES, anchors.ASPECT_RATIOS, list(strides.values()), anchors.OFFSET)
+    low, high = iou_thresholds(cfg, "MODEL.RPN")
+    network = ProposalNetwork(
+        generator,
+        RPNHead(channels, generator.num_anchors_per_location()[0], conv_depth=len(options.CONV_DIMS)),
+        high,
+        low,
+        options.BATCH_SIZE_PER_IMAGE,
+        options.POSITIVE_FRACTION,
+        {"training": options.PRE_NMS_TOPK_TRAIN, "testing": options.PRE_NMS_TOPK_TEST},
+        {"training": options.POST_NMS_TOPK_TRAIN, "testing": options.POST_NMS_TOPK_TEST},
+        options.NMS_THRESH,
+        levels=strides,
+        loss_type=options.BBOX_REG_LOSS_TYPE,
+        beta=options.SMOOTH_L1_BETA,
+        loss_weights=(options.LOSS_WEIGHT, options.LOSS_WEIGHT * options.BBOX_REG_LOSS_WEIGHT),
+    )
+    network.box_coder = BoxCoder(tuple(options.BBOX_REG_WEIGHTS))
+    network.min_size = max(network.min_size, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE)
+    return network
+
+
+def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> BoxHeads:
+    options, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    if box.NUM_CONV + box.NUM_FC < 1:
+        raise ConfigError("MODEL.ROI_BOX_HEAD: expected NUM_CONV or NUM_FC to be at least 1, got 0 and 0")
+    low, high = iou_thresholds(cfg, "MODEL.ROI_HEADS")
+    side = box.POOLER_RESOLUTION
+    head = FastRCNNConvFCHead(
+        (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, build_norm(box.NORM)
+    )
+    last = box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
+    predictor = FastRCNNPredictor(last, options.NUM_CLASSES + 1)
+    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    return BoxHeads(
+        PyramidPool(strides, side, box.POOLER_SAMPLING_RATIO, aligned=box.POOLER_TYPE == "ROIAlignV2"),
+        head,
+        predictor,
+        high,
+        low,
+        options.BATCH_SIZE_PER_IMAGE,
+        options.POSITIVE_FRACTION,
+        tuple(box.BBOX_REG_WEIGHTS),
+        options.SCORE_THRESH_TEST,
+        options.NMS_THRESH_TEST,
+        cfg.TEST.DETECTIONS_PER_IMAGE,
+        loss_type=box.BBOX_REG_LOSS_TYPE,
+        beta=box.SMOOTH_L1_BETA,
+        loss_weight=box.BBOX_REG_LOSS_WEIGHT,
+        append_truth=options.PROPOSAL_APPEND_GT,
+    )
