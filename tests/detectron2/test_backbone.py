@@ -1,0 +1,136 @@
+# ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.detectron2
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN, Backbone, build_backbone
+from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+
+from dyhead.config import ConfigError
+from dyhead.detectron2 import DyHeadBackbone
+from dyhead.layers import DyHead
+
+
+class Toy(Backbone):
+    """A convolution per level; the levels, {name: (channels, stride)}, come out in the order given."""
+
+    size_divisibility = 16
+    padding_constraints = {"square_size": 64}  # noqa: RUF012
+
+    def __init__(self, **levels):
+        super().__init__()
+        self._levels = levels
+        self.convs = nn.ModuleDict({name: nn.Conv2d(3, c, s, s) for name, (c, s) in levels.items()})
+
+    def forward(self, x):
+        return {name: conv(x) for name, conv in self.convs.items()}
+
+    def output_shape(self):
+        return {name: ShapeSpec(channels=c, stride=s) for name, (c, s) in self._levels.items()}
+
+
+@pytest.mark.parametrize(
+    ("detector", "strides"),
+    [
+        ("faster_rcnn", {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}),
+        ("fcos", {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}),
+    ],
+)
+def test_builders_put_out_the_levels_they_declare(tiny_cfg, detector, strides):
+    backbone = build_backbone(tiny_cfg(detector))
+    assert isinstance(backbone, DyHeadBackbone)
+    assert {name: shape.stride for name, shape in backbone.output_shape().items()} == strides
+    levels = backbone(torch.randn(2, 3, 96, 160))
+    assert list(levels) == list(strides)
+    for name, stride in strides.items():
+        assert levels[name].shape == (2, 32, -(-96 // stride), -(-160 // stride))
+
+
+@pytest.mark.parametrize(("source", "channels"), [("p5", 32), ("res5", 512)])
+def test_p6_is_computed_from_the_configured_level(tiny_cfg, source, channels):
+    backbone = build_backbone(tiny_cfg("fcos", {"MODEL.FPN.P6P7_IN_FEATURE": source}))
+    assert backbone.backbone.top_block.p6.in_channels == channels
+    assert len(backbone(torch.randn(1, 3, 64, 64))) == 5
+
+
+def test_an_unknown_source_of_p6_is_named(tiny_cfg):
+    with pytest.raises(ConfigError, match="P6P7_IN_FEATURE: expected 'p5' or 'res5', got 'p4'"):
+        build_backbone(tiny_cfg("fcos", {"MODEL.FPN.P6P7_IN_FEATURE": "p4"}))
+
+
+def test_config_reaches_the_head(tiny_cfg):
+    settings = {"MODEL.DYHEAD.NUM_BLOCKS": 3, "MODEL.DYHEAD.TASK_AWARE": False, "MODEL.DYHEAD.NORM_GROUPS": 4}
+    backbone = build_backbone(tiny_cfg("fcos", settings))
+    assert len(backbone.dyhead.blocks) == 3
+    assert all(block.task_attention is None for block in backbone.dyhead.blocks)
+    groups = [module.num_groups for module in backbone.dyhead.modules() if isinstance(module, nn.GroupNorm)]
+    assert set(groups) == {4}
+
+
+def test_levels_are_sorted_by_stride_and_pass_through_the_head():
+    toy = Toy(coarse=(32, 16), fine=(32, 4), middle=(32, 8))
+    backbone = DyHeadBackbone(toy, num_blocks=2)
+    head = DyHead(32, 2)
+    head.load_state_dict(backbone.dyhead.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    raw, out = toy(x), backbone(x)
+    assert list(out) == list(backbone.output_shape()) == ["fine", "middle", "coarse"]
+    expected = head([raw["fine"], raw["middle"], raw["coarse"]])
+    for got, want in zip(out.values(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert not torch.equal(out["fine"], raw["fine"])
+
+
+def test_no_blocks_leave_the_pyramid_as_it_is():
+    toy = Toy(a=(32, 4), b=(32, 8))
+    x = torch.randn(1, 3, 32, 32)
+    raw = toy(x)
+    assert all(torch.equal(level, raw[name]) for name, level in DyHeadBackbone(toy, num_blocks=0)(x).items())
+
+
+def test_what_the_wrapped_backbone_asks_of_pictures_is_passed_on():
+    backbone = DyHeadBackbone(Toy(a=(32, 4), b=(32, 8)), num_blocks=1)
+    assert backbone.size_divisibility == 16
+    assert backbone.padding_constraints == {"square_size": 64}
+
+
+def test_regnet_fpn_can_be_wrapped():
+    regnet = RegNet(
+        stem_class=SimpleStem,
+        stem_width=8,
+        block_class=ResBottleneckBlock,
+        depth=4,
+        w_a=8.0,
+        w_0=8,
+        w_m=2.0,
+        group_width=8,
+        norm="BN",
+        out_features=["s2", "s3"],
+    )
+    backbone = DyHeadBackbone(FPN(regnet, ["s2", "s3"], out_channels=32), num_blocks=1)
+    assert {name: tuple(level.shape) for name, level in backbone(torch.randn(1, 3, 64, 64)).items()} == {
+        "p3": (1, 32, 8, 8),
+        "p4": (1, 32, 4, 4),
+    }
+
+
+def test_vitdets_pyramid_can_be_wrapped():
+    pyramid = SimpleFeaturePyramid(Toy(last=(32, 16)), "last", 32, scale_factors=(4.0, 2.0, 1.0, 0.5), square_pad=64)
+    backbone = DyHeadBackbone(pyramid, num_blocks=1)
+    assert backbone.padding_constraints["square_size"] == 64
+    assert [level.shape[-1] for level in backbone(torch.randn(1, 3, 64, 64)).values()] == [16, 8, 4, 2]
+
+
+def test_strides_that_do_not_double_are_named():
+    with pytest.raises(ValueError, match="level c: expected stride 16, twice that of level b, got 32"):
+        DyHeadBackbone(Toy(a=(32, 4), b=(32, 8), c=(32, 32)))
+
+
+def test_levels_of_different_channels_are_named():
+    with pytest.raises(ValueError, match="level b: expected 32 channels as in level a, got 16"):
+        DyHeadBackbone(Toy(a=(32, 4), b=(16, 8)))

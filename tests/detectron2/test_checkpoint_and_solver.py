@@ -1,0 +1,157 @@
+# ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.detectron2
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from dyhead.config import ConfigError, add_dyhead_config, load_config
+from dyhead.detectron2 import Checkpointer
+from dyhead.detectron2.solver import build_optimizer
+
+
+@pytest.fixture
+def saved(tiny_cfg, tmp_path):
+    """A tiny FCOS and its checkpoint file."""
+    model = build_model(tiny_cfg())
+    Checkpointer(model, str(tmp_path)).save("tiny")
+    return model, tmp_path / "tiny.pth"
+
+
+def changed(file, change):
+    """A copy of a checkpoint file after `change` has altered its weights."""
+    state = torch.load(file)["model"]
+    change(state)
+    torch.save({"model": state}, file.with_stem("changed"))
+    return str(file.with_stem("changed"))
+
+
+def test_a_checkpoint_comes_back(saved, tiny_cfg):
+    model, file = saved
+    other = build_model(tiny_cfg())
+    Checkpointer(other).load(str(file))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error_naming_the_keys(saved):
+    def change(state):
+        del state["head.deltas.bias"]
+        state["head.surplus"] = torch.zeros(1)
+        state["head.logits.weight"] = torch.zeros(5, 32, 3, 3)
+
+    model, file = saved
+    checkpointer = Checkpointer(model)
+    with pytest.raises(ConfigError, match="changed.pth: does not fit the model") as error:
+        checkpointer.load(changed(file, change))
+    assert "1 missing keys: head.deltas.bias\n" in str(error.value)
+    assert "1 unexpected keys: head.surplus\n" in str(error.value)
+    assert "head.logits.weight (expected (2, 32, 3, 3), got (5, 32, 3, 3))" in str(error.value)
+    checkpointer.load(str(file))  # the error leaves nothing behind
+
+
+def test_for_training_what_fits_is_loaded(saved, tiny_cfg):
+    model, file = saved
+    other = build_model(tiny_cfg("fcos", {"MODEL.FCOS.NUM_CLASSES": 3}))
+    Checkpointer(other).load(str(file), checkpointables=[])
+    assert torch.equal(other.head.deltas.weight, model.head.deltas.weight)
+    assert other.head.logits.weight.shape[0] == 3
+
+
+def test_a_file_that_is_no_checkpoint_is_named(saved, tmp_path):
+    model, _ = saved
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ConfigError, match=r"text\.pth: cannot be loaded"):
+        Checkpointer(model).load(str(tmp_path / "text.pth"))
+    with pytest.raises(ConfigError, match=r"absent\.pth: cannot be loaded"):
+        Checkpointer(model).load(str(tmp_path / "absent.pth"))
+
+
+def test_weights_of_a_detector_without_the_head_go_into_the_wrapped_backbone(saved, tiny_cfg):
+    def unwrap(state):
+        for key in [key for key in state if key.startswith("backbone.")]:
+            value = state.pop(key)
+            if key.startswith("backbone.backbone."):
+                state[key.removeprefix("backbone.")] = value
+
+    model, file = saved
+    other = build_model(tiny_cfg())
+    Checkpointer(other).load(changed(file, unwrap), checkpointables=[])
+    wrapped = model.backbone.backbone.state_dict()
+    assert all(torch.equal(value, wrapped[key]) for key, value in other.backbone.backbone.state_dict().items())
+
+
+def test_released_weights_of_the_head_fit(configs, tmp_path):
+    cfg = add_dyhead_config(get_cfg())
+    overrides = ["MODEL.DEVICE", "cpu", "MODEL.DYHEAD.BLOCK", "released"]
+    load_config(cfg, configs / "faster_rcnn_dyhead_R50.yaml", overrides)
+    model = build_model(cfg)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.dyhead.")}
+    tower = json.loads((Path(__file__).parents[1] / "data" / "released_keys.json").read_text())
+    state.update({key: torch.full((1,), 0.5).expand(shape) for key, shape in tower.items()})
+    torch.save({"model": state}, tmp_path / "released.pth")
+    Checkpointer(model).load(str(tmp_path / "released.pth"))
+    assert all((parameter == 0.5).all() for parameter in model.backbone.dyhead.parameters())
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+
+
+def solver_cfg(**settings):
+    cfg = add_dyhead_config(get_cfg())
+    for key, value in settings.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+def test_optimizers_have_detectron2s_parameter_groups():
+    model = Toy()
+    cfg = solver_cfg(OPTIMIZER="ADAMW", BASE_LR=0.25, WEIGHT_DECAY=0.125, WEIGHT_DECAY_NORM=0.0, BIAS_LR_FACTOR=2.0)
+    adamw = build_optimizer(cfg, model)
+    assert type(adamw) is torch.optim.AdamW
+    settings = {p: (g["lr"], g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
+    assert settings[model.a.weight] == (0.25, 0.125)
+    assert settings[model.a.bias] == (0.5, 0.125)
+    assert settings[model.norm.weight] == (0.25, 0.0)
+
+    sgd = build_optimizer(solver_cfg(MOMENTUM=0.75, NESTEROV=True), model)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert sgd.defaults["momentum"] == 0.75
+    assert sgd.defaults["nesterov"]
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("full_model", 0.5), ("norm", 0.5 * 2)])
+def test_gradients_are_clipped(kind, norm):
+    cfg = solver_cfg(BASE_LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, WEIGHT_DECAY_NORM=0.0)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
+    model = Toy()
+    optimizer = build_optimizer(cfg, model)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    # At a rate of 1 the step is the gradient: 0.5 over all, or 0.5 for each of the 4 parameters.
+    assert (after - before).norm() == pytest.approx(norm, rel=1e-3)
+
+
+def test_unknown_optimizers_and_clippings_are_named():
+    with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER: expected 'SGD' or 'ADAMW', got 'LION'"):
+        build_optimizer(solver_cfg(OPTIMIZER="LION"), Toy())
+    cfg = solver_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "half"
+    with pytest.raises(ConfigError, match=r"CLIP_TYPE: expected .*'full_model', got 'half'"):
+        build_optimizer(cfg, Toy())

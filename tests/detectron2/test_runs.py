@@ -1,0 +1,197 @@
+# ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
+"""Whole runs of the engine, as train_net.py starts them, on a few small pictures."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.detectron2
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.utils.visualizer import Visualizer
+
+from dyhead.config import ConfigError
+from dyhead.data import DataError
+from dyhead.detectron2 import Checkpointer, Trainer, main, register_datasets, setup
+
+
+@pytest.fixture(scope="module")
+def finished(arguments_in, tmp_path_factory):
+    """A run of 4 iterations: its command line, its folder and what main returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    return arguments_in(folder), folder, main(arguments_in(folder)())
+
+
+def test_a_run_leaves_its_files(finished):
+    _, folder, metrics = finished
+    names = {path.name for path in folder.iterdir()}
+    files = {"config.yaml", "log.txt", "metrics.json", "results.json", "model_final.pth", "last_checkpoint"}
+    assert names >= files | {"predictions.png", "losses.png", "model_0000001.pth"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+    (result,) = json.loads((folder / "results.json").read_text())["results"]
+    assert result["metrics"] == metrics["blocks_val"]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-red", "AP-green"} <= set(result["metrics"])
+    assert result["timing"]["calls"] == 2
+    assert result["gflops"] > 0
+    assert result["input_size"] == [64, 96]
+    model = build_model(setup(finished[0]()))
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    (last,) = [line for line in lines if line["iteration"] == 3]
+    assert all(math.isfinite(last[key]) for key in ("total_loss", "loss_fcos_cls", "lr"))
+    assert lines[-1]["bbox/AP"] == metrics["blocks_val"]["AP"]
+    log = (folder / "log.txt").read_text()
+    assert "images/s" in log
+    assert "DyHeadFCOS" in log
+    assert Image.open(folder / "predictions.png").size[0] > 100
+
+
+def test_evaluating_the_checkpoint_gives_the_same_metrics(finished):
+    arguments, folder, metrics = finished
+    config = (folder / "config.yaml").read_text()
+    weights = {"MODEL.WEIGHTS": str(folder / "model_final.pth")}
+    assert main(arguments(weights, eval_only=True)) == metrics
+    assert main(arguments(eval_only=True, resume=True)) == metrics
+    assert (folder / "config.yaml").read_text() == config
+
+
+def test_a_run_is_not_overwritten(finished):
+    arguments, folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR .* holds a run already .*--resume"):
+        main(arguments())
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_evaluation_refuses_weights_that_do_not_fit(finished):
+    arguments, folder, _ = finished
+    settings = {"MODEL.WEIGHTS": str(folder / "model_final.pth"), "MODEL.DYHEAD.NUM_BLOCKS": 2}
+    with pytest.raises(ConfigError, match=r"missing keys: backbone\.dyhead\.blocks\.1"):
+        main(arguments(settings, eval_only=True))
+
+
+def test_a_model_predicts_and_is_drawn(finished):
+    arguments, folder, _ = finished
+    settings = {"MODEL.WEIGHTS": str(folder / "model_final.pth"), "MODEL.FCOS.SCORE_THRESH_TEST": 0.01}
+    picture = np.full((64, 96, 3), 128, dtype=np.uint8)
+    instances = DefaultPredictor(setup(arguments(settings)))(picture)["instances"]
+    assert len(instances) > 0
+    drawn = Visualizer(picture, MetadataCatalog.get("blocks_val")).draw_instance_predictions(instances).get_image()
+    assert drawn.shape == picture.shape
+    assert (drawn != picture).any()
+
+
+def test_resuming_continues_from_the_saved_state(blocks, tiny_cfg):
+    register_datasets(["blocks_train", "blocks_val"], blocks)
+    first = Trainer(tiny_cfg("fcos", {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": ()}))
+    first.resume_or_load(resume=True)
+    first.train()
+    second = Trainer(tiny_cfg("fcos", {"SOLVER.MAX_ITER": 4, "DATASETS.TEST": ()}))
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 2
+    assert_equal(second.model.state_dict(), first.model.state_dict())
+    assert_equal(second.optimizer.state_dict()["state"], first.optimizer.state_dict()["state"])
+    assert second.scheduler.last_epoch == first.scheduler.last_epoch
+    second.train()
+    assert second.iter == 4
+    moments = second.optimizer.state_dict()["state"]
+    assert {int(moment["step"]) for moment in moments.values()} == {4}
+
+
+def test_a_resumed_run_refuses_another_model(finished):
+    arguments, _, _ = finished
+    with pytest.raises(ConfigError, match="keys of another shape: .*expected .*64"):
+        main(arguments({"MODEL.FPN.OUT_CHANNELS": 64, "SOLVER.MAX_ITER": 5}, resume=True))
+
+
+def test_training_from_other_weights_takes_what_fits(finished, arguments, tmp_path):
+    _, folder, _ = finished
+    settings = {
+        "MODEL.WEIGHTS": str(folder / "model_final.pth"),
+        "MODEL.DYHEAD.NUM_BLOCKS": 2,
+        "SOLVER.BASE_LR": 0.0,
+        "SOLVER.MAX_ITER": 1,
+        "SOLVER.STEPS": (),
+        "SOLVER.WARMUP_ITERS": 0,
+        "DATASETS.TEST": (),
+    }
+    assert main(arguments(settings)) == {}
+    loaded = torch.load(tmp_path / "run" / "model_final.pth")["model"]
+    given = torch.load(folder / "model_final.pth")["model"]
+    assert torch.equal(loaded["head.deltas.weight"], given["head.deltas.weight"])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "not found in the checkpoint" in log
+    assert "backbone.dyhead.blocks.1" in log
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
+def test_the_other_detectors_run_on_a_cpu_under_mixed_precision(arguments, detector, tmp_path):
+    settings = {"SOLVER.AMP.ENABLED": True, "SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "SOLVER.OPTIMIZER": "SGD"}
+    assert set(main(arguments(settings, detector))) == {"blocks_val"}
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    assert math.isfinite(json.loads(lines[-1])["total_loss"])
+
+
+def test_two_processes_share_a_batch(arguments, tmp_path):
+    settings = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,)}
+    assert set(main(arguments(settings, num_gpus=2))) == {"blocks_val"}
+    assert "World size: 2" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "error", "message"),
+    [
+        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, {}, ConfigError, "META_ARCHITECTURE: expected one of DyHeadFCOS"),
+        (
+            {"MODEL.BACKBONE.NAME": "build_resnet"},
+            {},
+            ConfigError,
+            "BACKBONE.NAME: expected one of .*got 'build_resnet'",
+        ),
+        ({"MODEL.DYHEAD.NORM_GROUPS": 7}, {}, ConfigError, "norm_groups: expected a divisor of the 32 channels, got 7"),
+        ({"MODEL.FCOS.IN_FEATURES": ["p2"]}, {}, ConfigError, "cannot be built.*'p2'"),
+        ({"MODEL.FCOS.NUM_CLASSES": 5}, {}, ConfigError, "MODEL.FCOS.NUM_CLASSES: expected 2"),
+        ({"MODEL.WEIGHTS": "gone.pth"}, {}, ConfigError, "MODEL.WEIGHTS gone.pth: no such file"),
+        ({}, {"eval_only": True}, ConfigError, "--eval-only: set MODEL.WEIGHTS"),
+        ({}, {"eval_only": True, "resume": True}, ConfigError, "holds no checkpoint"),
+        ({}, {"num_gpus": 3}, ConfigError, "IMS_PER_BATCH: expected a multiple of the 3 processes, got 2"),
+        ({}, {"num_gpus": 0}, ConfigError, "--num-gpus"),
+        ({"DATASETS.TRAIN": ("bloks_train",)}, {}, DataError, "'bloks_train' is not known.*blocks_train"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(arguments, settings, flags, error, message):
+    with pytest.raises(error, match=message):
+        main(arguments(settings, **flags))
+
+
+def test_without_cuda_the_device_becomes_the_cpu(arguments, caplog):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert setup(arguments({"MODEL.DEVICE": "cuda"})).MODEL.DEVICE == "cpu"
+    assert "MODEL.DEVICE is cuda, but there is no CUDA device" in caplog.text
+
+
+def test_no_detections_are_zero_ap(blocks, arguments, tmp_path, tiny_cfg):
+    cfg = tiny_cfg()
+    Checkpointer(build_model(cfg), str(tmp_path)).save("fresh")
+    settings = {"MODEL.WEIGHTS": str(tmp_path / "fresh.pth"), "MODEL.FCOS.SCORE_THRESH_TEST": 0.99}
+    metrics = main(arguments(settings, eval_only=True))["blocks_val"]
+    assert metrics["AP"] == metrics["AP50"] == metrics["AP-red"] == 0
+
+
+def assert_equal(state, other):
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        if isinstance(value, dict):
+            assert_equal(value, other[key])
+        else:
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
