@@ -44,14 +44,14 @@ def check_arguments(
     bias: Tensor | None,
     level_weight: Tensor | None,
     aligned: bool,
-    scales: Sequence[float],
+    scales: Sequence[float] | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> None:
     """Raises RuntimeError naming the argument, what was expected and what came, unless the operator can run.
 
-    The arguments are the raw operator's: `scales` is empty for the default, the others (vertical, horizontal) pairs.
+    The arguments are the raw operator's: `scales` is None for the default, the others (vertical, horizontal) pairs.
     """
     if len(features) == 0:
         _fail("features", "at least one level", "an empty list")
@@ -120,8 +120,8 @@ def check_arguments(
         _expect_shape("mask", mask, (batch, offset_groups * taps, height, width))
     if level_weight is not None:
         _expect_shape("level_weight", level_weight, (batch, len(features)))
-    if len(scales) not in (0, len(features)):
+    if scales is not None and len(scales) != len(features):
         _fail("scales", f"{len(features)} numbers, one a level", f"{len(scales)}")
-    for level, scale in enumerate(scales):
+    for level, scale in enumerate(scales or ()):
         if not 0 < scale < float("inf"):
             _fail(f"scales[{level}]", "a positive finite number", scale)

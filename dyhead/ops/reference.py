@@ -24,7 +24,7 @@ __all__ = ["deform_conv2d", "pyramid_deform_conv2d"]
 class AxisMap(NamedTuple):
     """Where a tap reads along one axis of a level: step * i + tap * r + shift * d + origin.
 
-    i is the output pixel, r the row or column of the tap in the kernel, d its offset. The result is in the level's pixels.
+    i is the output pixel, r the row or column of the tap in the kernel, d its offset. In pixels of the level.
     """
 
     step: float
@@ -70,8 +70,7 @@ def deform_conv2d(
     mask: Tensor | None = None,
 ) -> Tensor:
     """`dyhead.ops.deform_conv2d`, which documents the arguments, in plain PyTorch."""
-    raw = raw_arguments([input], offset, weight.unsqueeze(0), bias, mask, None, False, None, stride, padding, dilation)
-    return pyramid_deform_conv(*raw)
+    return pyramid_deform_conv(*raw_convolution_arguments(input, offset, weight, bias, stride, padding, dilation, mask))
 
 
 def raw_arguments(
@@ -92,8 +91,11 @@ def raw_arguments(
     Positions, masks and level weights are widened to the accumulation type, differentiably, so that a half type rounds
     values but never positions.
     """
+    if isinstance(features, Tensor) or len(features) == 0:
+        got = f"one tensor {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty list"
+        raise RuntimeError(f"features: expected a list of at least one level, got {got}")
     features = list(features)
-    wide = accumulation_dtype(features[0].dtype) if features else torch.float32
+    wide = accumulation_dtype(features[0].dtype)
     return (
         features,
         _widen("offset", offset, wide),
@@ -102,11 +104,39 @@ def raw_arguments(
         bias,
         _widen("level_weight", level_weight, wide),
         aligned,
-        [] if scales is None else [float(scale) for scale in scales],
+        None if scales is None else [float(scale) for scale in scales],
         _pair(stride),
         _pair(padding),
         _pair(dilation),
     )
+
+
+def raw_convolution_arguments(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    mask: Tensor | None,
+) -> tuple:
+    """The arguments of the raw operator from those of `deform_conv2d`."""
+    if weight.dim() != 4:
+        raise RuntimeError(f"weight: expected (C_out, C_in/groups, kh, kw), got {tuple(weight.shape)}")
+    return raw_arguments([input], offset, weight.unsqueeze(0), bias, mask, None, False, None, stride, padding, dilation)
+
+
+def autocast_values(
+    device: str, features: list[Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """What autocast casts: the values, not the positions. As elsewhere under autocast, float64 stays what it is."""
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return [cast(feature) for feature in features], cast(weight), None if bias is None else cast(bias)
 
 
 def _widen(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -129,7 +159,7 @@ def pyramid_deform_conv(
     bias: Tensor | None,
     level_weight: Tensor | None,
     aligned: bool,
-    scales: Sequence[float],
+    scales: Sequence[float] | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -147,7 +177,7 @@ def pyramid_deform_conv(
     out = None
     for level, feature in enumerate(features):
         if aligned:
-            scale = scales[level] if scales else feature.shape[2] / height
+            scale = feature.shape[2] / height if scales is None else scales[level]
             rows, columns = aligned_axis(scale, kh, dilation[0]), aligned_axis(scale, kw, dilation[1])
         else:
             rows = convolution_axis(stride[0], padding[0], dilation[0])

@@ -1,0 +1,757 @@
+// The CPU operator, forward and backward.
+//
+// Both work on tiles of output pixels. Forward: the samples of a tile for a few taps go into a panel that stays in the
+// cache, and the panel is multiplied with those taps' weights into the tile's sums; levels and taps add up there.
+// Backward, in two passes that need no atomic operations and give the same result for any number of threads:
+//
+//     scatter   a worker owns a block of channels of an image. It multiplies the output's gradient with the weights of
+//     a
+//               tap into a panel, the gradient of the samples, and spreads that over the features' gradient. Gradients
+//               of offset, mask and level weight are sums over channels: every block adds into a plane of its own, and
+//               the planes of a group are summed at the end, in their order.
+//     weights   a worker owns a tap, level and block of input channels, samples it again over all pixels, and
+//               multiplies the samples with the output's gradient.
+//
+// Features are read with their channels last; others are copied once per call.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../arguments.h"
+#include "kernels.h"
+#include "memory.h"
+#include "path.h"
+
+namespace dyhead::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+constexpr int64_t kTile = 96;             // output pixels of a tile, a multiple of every Kernels::rows
+constexpr int64_t kPanelDepth = 320;      // channels times taps that a panel holds per group, about
+constexpr int64_t kScatterChannels = 64;  // channels of a block of the scatter pass
+constexpr int64_t kWeightChannels = 96;   // input channels of a block of the weights pass
+
+template <typename T>
+const Kernels<T>& kernels() {
+#if defined(__x86_64__)
+  if (path() == Path::kAvx512) return avx512_path::kernels<T>();
+  if (path() == Path::kAvx2) return avx2_path::kernels<T>();
+#endif
+  return default_path::kernels<T>();
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor as_channels_last(const Tensor& tensor) {
+  return has_channels_last_strides(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+}
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// A run of channels that one convolution group and one offset group share.
+struct Segment {
+  int64_t begin, width, group, offset_group;
+};
+
+// Cuts channels [begin, end) where a group begins.
+std::vector<Segment> segments(const Problem& problem, int64_t begin, int64_t end) {
+  const int64_t size = problem.group_channels(), offset_size = problem.channels / problem.offset_groups;
+  std::vector<Segment> result;
+  while (begin < end) {
+    const int64_t group = begin / size, offset_group = begin / offset_size;
+    const int64_t stop = std::min({end, (group + 1) * size, (offset_group + 1) * offset_size});
+    result.push_back({begin, stop - begin, group, offset_group});
+    begin = stop;
+  }
+  return result;
+}
+
+// The arguments as the kernels read them.
+template <typename T>
+struct Inputs {
+  using A = Accumulator<T>;
+
+  Inputs(const Arguments& arguments, const Problem& problem)
+      : problem(problem),
+        offset_tensor(as_contiguous(arguments.offset)),
+        weight_tensor(as_contiguous(arguments.weight)),
+        offset(static_cast<const A*>(offset_tensor.const_data_ptr())),
+        weight(static_cast<const T*>(weight_tensor.const_data_ptr())) {
+    for (const Tensor& feature : arguments.features) {
+      feature_tensors.push_back(as_channels_last(feature));
+      features.push_back(static_cast<const T*>(feature_tensors.back().const_data_ptr()));
+    }
+    if (arguments.mask) {
+      mask_tensor = as_contiguous(*arguments.mask);
+      mask = static_cast<const A*>(mask_tensor->const_data_ptr());
+    }
+    if (arguments.level_weight) {
+      level_weight_tensor = as_contiguous(*arguments.level_weight);
+      level_weight = static_cast<const A*>(level_weight_tensor->const_data_ptr());
+    }
+  }
+
+  // The features of an image on a level.
+  const T* image(int64_t n, int64_t level) const { return features[level] + n * image_size(level); }
+  int64_t image_size(int64_t level) const {
+    return problem.levels[level].height * problem.levels[level].width * problem.channels;
+  }
+
+  A level_factor(int64_t n, int64_t level) const {
+    return level_weight ? level_weight[n * static_cast<int64_t>(problem.levels.size()) + level] : A(1);
+  }
+  // Row (n, offset_group, tap) of the mask, or of a half of the offset: planes of H * W elements.
+  int64_t plane(int64_t n, int64_t offset_group, int64_t tap) const {
+    return ((n * problem.offset_groups + offset_group) * problem.taps() + tap) * problem.pixels();
+  }
+
+  // Calls visit(p, cell, mask) for the `count` pixels of a tile.
+  template <typename Visit>
+  void locate_tile(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
+                   const Visit& visit) const {
+    const Level& map = problem.levels[level];
+    const int64_t tap_row = tap / problem.kernel_width, tap_column = tap % problem.kernel_width;
+    const int64_t at = plane(n, offset_group, tap) + begin;
+    const A* dy = offset + at + plane(n, offset_group, tap);
+    const A* dx = dy + problem.pixels();
+    int64_t row = begin / problem.width, column = begin % problem.width;
+    for (int64_t p = 0; p < count; ++p) {
+      const A y = position<A>(map.rows, row, tap_row, dy[p]);
+      const A x = position<A>(map.columns, column, tap_column, dx[p]);
+      visit(p, locate<A>(y, x, map.height, map.width), mask ? mask[at + p] : A(1));
+      if (++column == problem.width) column = 0, ++row;
+    }
+  }
+
+  // The samples of a tile for one tap and offset group.
+  void samples(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
+               const T* outside, Sample<T>* result) const {
+    const T* base = image(n, level);
+    const A factor = level_factor(n, level);
+    locate_tile(n, level, offset_group, tap, begin, count, [&](int64_t p, const Cell<A>& cell, A mask) {
+      corner_shares(cell, result[p].share);
+      for (int i = 0; i < 4; ++i) {
+        result[p].share[i] *= mask * factor;
+        result[p].corner[i] = cell.corner[i] < 0 ? outside : base + cell.corner[i] * problem.channels;
+      }
+    });
+  }
+
+  const Problem& problem;
+  Tensor offset_tensor, weight_tensor;
+  std::optional<Tensor> mask_tensor, level_weight_tensor;
+  std::vector<Tensor> feature_tensors;
+  std::vector<const T*> features;
+  const A* offset;
+  const T* weight;
+  const A* mask = nullptr;
+  const A* level_weight = nullptr;
+};
+
+// A row of zeros, which corners outside the map are read from.
+template <typename T>
+Buffer<T> zeros(int64_t count) {
+  Buffer<T> result(count);
+  std::fill(result.get(), result.get() + count, T(0));
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------- forward
+
+// Weights as (level, group, block of output channels, tap, input channel, output channel of the block).
+template <typename T>
+struct ForwardWeights {
+  using A = Accumulator<T>;
+
+  ForwardWeights(const Inputs<T>& inputs, int64_t columns)
+      : problem(inputs.problem),
+        columns(columns),
+        column_blocks(blocks(problem.group_out_channels(), columns)),
+        block_size(problem.taps() * problem.group_channels() * columns),
+        packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), problem.group_channels(),
+                      columns)) {
+    const int64_t units = static_cast<int64_t>(problem.levels.size()) * problem.groups * column_blocks;
+    parallel_units(units, worker_count(units), [&](int64_t unit, int64_t) {
+      const int64_t first = unit % column_blocks * columns, run = unit / column_blocks;
+      const int64_t taps = problem.taps(), channels = problem.group_channels();
+      const int64_t width = std::min(columns, problem.group_out_channels() - first);
+      const T* from = inputs.weight + (run * problem.group_out_channels() + first) * channels * taps;
+      A* to = packed.get() + unit * block_size;
+      if (width < columns) std::fill(to, to + block_size, A(0));
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t k = 0; k < taps; ++k) {
+          A* row = to + (k * channels + c) * columns;
+          for (int64_t o = 0; o < width; ++o) row[o] = static_cast<A>(from[(o * channels + c) * taps + k]);
+        }
+      }
+    });
+  }
+
+  const A* at(int64_t level, int64_t group, int64_t tap) const {
+    return packed.get() + (level * problem.groups + group) * column_blocks * block_size +
+           tap * problem.group_channels() * columns;
+  }
+
+  const Problem& problem;
+  int64_t columns, column_blocks, block_size;
+  Buffer<A> packed;
+};
+
+// Writes the sums of a tile, (pixel, group, output channel of the group padded to `group_stride`).
+template <typename T>
+void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t group_stride, int64_t n, int64_t begin,
+                int64_t count, bool channels_last, T* out) {
+  const int64_t stride = problem.groups * group_stride, group_channels = problem.group_out_channels();
+  for (int64_t group = 0; group < problem.groups; ++group) {
+    const Accumulator<T>* from = sums + group * group_stride;
+    if (channels_last) {
+      T* to = out + (n * problem.pixels() + begin) * problem.out_channels + group * group_channels;
+      for (int64_t p = 0; p < count; ++p) {
+        for (int64_t o = 0; o < group_channels; ++o) {
+          to[p * problem.out_channels + o] = static_cast<T>(from[p * stride + o]);
+        }
+      }
+    } else {
+      T* to = out + (n * problem.out_channels + group * group_channels) * problem.pixels() + begin;
+      for (int64_t o = 0; o < group_channels; ++o) {
+        for (int64_t p = 0; p < count; ++p) to[o * problem.pixels() + p] = static_cast<T>(from[p * stride + o]);
+      }
+    }
+  }
+}
+
+template <typename T>
+void forward(const Arguments& arguments, const Problem& problem, Tensor& result, bool channels_last) {
+  using A = Accumulator<T>;
+  const Kernels<T>& kernel = kernels<T>();
+  const Inputs<T> inputs(arguments, problem);
+  T* out = static_cast<T*>(result.mutable_data_ptr());
+  std::optional<Tensor> bias_tensor;
+  if (arguments.bias) bias_tensor = as_contiguous(*arguments.bias);
+  const T* bias = bias_tensor ? static_cast<const T*>(bias_tensor->const_data_ptr()) : nullptr;
+
+  const int64_t taps = problem.taps(), depth = problem.group_channels(), pixels = problem.pixels();
+  const int64_t panel_taps =
+      blocks(taps, blocks(taps, std::clamp<int64_t>(kPanelDepth / depth, 1, taps)));  // of equal size
+  const ForwardWeights<T> weights(inputs, kernel.columns);
+  const Buffer<T> outside = zeros<T>(problem.channels);
+  const std::vector<Segment> all = segments(problem, 0, problem.channels);
+
+  // A pixel's result does not depend on its tile, so small maps may be cut to occupy all threads.
+  const int64_t share = blocks(problem.batch * pixels, 4 * static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t tile = std::min(kTile, round_up(std::clamp<int64_t>(share, 1, pixels), kernel.rows));
+  const int64_t tiles = blocks(pixels, tile), units = problem.batch * tiles, workers = worker_count(units);
+  const int64_t group_stride = weights.column_blocks * kernel.columns, sums_stride = problem.groups * group_stride;
+  const int64_t panel_stride = panel_taps * problem.channels;
+
+  struct Scratch {
+    Buffer<A> sums, panel;
+    Buffer<Sample<T>> samples;
+  };
+  std::vector<Scratch> scratches;
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    scratches.push_back({Buffer<A>(volume(tile, sums_stride)), Buffer<A>(volume(tile, panel_stride)),
+                         Buffer<Sample<T>>(volume(problem.offset_groups, tile))});
+  }
+
+  parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
+    const Scratch& scratch = scratches[worker];
+    const int64_t n = unit / tiles, begin = unit % tiles * tile, count = std::min(tile, pixels - begin);
+    A* sums = scratch.sums.get();
+    std::fill(sums, sums + tile * sums_stride, A(0));
+    if (bias != nullptr) {
+      for (int64_t p = 0; p < count; ++p) {
+        for (int64_t o = 0; o < problem.out_channels; ++o) {
+          const int64_t group = o / problem.group_out_channels();
+          sums[p * sums_stride + group * (group_stride - problem.group_out_channels()) + o] = static_cast<A>(bias[o]);
+        }
+      }
+    }
+    for (int64_t level = 0; level < static_cast<int64_t>(problem.levels.size()); ++level) {
+      for (int64_t first = 0; first < taps; first += panel_taps) {
+        // The panel: (pixel, group, tap, channel of the group).
+        const int64_t some = std::min(panel_taps, taps - first);
+        for (int64_t tap = first; tap < first + some; ++tap) {
+          for (int64_t g = 0; g < problem.offset_groups; ++g) {
+            inputs.samples(n, level, g, tap, begin, count, outside.get(), scratch.samples.get() + g * tile);
+          }
+          for (const Segment& segment : all) {
+            A* to = scratch.panel.get() + (segment.group * some + tap - first) * depth + segment.begin % depth;
+            kernel.sample(scratch.samples.get() + segment.offset_group * tile, count, segment.begin, segment.width, to,
+                          panel_stride);
+          }
+        }
+        for (int64_t group = 0; group < problem.groups; ++group) {
+          kernel.product(blocks(count, kernel.rows), weights.column_blocks, some * depth,
+                         {scratch.panel.get() + group * some * depth, panel_stride, 1}, weights.at(level, group, first),
+                         weights.block_size, kernel.columns, sums + group * group_stride, sums_stride);
+        }
+      }
+    }
+    write_tile<T>(problem, sums, group_stride, n, begin, count, channels_last, out);
+  });
+}
+
+// --------------------------------------------------------------------------------------------------------- backward
+
+// The output's gradient as (image, pixel, group, output channel of the group), every group padded to whole blocks of
+// columns and the pixels to a whole block of rows.
+template <typename T>
+struct OutputGradient {
+  using A = Accumulator<T>;
+
+  OutputGradient(const Problem& problem, const Tensor& gradient, const Kernels<T>& kernel)
+      : group_stride(round_up(problem.group_out_channels(), kernel.columns)),
+        stride(problem.groups * group_stride),
+        packed(volume(problem.batch * problem.pixels() + kernel.rows, stride)) {
+    const Tensor source = as_channels_last(gradient);
+    const T* from = static_cast<const T*>(source.const_data_ptr());
+    const int64_t pixels = problem.batch * problem.pixels(), channels = problem.group_out_channels();
+    const int64_t units = blocks(pixels, kTile);
+    std::fill(packed.get() + pixels * stride, packed.get() + (pixels + kernel.rows) * stride, A(0));
+    parallel_units(units, worker_count(units), [&](int64_t unit, int64_t) {
+      for (int64_t p = unit * kTile; p < std::min(pixels, (unit + 1) * kTile); ++p) {
+        for (int64_t group = 0; group < problem.groups; ++group) {
+          A* to = packed.get() + p * stride + group * group_stride;
+          for (int64_t o = 0; o < channels; ++o) {
+            to[o] = static_cast<A>(from[p * problem.out_channels + group * channels + o]);
+          }
+          std::fill(to + channels, to + group_stride, A(0));
+        }
+      }
+    });
+  }
+
+  int64_t group_stride, stride;
+  Buffer<A> packed;
+};
+
+// A block of channels in one offset group, what a worker of the scatter pass owns of an image.
+struct ChannelBlock {
+  int64_t offset_group, begin, width;
+  std::vector<Segment> segments;  // one per convolution group in it
+  std::vector<int64_t> columns;   // where each segment begins in the panel; segments are padded to whole blocks
+  int64_t panel_width;
+};
+
+std::vector<ChannelBlock> channel_blocks(const Problem& problem, int64_t columns) {
+  const int64_t size = problem.channels / problem.offset_groups;
+  std::vector<ChannelBlock> result;
+  for (int64_t g = 0; g < problem.offset_groups; ++g) {
+    for (int64_t begin = 0; begin < size; begin += kScatterChannels) {
+      const int64_t width = std::min(kScatterChannels, size - begin);
+      ChannelBlock block{g, g * size + begin, width, {}, {}, 0};
+      block.segments = segments(problem, block.begin, block.begin + width);
+      for (const Segment& segment : block.segments) {
+        block.columns.push_back(block.panel_width);
+        block.panel_width += round_up(segment.width, columns);
+      }
+      result.push_back(std::move(block));
+    }
+  }
+  return result;
+}
+
+// Weights of one block of channels as (level, segment, tap, block of columns, output channel, channel of the block).
+template <typename T>
+struct ScatterWeights {
+  using A = Accumulator<T>;
+
+  ScatterWeights(const Inputs<T>& inputs, const std::vector<ChannelBlock>& channel_blocks, int64_t columns)
+      : problem(inputs.problem), columns(columns) {
+    const int64_t depth = problem.group_out_channels(), taps = problem.taps(), channels = problem.group_channels();
+    for (const ChannelBlock& block : channel_blocks) {
+      starts.push_back(size);
+      size += volume(problem.levels.size(), taps, block.panel_width, depth);
+    }
+    packed = Buffer<A>(size);
+    const int64_t levels = static_cast<int64_t>(problem.levels.size());
+    const int64_t units = levels * static_cast<int64_t>(channel_blocks.size());
+    parallel_units(units, worker_count(units), [&](int64_t unit, int64_t) {
+      const int64_t level = unit % levels, b = unit / levels;
+      const ChannelBlock& block = channel_blocks[b];
+      for (size_t s = 0; s < block.segments.size(); ++s) {
+        const Segment& segment = block.segments[s];
+        const int64_t padded = round_up(segment.width, columns), first = segment.begin % channels;
+        A* to = const_cast<A*>(at(b, block, level, static_cast<int64_t>(s), 0));
+        if (padded != segment.width) std::fill(to, to + taps * padded * depth, A(0));
+        for (int64_t o = 0; o < depth; ++o) {
+          const T* from =
+              inputs.weight + (((level * problem.groups + segment.group) * depth + o) * channels + first) * taps;
+          for (int64_t c = 0; c < segment.width; ++c) {
+            A* column = to + (c / columns * depth + o) * columns + c % columns;
+            for (int64_t k = 0; k < taps; ++k) column[k * padded * depth] = static_cast<A>(from[c * taps + k]);
+          }
+        }
+      }
+    });
+  }
+
+  const A* at(int64_t b, const ChannelBlock& block, int64_t level, int64_t segment, int64_t tap) const {
+    const int64_t depth = problem.group_out_channels();
+    const int64_t padded = round_up(block.segments[segment].width, columns);
+    return packed.get() + starts[b] +
+           ((level * block.panel_width + block.columns[segment]) * problem.taps() + tap * padded) * depth;
+  }
+
+  const Problem& problem;
+  int64_t columns, size = 0;
+  std::vector<int64_t> starts;
+  Buffer<A> packed;
+};
+
+// Which gradients are asked for.
+struct Needs {
+  bool features, offset, mask, weight, bias, level_weight;
+  bool positions() const { return offset || mask || level_weight; }
+};
+
+struct Gradients {
+  std::vector<Tensor> features;
+  Tensor offset, mask, weight, bias, level_weight;
+};
+
+// Gradients of features, offset, mask and level weight.
+template <typename T>
+void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, const Needs& needs,
+                  const Kernels<T>& kernel, Gradients& gradients) {
+  using A = Accumulator<T>;
+  const Problem& problem = inputs.problem;
+  const int64_t levels = static_cast<int64_t>(problem.levels.size());
+  const int64_t taps = problem.taps(), pixels = problem.pixels();
+  const ScalarType positions_dtype = accumulation_dtype(problem.dtype);
+
+  // The features' gradients are summed in the accumulation type with channels last: in the result where it is so.
+  std::vector<Tensor> sums;
+  std::vector<A*> feature_sums;
+  if (needs.features) {
+    for (int64_t level = 0; level < levels; ++level) {
+      const Tensor& result = gradients.features[level];
+      const bool direct = problem.dtype == positions_dtype && has_channels_last_strides(result);
+      sums.push_back(direct ? result
+                            : new_tensor(result,
+                                         {problem.batch, problem.channels, problem.levels[level].height,
+                                          problem.levels[level].width},
+                                         positions_dtype, true));
+      feature_sums.push_back(static_cast<A*>(sums.back().mutable_data_ptr()));
+    }
+  }
+
+  const std::vector<ChannelBlock> all = channel_blocks(problem, kernel.columns);
+  const ScatterWeights<T> weights(inputs, all, kernel.columns);
+  const int64_t block_count = static_cast<int64_t>(all.size()), group_blocks = block_count / problem.offset_groups;
+  int64_t panel_width = 0;
+  for (const ChannelBlock& block : all) panel_width = std::max(panel_width, block.panel_width);
+
+  // Planes of the gradients by position: (block of the group, image, offset group, tap, [dy, dx,] pixel). The first is
+  // the result itself.
+  const int64_t planes = problem.batch * problem.offset_groups * taps * pixels;
+  const auto planes_of = [&](const Tensor& first, int64_t size, Buffer<A>& rest) {
+    rest = Buffer<A>(volume(group_blocks - 1, size));
+    std::vector<A*> result{static_cast<A*>(first.mutable_data_ptr())};
+    for (int64_t i = 1; i < group_blocks; ++i) result.push_back(rest.get() + (i - 1) * size);
+    return result;
+  };
+  Buffer<A> offset_rest, mask_rest;
+  std::vector<A*> offset_planes, mask_planes;
+  if (needs.offset) offset_planes = planes_of(gradients.offset, 2 * planes, offset_rest);
+  if (needs.mask) mask_planes = planes_of(gradients.mask, planes, mask_rest);
+  std::vector<double> level_sums(static_cast<size_t>(block_count * problem.batch * levels), 0.0);
+
+  const int64_t units = problem.batch * block_count, workers = worker_count(units);
+  struct Scratch {
+    Buffer<A> panel, dots;
+    Buffer<SampleGradient<A>> samples;
+    Buffer<Cell<A>> cells;
+    Buffer<A> masks;
+  };
+  std::vector<Scratch> scratches;
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    scratches.push_back({Buffer<A>(kTile * panel_width), Buffer<A>(4 * kTile), Buffer<SampleGradient<A>>(kTile),
+                         Buffer<Cell<A>>(kTile), Buffer<A>(kTile)});
+  }
+
+  parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
+    const Scratch& scratch = scratches[worker];
+    A* const panel = scratch.panel.get();
+    A* const dots = scratch.dots.get();
+    const int64_t n = unit / block_count, b = unit % block_count;
+    const ChannelBlock& block = all[b];
+    const int64_t g = block.offset_group, own = b % group_blocks;
+    for (int64_t level = 0; level < levels; ++level) {
+      const A factor = inputs.level_factor(n, level);
+      const A step_y = static_cast<A>(problem.levels[level].rows.shift);
+      const A step_x = static_cast<A>(problem.levels[level].columns.shift);
+      const T* features = inputs.image(n, level) + block.begin;
+      A* feature_sum = nullptr;
+      if (needs.features) {
+        feature_sum = feature_sums[level] + n * inputs.image_size(level) + block.begin;
+        const int64_t map = problem.levels[level].height * problem.levels[level].width;
+        for (int64_t i = 0; i < map; ++i) {
+          std::fill(feature_sum + i * problem.channels, feature_sum + i * problem.channels + block.width, A(0));
+        }
+      }
+      double level_sum = 0;
+      for (int64_t begin = 0; begin < pixels; begin += kTile) {
+        const int64_t count = std::min(kTile, pixels - begin);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          inputs.locate_tile(n, level, g, tap, begin, count, [&](int64_t p, const Cell<A>& cell, A mask) {
+            SampleGradient<A>& sample = scratch.samples.get()[p];
+            corner_shares(cell, sample.share);
+            for (int i = 0; i < 4; ++i) {
+              sample.share[i] *= mask * factor;
+              sample.corner[i] = cell.corner[i] < 0 ? -1 : cell.corner[i] * problem.channels;
+            }
+            scratch.cells.get()[p] = cell;
+            scratch.masks.get()[p] = mask;
+          });
+
+          std::fill(panel, panel + kTile * block.panel_width, A(0));
+          std::fill(dots, dots + 4 * count, A(0));
+          for (size_t s = 0; s < block.segments.size(); ++s) {
+            const Segment& segment = block.segments[s];
+            const int64_t depth = problem.group_out_channels(), to = block.columns[s];
+            const A* rows =
+                gradient.packed.get() + (n * pixels + begin) * gradient.stride + segment.group * gradient.group_stride;
+            kernel.product(blocks(count, kernel.rows), blocks(segment.width, kernel.columns), depth,
+                           {rows, gradient.stride, 1}, weights.at(b, block, level, static_cast<int64_t>(s), tap),
+                           depth * kernel.columns, kernel.columns, panel + to, block.panel_width);
+            const int64_t from = segment.begin - block.begin;
+            kernel.scatter(scratch.samples.get(), count, segment.width, panel + to, block.panel_width, features + from,
+                           needs.positions() ? dots : nullptr, feature_sum ? feature_sum + from : nullptr);
+          }
+          if (!needs.positions()) continue;
+
+          const int64_t at = inputs.plane(n, g, tap);
+          for (int64_t p = 0; p < count; ++p) {
+            const Cell<A>& cell = scratch.cells.get()[p];
+            const A mask = scratch.masks.get()[p], *values = dots + 4 * p;
+            A share[4];
+            corner_shares(cell, share);
+            const A value = share[0] * values[0] + share[1] * values[1] + share[2] * values[2] + share[3] * values[3];
+            // Levels add up; the first one sets.
+            const auto add = [&](A* to, A more) { *to = level == 0 ? more : *to + more; };
+            if (needs.offset) {
+              A* to = offset_planes[own] + 2 * at + begin + p;
+              add(to, mask * factor * step_y * derivative_y(cell, values));
+              add(to + pixels, mask * factor * step_x * derivative_x(cell, values));
+            }
+            if (needs.mask) add(mask_planes[own] + at + begin + p, factor * value);
+            level_sum += static_cast<double>(mask * value);
+          }
+        }
+      }
+      level_sums[(b * problem.batch + n) * levels + level] = level_sum;
+    }
+  });
+
+  const auto sum_planes = [&](const std::vector<A*>& terms, int64_t size) {
+    const int64_t chunk = 4096, chunks = terms.size() > 1 ? blocks(size, chunk) : 0;
+    parallel_units(chunks, worker_count(chunks), [&](int64_t unit, int64_t) {
+      for (size_t term = 1; term < terms.size(); ++term) {
+        for (int64_t i = unit * chunk; i < std::min(size, (unit + 1) * chunk); ++i) terms[0][i] += terms[term][i];
+      }
+    });
+  };
+  if (needs.offset) sum_planes(offset_planes, 2 * planes);
+  if (needs.mask) sum_planes(mask_planes, planes);
+  if (needs.level_weight) {
+    A* result = static_cast<A*>(gradients.level_weight.mutable_data_ptr());
+    const int64_t size = problem.batch * levels;
+    for (int64_t i = 0; i < size; ++i) {
+      double total = 0;
+      for (int64_t b = 0; b < block_count; ++b) total += level_sums[b * size + i];
+      result[i] = static_cast<A>(total);
+    }
+  }
+  if (needs.features) {
+    for (int64_t level = 0; level < levels; ++level) {
+      if (sums[level].get() != gradients.features[level].get()) {
+        torch::stable::copy_(gradients.features[level], sums[level]);
+      }
+    }
+  }
+}
+
+// The gradient of the weight.
+template <typename T>
+void weights_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, const Kernels<T>& kernel,
+                  Tensor& result) {
+  using A = Accumulator<T>;
+  const Problem& problem = inputs.problem;
+  const int64_t levels = static_cast<int64_t>(problem.levels.size());
+  const int64_t taps = problem.taps(), pixels = problem.pixels(), channels = problem.group_channels();
+  const int64_t out_channels = problem.group_out_channels(), sums_stride = gradient.group_stride;
+  T* to = static_cast<T*>(result.mutable_data_ptr());
+  const Buffer<T> outside = zeros<T>(problem.channels);
+
+  // Blocks of channels within one convolution group.
+  std::vector<std::vector<Segment>> all;
+  int64_t width = 0;
+  for (int64_t group = 0; group < problem.groups; ++group) {
+    for (int64_t begin = 0; begin < channels; begin += kWeightChannels) {
+      const int64_t size = std::min(kWeightChannels, channels - begin);
+      all.push_back(segments(problem, group * channels + begin, group * channels + begin + size));
+      width = std::max(width, round_up(size, kernel.rows));
+    }
+  }
+
+  const int64_t block_count = static_cast<int64_t>(all.size()), units = levels * taps * block_count;
+  const int64_t workers = worker_count(units);
+  struct Scratch {
+    Buffer<A> sums, panel;
+    Buffer<Sample<T>> samples;
+  };
+  std::vector<Scratch> scratches;
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    scratches.push_back({Buffer<A>(volume(width, sums_stride)), Buffer<A>(kTile * width), Buffer<Sample<T>>(kTile)});
+    // Columns beyond a block's channels are multiplied, too, into sums that nobody reads.
+    std::fill(scratches.back().panel.get(), scratches.back().panel.get() + kTile * width, A(0));
+  }
+
+  parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
+    const Scratch& scratch = scratches[worker];
+    const std::vector<Segment>& block = all[unit % block_count];
+    const int64_t tap = unit / block_count % taps, level = unit / block_count / taps;
+    const int64_t begin_channel = block.front().begin, group = block.front().group;
+    const int64_t size = block.back().begin + block.back().width - begin_channel;
+    A* const sums = scratch.sums.get();
+    std::fill(sums, sums + width * sums_stride, A(0));
+    for (int64_t n = 0; n < problem.batch; ++n) {
+      for (int64_t begin = 0; begin < pixels; begin += kTile) {
+        const int64_t count = std::min(kTile, pixels - begin);
+        for (const Segment& segment : block) {
+          inputs.samples(n, level, segment.offset_group, tap, begin, count, outside.get(), scratch.samples.get());
+          kernel.sample(scratch.samples.get(), count, segment.begin, segment.width,
+                        scratch.panel.get() + segment.begin - begin_channel, width);
+        }
+        kernel.product(blocks(size, kernel.rows), sums_stride / kernel.columns, count, {scratch.panel.get(), 1, width},
+                       gradient.packed.get() + (n * pixels + begin) * gradient.stride + group * gradient.group_stride,
+                       kernel.columns, gradient.stride, sums, sums_stride);
+      }
+    }
+    for (int64_t o = 0; o < out_channels; ++o) {
+      T* row =
+          to + (((level * problem.groups + group) * out_channels + o) * channels + begin_channel % channels) * taps;
+      for (int64_t c = 0; c < size; ++c) row[c * taps + tap] = static_cast<T>(sums[c * sums_stride + o]);
+    }
+  });
+}
+
+template <typename T>
+void bias_pass(const Problem& problem, const OutputGradient<T>& gradient, Tensor& result) {
+  T* to = static_cast<T*>(result.mutable_data_ptr());
+  const int64_t channels = problem.group_out_channels(), pixels = problem.batch * problem.pixels();
+  std::vector<double> sums(static_cast<size_t>(gradient.stride), 0.0);
+  for (int64_t p = 0; p < pixels; ++p) {
+    const Accumulator<T>* row = gradient.packed.get() + p * gradient.stride;
+    for (int64_t o = 0; o < gradient.stride; ++o) sums[o] += row[o];
+  }
+  for (int64_t o = 0; o < problem.out_channels; ++o) {
+    const double sum = sums[o / channels * gradient.group_stride + o % channels];
+    to[o] = static_cast<T>(static_cast<Accumulator<T>>(sum));
+  }
+}
+
+template <typename T>
+void backward(const Tensor& gradient, const Arguments& arguments, const Problem& problem, const Needs& needs,
+              Gradients& gradients) {
+  const Kernels<T>& kernel = kernels<T>();
+  const Inputs<T> inputs(arguments, problem);
+  const OutputGradient<T> packed(problem, gradient, kernel);
+  if (needs.features || needs.positions()) scatter_pass<T>(inputs, packed, needs, kernel, gradients);
+  if (needs.weight) weights_pass<T>(inputs, packed, kernel, gradients.weight);
+  if (needs.bias) bias_pass<T>(problem, packed, gradients.bias);
+}
+
+// Calls visit with a value of the C++ type of `dtype`, which was checked.
+template <typename Visit>
+void dispatch(ScalarType dtype, const Visit& visit) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return visit(double());
+    case ScalarType::Float:
+      return visit(float());
+    case ScalarType::BFloat16:
+      return visit(BFloat16());
+    default:
+      return visit(Half());
+  }
+}
+
+Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
+                             std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
+                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
+                             std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
+                            aligned,  scales, stride, padding, dilation};
+  const Problem problem = check_arguments(arguments);
+  const bool last = is_channels_last(features[0]);
+  Tensor result = new_tensor(features[0], {problem.batch, problem.out_channels, problem.height, problem.width},
+                             problem.dtype, last);
+  dispatch(problem.dtype, [&](auto value) { forward<decltype(value)>(arguments, problem, result, last); });
+  return result;
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> pyramid_deform_conv2d_backward(
+    Tensor grad, std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
+    std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
+    std::optional<std::vector<double>> scales, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, std::vector<bool> needs_grad) {
+  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
+                            aligned,  scales, stride, padding, dilation};
+  const Problem problem = check_arguments(arguments);
+  check_gradient(grad, arguments, problem);
+  if (needs_grad.size() != 6) {
+    detail::fail("needs_grad", "6 values", std::to_string(needs_grad.size()));
+  }
+  const Needs needs{needs_grad[0],
+                    needs_grad[1],
+                    needs_grad[2] && mask.has_value(),
+                    needs_grad[3],
+                    needs_grad[4] && bias.has_value(),
+                    needs_grad[5] && level_weight.has_value()};
+
+  // A gradient that nobody asked for is an empty tensor.
+  const ScalarType positions = accumulation_dtype(problem.dtype);
+  const auto allocate = [&](bool needed, const std::optional<Tensor>& like, ScalarType dtype) {
+    std::vector<int64_t> sizes{0};
+    if (needed) sizes.assign(like->sizes().begin(), like->sizes().end());
+    return new_tensor(grad, sizes, dtype, false);
+  };
+  Gradients gradients{{},
+                      allocate(needs.offset, offset, positions),
+                      allocate(needs.mask, mask, positions),
+                      allocate(needs.weight, weight, problem.dtype),
+                      allocate(needs.bias, bias, problem.dtype),
+                      allocate(needs.level_weight, level_weight, positions)};
+  if (needs.features) {
+    for (const Tensor& feature : features) {
+      const std::vector<int64_t> sizes(feature.sizes().begin(), feature.sizes().end());
+      gradients.features.push_back(new_tensor(feature, sizes, problem.dtype, is_channels_last(feature)));
+    }
+  }
+  dispatch(problem.dtype, [&](auto value) { backward<decltype(value)>(grad, arguments, problem, needs, gradients); });
+  return {gradients.features, gradients.offset, gradients.mask,
+          gradients.weight,   gradients.bias,   gradients.level_weight};
+}
+
+}  // namespace
+}  // namespace dyhead::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) {
+  library.impl("pyramid_deform_conv2d", TORCH_BOX(&dyhead::cpu::pyramid_deform_conv2d));
+  library.impl("_pyramid_deform_conv2d_backward", TORCH_BOX(&dyhead::cpu::pyramid_deform_conv2d_backward));
+}

@@ -1,0 +1,88 @@
+// Where a tap reads and how it interpolates: the arithmetic that every kernel shares, on the host and on a device.
+// dyhead/ops/reference.py states the same in PyTorch.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DYHEAD_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DYHEAD_HOST_DEVICE inline
+#endif
+
+namespace dyhead {
+
+// One axis of a level: output pixel i, row or column r of the kernel and offset d read at
+//     step * i + tap * r + shift * d + origin,
+// in pixels of the level.
+struct AxisMap {
+  double step, tap, shift, origin;
+};
+
+// The pyramid's geometry: pixel centres of the image coincide. A tap at t on the output grid reads the level at
+// scale * (t + 1/2) - 1/2, where scale is the stride of the output grid over the stride of the level.
+DYHEAD_HOST_DEVICE AxisMap aligned_axis(double scale, int64_t kernel, int64_t dilation) {
+  return {scale, scale * static_cast<double>(dilation), scale,
+          scale * (0.5 - static_cast<double>(dilation) * static_cast<double>(kernel - 1) / 2) - 0.5};
+}
+
+// The geometry of a convolution: everything in pixels of its input.
+DYHEAD_HOST_DEVICE AxisMap convolution_axis(int64_t stride, int64_t padding, int64_t dilation) {
+  return {static_cast<double>(stride), static_cast<double>(dilation), 1.0, -static_cast<double>(padding)};
+}
+
+// The position without an offset is computed in double and rounded once, so that large maps keep exact pixel positions.
+template <typename T>
+DYHEAD_HOST_DEVICE T position(const AxisMap& axis, int64_t pixel, int64_t tap, T offset) {
+  const double base = axis.step * static_cast<double>(pixel) + axis.tap * static_cast<double>(tap) + axis.origin;
+  return static_cast<T>(base) + static_cast<T>(axis.shift) * offset;
+}
+
+// The four pixels around a position: top left, top right, bottom left, bottom right.
+template <typename T>
+struct Cell {
+  int64_t corner[4];  // row * width + column, or -1 outside the map, where the corner counts 0
+  T down, right;      // distance from the top left corner, in [0, 1)
+};
+
+// Only positions in (-1, height) x (-1, width) touch the map; all others, and NaN, give four corners outside.
+template <typename T>
+DYHEAD_HOST_DEVICE Cell<T> locate(T y, T x, int64_t height, int64_t width) {
+  Cell<T> cell{{-1, -1, -1, -1}, 0, 0};
+  if (!(y > -1 && y < static_cast<T>(height) && x > -1 && x < static_cast<T>(width))) return cell;
+  const T floor_y = std::floor(y), floor_x = std::floor(x);
+  const int64_t top = static_cast<int64_t>(floor_y), left = static_cast<int64_t>(floor_x);
+  cell.down = y - floor_y;
+  cell.right = x - floor_x;
+  // The upper bounds are tested on integers again: a height beyond the type's precision may have been rounded up.
+  const bool rows[2] = {top >= 0 && top < height, top + 1 < height};
+  const bool columns[2] = {left >= 0 && left < width, left + 1 < width};
+  for (int i = 0; i < 4; ++i) {
+    if (rows[i / 2] && columns[i % 2]) cell.corner[i] = (top + i / 2) * width + left + i % 2;
+  }
+  return cell;
+}
+
+// The weight of every corner in the interpolated value.
+template <typename T>
+DYHEAD_HOST_DEVICE void corner_shares(const Cell<T>& cell, T share[4]) {
+  share[0] = (1 - cell.down) * (1 - cell.right);
+  share[1] = (1 - cell.down) * cell.right;
+  share[2] = cell.down * (1 - cell.right);
+  share[3] = cell.down * cell.right;
+}
+
+// Derivatives by y and x of the interpolated value, from the four corner values (0 for a corner outside).
+template <typename T>
+DYHEAD_HOST_DEVICE T derivative_y(const Cell<T>& cell, const T value[4]) {
+  return (1 - cell.right) * (value[2] - value[0]) + cell.right * (value[3] - value[1]);
+}
+
+template <typename T>
+DYHEAD_HOST_DEVICE T derivative_x(const Cell<T>& cell, const T value[4]) {
+  return (1 - cell.down) * (value[1] - value[0]) + cell.down * (value[3] - value[2]);
+}
+
+}  // namespace dyhead

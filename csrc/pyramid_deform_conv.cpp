@@ -1,0 +1,53 @@
+// The operator's schema, and the Python module that loads it and says what was built.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include "cpu/path.h"
+
+// dyhead/ops/functional.py documents the arguments. `scales` left out mean H_l / H: computed inside, because a list of
+// floats from Python would make torch.compile specialise on every size.
+STABLE_TORCH_LIBRARY(dyhead, library) {
+  library.def(
+      "pyramid_deform_conv2d(Tensor[] features, Tensor offset, Tensor? mask, Tensor weight, Tensor? bias, "
+      "Tensor? level_weight, bool aligned, float[]? scales, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  library.def(
+      "_pyramid_deform_conv2d_backward(Tensor grad, Tensor[] features, Tensor offset, Tensor? mask, Tensor weight, "
+      "Tensor? bias, Tensor? level_weight, bool aligned, float[]? scales, int[] stride, int[] padding, int[] dilation, "
+      "bool[] needs_grad) -> (Tensor[] features, Tensor offset, Tensor mask, Tensor weight, Tensor bias, "
+      "Tensor level_weight)");
+}
+
+namespace {
+
+#define DYHEAD_TEXT_(text) #text
+#define DYHEAD_TEXT(text) DYHEAD_TEXT_(text)
+
+pybind11::dict build_info() {
+  using pybind11::literals::operator""_a;
+  constexpr unsigned long long target = TORCH_TARGET_VERSION;
+  return pybind11::dict("compiler"_a =
+#if defined(__clang__)
+                            "Clang " __clang_version__,
+#else
+                            "GCC " __VERSION__,
+#endif
+                        "flags"_a = DYHEAD_FLAGS,
+                        "torch_headers"_a = DYHEAD_TEXT(TORCH_VERSION_MAJOR) "." DYHEAD_TEXT(
+                            TORCH_VERSION_MINOR) "." DYHEAD_TEXT(TORCH_VERSION_PATCH),
+                        "torch_minimum"_a = std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff),
+#if defined(__x86_64__)
+                        "cpu_paths"_a = pybind11::make_tuple("default", "avx2", "avx512"),
+#else
+                        "cpu_paths"_a = pybind11::make_tuple("default"),
+#endif
+                        "cpu_path"_a = dyhead::cpu::path_name(dyhead::cpu::path()));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The compiled operator of dyhead.ops; importing it registers torch.ops.dyhead.";
+  module.def("build_info", &build_info, "What this library was built with, and the instruction set that it uses here.");
+}

@@ -1,0 +1,109 @@
+"""The public functions: one per geometry, both on the operator torch.ops.dyhead.pyramid_deform_conv2d.
+
+Shapes: N batch, L levels, C channels, K = kh * kw taps, G offset groups, (H, W) the output grid, (H_l, W_l) a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import library, reference
+
+if library.PROBLEM is None:
+    from . import registration  # noqa: F401
+
+
+def pyramid_deform_conv2d(
+    features: Sequence[Tensor],
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    level_weight: Tensor | None = None,
+    *,
+    scales: Sequence[float] | None = None,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """Deformable convolution over the levels of a pyramid, summed: Eq. 4 of the Dynamic Head paper (arXiv 2106.08322).
+
+        out(n, :, i, j) = bias + sum_l level_weight(n, l) * sum_k  W_{l,k} . F_l(n, :, y_l, x_l) * mask(n, g, k, i, j)
+
+    The same place of the image is read on every level, whatever its size; nothing is resized. Tap (r, s) of output
+    pixel (i, j) stands at t = i + dilation * (r - (kh - 1) / 2) + dy on the output grid and reads level l at
+    y_l = scale_l * (t + 1/2) - 1/2; x alike. F_l(y, x) is bilinear, and 0 outside the map.
+
+    Args:
+        features: L maps (N, C_in, H_l, W_l). One dtype: float64, float32, bfloat16 or float16.
+        offset: (N, 2*G*K, H, W), in pixels of the output grid; dy and dx of a tap follow each other, taps row by row.
+            Its size is the output's. Channels of the features are split into G groups, each with its own offsets.
+        weight: (L, C_out, C_in/groups, kh, kw), of the features' dtype.
+        bias: (C_out,), of the features' dtype.
+        mask: (N, G*K, H, W), what every sample counts.
+        level_weight: (N, L), what every level counts: the scale-aware attention of Eq. 3, with the 1/L of Eq. 4.
+        scales: L numbers, the stride of the output grid over the stride of each level: 2 for the next finer level,
+            1/2 for the next coarser one. Default: H_l / H.
+        dilation: distance of the taps, in pixels of the output grid; an int or (vertical, horizontal).
+
+    Returns:
+        (N, C_out, H, W) in the features' dtype, with channels last in memory if features[0] has.
+
+    Offset, mask and level_weight may be of any floating type no wider than float32 (float64 with float64 features).
+    Positions and sums are float32 (float64 for float64); half types round only values that are read and written. An
+    offset may have any value: NaN, infinite and far positions read 0 and have a zero gradient. The result and all
+    gradients are the same for any number of threads. Under autocast, features, weight and bias are cast to its type.
+
+    Gradients exist for every tensor, once: for second derivatives use `dyhead.ops.reference`, as the error says.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the text names the argument, what was expected and what
+            came.
+    """
+    return _run(
+        *reference.raw_arguments(features, offset, weight, bias, mask, level_weight, True, scales, 1, 0, dilation)
+    )
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = (1, 1),
+    padding: int | tuple[int, int] = (0, 0),
+    dilation: int | tuple[int, int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Modulated deformable convolution (arXiv 1811.11168) with the signature of `torchvision.ops.deform_conv2d`.
+
+    Args:
+        input: (N, C_in, H_in, W_in); float64, float32, bfloat16 or float16.
+        offset: (N, 2*G*K, H, W), in pixels of the input; dy and dx of a tap follow each other, taps row by row.
+        weight: (C_out, C_in/groups, kh, kw), of the input's dtype.
+        bias: (C_out,), of the input's dtype.
+        stride, padding, dilation: in pixels of the input; an int or (vertical, horizontal).
+        mask: (N, G*K, H, W), what every sample counts.
+
+    Returns:
+        (N, C_out, H, W) in the input's dtype, where H = (H_in + 2*padding - dilation*(kh-1) - 1) // stride + 1.
+
+    What `pyramid_deform_conv2d` says of types, offsets, autocast, gradients and errors holds here, too.
+    """
+    return _run(*reference.raw_convolution_arguments(input, offset, weight, bias, stride, padding, dilation, mask))
+
+
+def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:
+    if library.runs_on(features[0].device):
+        return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, *others)
+    return _run_reference(features, offset, *others)
+
+
+def _run_reference(features, offset, mask, weight, bias, level_weight, *geometry) -> Tensor:
+    device = features[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *geometry)
+    features, weight, bias = reference.autocast_values(device, features, weight, bias)
+    with torch.autocast(device, enabled=False):
+        return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *geometry)

@@ -1,0 +1,149 @@
+"""Builds the operator. The package's metadata is in pyproject.toml.
+
+Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (where csrc/cuda holds kernels). Both use
+PyTorch's stable ABI, so that a build runs with every PyTorch from TORCH_TARGET on. Environment variables, as PyTorch's
+extensions have them:
+
+    FORCE_CUDA=1 / 0       build the CUDA library although no CUDA device is found / do not, although one is
+    CUDA_HOME              the CUDA toolkit (default: the one that the nvcc on PATH belongs to)
+    TORCH_CUDA_ARCH_LIST   compute capabilities to compile for (default: 8.0;9.0+PTX)
+    MAX_JOBS               compilers at a time
+    DYHEAD_DEBUG=1         no optimisation, debug information
+
+`python setup.py compile_cuda` compiles and links all of csrc/cuda into build/ and installs nothing: a check for
+machines that have an nvcc and no GPU.
+"""
+
+import glob
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+
+def find_cuda_home() -> str | None:
+    """The CUDA toolkit, seen through a wrapper script: the folder above such a one, PyTorch's own guess, is none."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    if named or nvcc is None:
+        return named or None
+    listing = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", listing.stderr, re.MULTILINE)
+    return os.path.normpath(top.group(1).strip()) if top else None
+
+
+# Before torch.utils.cpp_extension is imported, which reads both once.
+if CUDA_HOME := find_cuda_home():
+    os.environ["CUDA_HOME"] = CUDA_HOME
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+
+import torch  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
+
+TORCH_TARGET = (2, 11)
+TARGET_MACRO = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+OPTIMISE = ["-O0", "-g"] if os.environ.get("DYHEAD_DEBUG") == "1" else ["-O3"]
+# Extra flags for both steps, for example -fsanitize=address (tools/sanitize.sh).
+EXTRA = shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", ""))
+CXX_FLAGS = [*OPTIMISE, "-fvisibility=hidden", "-Wno-psabi", TARGET_MACRO, *EXTRA]
+NVCC_FLAGS = [*OPTIMISE, "-lineinfo", "-DUSE_CUDA", TARGET_MACRO, "--compiler-options", "-fvisibility=hidden"]
+
+
+def cpu_extension() -> Extension:
+    """dyhead._C: the operator's schema, its CPU kernels and build_info()."""
+    import pybind11
+
+    return Extension(
+        "dyhead._C",
+        ["csrc/pyramid_deform_conv.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        depends=glob.glob("csrc/**/*.h", recursive=True),
+        include_dirs=[pybind11.get_include(), *include_paths()],
+        library_dirs=library_paths(),
+        libraries=["c10", "torch", "torch_cpu"],
+        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DDYHEAD_FLAGS="{" ".join([*OPTIMISE, *EXTRA])}"']},
+        extra_link_args=EXTRA,
+        language="c++",
+    )
+
+
+def cuda_extension(sources: list[str]) -> Extension:
+    """dyhead._C_cuda: the CUDA kernels."""
+    torch_libraries = library_paths(device_type="cuda")
+    found = {os.path.basename(file) for folder in torch_libraries for file in glob.glob(f"{folder}/lib*.so")}
+    return Extension(
+        "dyhead._C_cuda",
+        sources,
+        depends=glob.glob("csrc/**/*.h", recursive=True),
+        include_dirs=include_paths(device_type="cuda"),
+        library_dirs=torch_libraries,
+        # A PyTorch without CUDA has no libtorch_cuda to link with, but can still compile for one that has.
+        libraries=["c10", "torch", "torch_cpu", *(["c10_cuda", "torch_cuda"] if "libtorch_cuda.so" in found else [])],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        # By name, because a toolkit from pip holds only the versioned library.
+        extra_link_args=[f"-l:{cuda_runtime(torch_libraries)}"],
+        language="c++",
+    )
+
+
+def cuda_runtime(folders: list[str]) -> str:
+    """The file name of the CUDA runtime library to link with."""
+    for pattern in ("libcudart.so", "libcudart.so.*"):
+        for folder in folders:
+            if found := sorted(glob.glob(os.path.join(folder, pattern))):
+                return os.path.basename(found[0])
+    return "libcudart.so"
+
+
+def cuda_kernels() -> list[str]:
+    """The CUDA sources of the operator. build_probe.cu is none: it only tells whether the toolkit works."""
+    return sorted(set(glob.glob("csrc/cuda/*.cu")) - {"csrc/cuda/build_probe.cu"})
+
+
+def with_cuda() -> bool:
+    """Whether to build the CUDA library."""
+    wish = os.environ.get("FORCE_CUDA")
+    if not cuda_kernels() or wish == "0":
+        return False
+    return CUDA_HOME is not None and (wish == "1" or torch.cuda.is_available())
+
+
+class Build(BuildExtension):
+    """Says once what is built and with what."""
+
+    def run(self) -> None:
+        """Builds the extensions."""
+        names = ", ".join(extension.name for extension in self.extensions)
+        cuda = f"CUDA {CUDA_HOME}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}"
+        reason = "no CUDA kernels in csrc/cuda" if not cuda_kernels() else "no CUDA toolkit and device, or FORCE_CUDA=0"
+        has_cuda = any(extension.name.endswith("cuda") for extension in self.extensions)
+        print(
+            f"dyhead: building {names} for PyTorch >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]} with the headers of "
+            f"{torch.__version__}, Python {platform.python_version()}, flags {' '.join(CXX_FLAGS)}; "
+            + (cuda if has_cuda else f"without CUDA ({reason})"),
+            file=sys.stderr,
+        )
+        super().run()
+
+
+class CompileCuda(Build):
+    """Compiles and links all of csrc/cuda into build/, whatever devices there are, and installs nothing."""
+
+    description = "compile and link the CUDA sources into build/, as a check"
+
+    def finalize_options(self) -> None:
+        """Replaces the extensions and the folder to build into."""
+        if CUDA_HOME is None:
+            sys.exit("compile_cuda: expected an nvcc on PATH or CUDA_HOME, found neither")
+        self.distribution.ext_modules = [cuda_extension(sorted(glob.glob("csrc/cuda/*.cu")))]
+        self.build_lib, self.build_temp, self.inplace = "build/cuda", "build/cuda/objects", False
+        super().finalize_options()
+
+
+setup(
+    ext_modules=[cpu_extension(), *([cuda_extension(cuda_kernels())] if with_cuda() else [])],
+    cmdclass={"build_ext": Build, "compile_cuda": CompileCuda},
+)
