@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import pickle
 from urllib.parse import urlparse
 
 import torch
@@ -15,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from dyhead.config import ConfigError, add_dyhead_config, load_config, num_classes
+from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import check_classes, register_datasets
 from dyhead.detectron2.report import report_results
@@ -35,7 +37,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = add_dyhead_config(get_cfg())
     load_config(cfg, args.config_file, args.opts)
     num_classes(cfg)  # the meta-architecture is one of ours
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE: expected cpu, cuda or cuda:NUMBER, got {cfg.MODEL.DEVICE!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
         _log.warning("MODEL.DEVICE is %s, but there is no CUDA device; running on the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
@@ -54,26 +60,50 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         machines other than that of rank 0 nothing.
 
     Raises:
-        ConfigError, DataError: see :mod:`dyhead.config` and :mod:`dyhead.data`. Of what several processes raise on the
-            way, only the text remains.
+        ConfigError, DataError: see :mod:`dyhead.config` and :mod:`dyhead.data`.
     """
     cfg = setup(args)
     _check_processes(cfg, args)
     _check_output_dir(cfg, args)
     _check_weights(cfg, args)
     _register(cfg, args)
-    launch(
-        _run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, args),
-    )
+    if args.num_gpus * args.num_machines == 1:
+        _run(cfg, args)
+    else:
+        _launch(cfg, args)
     if not cfg.DATASETS.TEST or args.machine_rank > 0:
         return {}
     with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), encoding="utf-8") as file:
         return {report["dataset"]: report["metrics"] for report in json.load(file)["results"]}
+
+
+def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Run this machine's processes and raise the first error of the kinds a user can cause, as it was."""
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        launch(
+            _process,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(cfg, args, errors),
+        )
+    except torch.multiprocessing.ProcessExitedException:
+        if errors.empty():
+            raise
+        raise pickle.loads(errors.get()) from None
+
+
+def _process(cfg: CfgNode, args: argparse.Namespace, errors: torch.multiprocessing.SimpleQueue) -> None:
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
+    try:
+        _run(cfg, args)
+    except (ConfigError, DataError) as error:
+        errors.put(pickle.dumps(error))
+        # Not through Python's end: the other processes may wait for this one for ever.
+        os._exit(1)
 
 
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -100,6 +130,9 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    needed = "TEST" if args.eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
+        raise ConfigError(f"DATASETS.{needed}: expected at least one data set, got none")
     register_datasets(names, cfg.DATASETS.REGISTER)
     check_classes(cfg, names)
 
@@ -125,6 +158,8 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--num-gpus and --num-machines: expected at least 1, got {args.num_gpus} and {args.num_machines}"
         )
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ConfigError(f"--machine-rank: expected 0 to {args.num_machines - 1}, got {args.machine_rank}")
     if device == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise ConfigError(
             f"--num-gpus: expected at most {torch.cuda.device_count()}, the GPUs here, got {args.num_gpus}"

@@ -65,6 +65,16 @@ class Trainer(DefaultTrainer):
         super().train()
         return self._last_eval_results
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state; :class:`ConfigError` if it is another optimizer's."""
+        saved, ours = (o["param_groups"][0] for o in (state_dict["_trainer"]["optimizer"], self.optimizer.state_dict()))
+        if ("betas" in saved) != ("betas" in ours):
+            theirs = "ADAMW" if "betas" in saved else "SGD"
+            raise ConfigError(
+                f"SOLVER.OPTIMIZER: expected {theirs!r}, with which it was trained, got {self.cfg.SOLVER.OPTIMIZER!r}"
+            )
+        super().load_state_dict(state_dict)
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model that the config describes, on ``MODEL.DEVICE``, with random weights."""

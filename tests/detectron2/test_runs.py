@@ -113,6 +113,12 @@ def test_a_resumed_run_refuses_another_model(finished):
         main(arguments({"MODEL.FPN.OUT_CHANNELS": 64, "SOLVER.MAX_ITER": 5}, resume=True))
 
 
+def test_a_resumed_run_refuses_another_optimizer(finished):
+    arguments, _, _ = finished
+    with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER: expected 'ADAMW', with which it was trained, got 'SGD'"):
+        main(arguments({"SOLVER.OPTIMIZER": "SGD", "SOLVER.MAX_ITER": 5}, resume=True))
+
+
 def test_training_from_other_weights_takes_what_fits(finished, arguments, tmp_path):
     _, folder, _ = finished
     settings = {
@@ -137,8 +143,9 @@ def test_training_from_other_weights_takes_what_fits(finished, arguments, tmp_pa
 def test_the_other_detectors_run_on_a_cpu_under_mixed_precision(arguments, detector, tmp_path):
     settings = {"SOLVER.AMP.ENABLED": True, "SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "SOLVER.OPTIMIZER": "SGD"}
     assert set(main(arguments(settings, detector))) == {"blocks_val"}
-    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
-    assert math.isfinite(json.loads(lines[-1])["total_loss"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    (last,) = [line for line in lines if line["iteration"] == 1]
+    assert math.isfinite(last["total_loss"])
 
 
 def test_two_processes_share_a_batch(arguments, tmp_path):
@@ -165,6 +172,10 @@ def test_two_processes_share_a_batch(arguments, tmp_path):
         ({}, {"eval_only": True, "resume": True}, ConfigError, "holds no checkpoint"),
         ({}, {"num_gpus": 3}, ConfigError, "IMS_PER_BATCH: expected a multiple of the 3 processes, got 2"),
         ({}, {"num_gpus": 0}, ConfigError, "--num-gpus"),
+        ({}, {"machine_rank": 1}, ConfigError, "--machine-rank: expected 0 to 0, got 1"),
+        ({"MODEL.DEVICE": "gpu"}, {}, ConfigError, "MODEL.DEVICE: expected cpu, .*got 'gpu'"),
+        ({"DATASETS.TRAIN": ()}, {}, ConfigError, "DATASETS.TRAIN: expected at least one data set"),
+        ({"SOLVER.OPTIMIZER": "LION"}, {"num_gpus": 2}, ConfigError, "SOLVER.OPTIMIZER: expected .*'LION'"),
         ({"DATASETS.TRAIN": ("bloks_train",)}, {}, DataError, "'bloks_train' is not known.*blocks_train"),
     ],
 )
