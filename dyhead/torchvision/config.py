@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import yaml
 from fvcore.common.config import CfgNode
 
 from dyhead.config import ConfigError, add_dyhead_config, get, num_classes
@@ -292,6 +293,11 @@ def get_cfg() -> CfgNode:
     return add_dyhead_config(cfg)
 
 
+def dump(cfg: CfgNode) -> str:
+    """The configuration as YAML that ``load_config`` reads."""
+    return yaml.safe_dump(_plain(cfg))
+
+
 def not_honoured_keys() -> set[str]:
     """Full names of the keys of Detectron2 that this engine knows but cannot honour."""
     return {key for key, _ in _leaves(_NOT_HONOURED)}
@@ -305,7 +311,7 @@ def warn_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
         given: full names of the keys that the user set, as ``load_config`` returns them.
     """
     defaults = dict(_leaves(_NOT_HONOURED))
-    ignored = [key for key in sorted(given) if key in defaults and get(cfg, key) != defaults[key]]
+    ignored = [key for key in sorted(given) if key in defaults and _plain(get(cfg, key)) != _plain(defaults[key])]
     if ignored:
         listed = ", ".join(f"{key} {get(cfg, key)!r}" for key in ignored)
         _log.warning("The torchvision engine cannot honour, and ignores: %s", listed)
@@ -383,6 +389,13 @@ def _merge(cfg: CfgNode, more: CfgNode) -> None:
             _merge(cfg[name], value)
         else:
             cfg[name] = value
+
+
+def _plain(value: Any) -> Any:
+    """A copy of ``value`` with dicts for nodes and lists for tuples, which YAML does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

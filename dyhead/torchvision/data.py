@@ -196,7 +196,7 @@ class TrainBatches(Sampler[list[int]]):
                 batch.clear()
 
 
-class TestPictures(Dataset):
+class EvaluationPictures(Dataset):
     """The pictures of a data set in their order, resized for evaluation.
 
     Args:
@@ -204,8 +204,6 @@ class TestPictures(Dataset):
         shortest, longest: of a picture's edges, see :func:`resized`.
         image_format: "RGB" or "BGR".
     """
-
-    __test__ = False  # for pytest: not a test
 
     def __init__(self, split: CocoSplit, shortest: int, longest: int, image_format: str) -> None:
         self.split = split
@@ -287,13 +285,10 @@ def train_loader(
     return DetectionLoader(stream, batch_sampler=batches, **_loader_options(cfg))
 
 
-def test_loader(cfg: CfgNode, split: CocoSplit, *, rank: int = 0, world_size: int = 1) -> DetectionLoader:
+def evaluation_loader(cfg: CfgNode, split: CocoSplit, *, rank: int = 0, world_size: int = 1) -> DetectionLoader:
     """Every ``world_size``-th picture of a data set, one at a time: lists of a picture uint8 (3, H, W) and its index."""
-    pictures = TestPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
+    pictures = EvaluationPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
     return DetectionLoader(pictures, sampler=range(rank, len(pictures), world_size), **_loader_options(cfg))
-
-
-test_loader.__test__ = False  # for pytest: not a test
 
 
 def _loader_options(cfg: CfgNode) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.data import DataError
 from dyhead.torchvision.checkpoint import Checkpoints, last_checkpoint, load_weights, read_checkpoint
-from dyhead.torchvision.config import check_values, get_cfg, warn_not_honoured
-from dyhead.torchvision.data import load_splits, load_train, test_loader, train_records
+from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
+from dyhead.torchvision.data import load_splits, load_train, evaluation_loader, train_records
 from dyhead.torchvision.detectors import build_model
 from dyhead.torchvision.logs import Metrics, Progress, start_logging, stop_logging
 from dyhead.torchvision.report import report_losses, report_results
@@ -145,7 +145,7 @@ def _train(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bool)
             load_weights(model, cfg.MODEL.WEIGHTS, strict=False)
     if first:
         with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
-            file.write(cfg.dump())
+            file.write(dump(cfg))
         _log.info(
             "Training on %d pictures, seed %d: %s",
             len(records), seed, ", ".join(f"{s.info.name} ({len(s.class_names)} classes)" for s in train),
@@ -226,7 +226,7 @@ def _trainer(cfg: CfgNode, args: argparse.Namespace, local_rank: int, callbacks:
 def _test_loaders(cfg: CfgNode, args: argparse.Namespace, training: Training, local_rank: int) -> list:
     rank = args.machine_rank * args.num_gpus + local_rank
     world_size = args.num_gpus * args.num_machines
-    return [test_loader(cfg, split, rank=rank, world_size=world_size) for split in training.splits]
+    return [evaluation_loader(cfg, split, rank=rank, world_size=world_size) for split in training.splits]
 
 
 def _seed_and_start(cfg: CfgNode, checkpoint: str | None) -> tuple[int, int]:
@@ -300,4 +300,4 @@ def _log_environment(cfg: CfgNode, args: argparse.Namespace) -> None:
     )  # fmt: skip
     _log.info("%s (%s), %d threads; writing to %s", device, name, torch.get_num_threads(), cfg.OUTPUT_DIR)
     _log.debug("Command line: %s", args)
-    _log.debug("Configuration:\n%s", cfg.dump())
+    _log.debug("Configuration:\n%s", dump(cfg))

@@ -23,7 +23,7 @@ from dyhead.evaluation import (
     write_results,
 )
 from dyhead.evaluation.report import describe_machine
-from dyhead.torchvision.data import TestPictures
+from dyhead.torchvision.data import EvaluationPictures
 from dyhead.torchvision.training import Training
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _measure(
 ) -> tuple[Timing, float, tuple[int, int]]:
     """Speed, multiply-adds in billions and the (height, width) in pixels that these are for."""
     benchmark = cfg.TEST.BENCHMARK
-    pictures = TestPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
+    pictures = EvaluationPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
     images: list[Tensor] = []
     for index in range(min(benchmark.NUM_IMAGES, len(pictures))):
         image, _ = pictures.read(index)
