@@ -237,24 +237,26 @@ def draw(spec: Spec, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
 
 def _paint(spec: Spec, index: int, objects: list[_Object], shape: tuple[int, int]) -> np.ndarray:
     rng = np.random.Generator(np.random.PCG64([spec.seed, index, 1]))
-    picture = np.empty((*shape, 3), dtype=np.float32)
-    picture[:] = rng.uniform(0, 255, 3)
+    layers, tints = [np.ones(shape, dtype=np.float32)], [rng.uniform(0, 255, 3)]
     if spec.textured:
-        picture += _texture(rng, shape)[:, :, None] * (rng.uniform(0, 255, 3) - picture[0, 0]) * 0.6
+        layers.append(_texture(rng, shape))
+        tints.append(0.6 * (rng.uniform(0, 255, 3) - tints[0]))
         for cell in (64, 16, 4):
-            picture += (_value_noise(rng, shape, cell)[:, :, None] - 0.5) * rng.uniform(-60, 60, 3)
+            layers.append(_value_noise(rng, shape, cell) - np.float32(0.5))
+            tints.append(rng.uniform(-60, 60, 3))
+    picture = np.stack(layers, axis=-1) @ np.array(tints, dtype=np.float32)
     for o in objects:
         region = picture[o.window]
-        cover = np.clip(0.5 - o.distance, 0, 1).astype(np.float32)[:, :, None]  # anti-aliased over one pixel
-        beneath = (region * cover).sum(axis=(0, 1)) / cover.sum()
+        cover = np.clip(0.5 - o.distance, 0, 1).astype(np.float32)  # anti-aliased over one pixel
+        beneath = np.tensordot(cover, region, 2) / cover.sum()
         colour = _contrasting(rng, beneath, spec.contrast)
         if spec.textured:
             # The second colour keeps away from the ground too, or half of a striped object would vanish in it.
             second = beneath + (colour - beneath) * rng.uniform(0.6, 1.0) + rng.uniform(-0.7, 0.7, 3) * spec.contrast[0]
             colour = colour + _texture(rng, region.shape[:2])[:, :, None] * (second - colour)
-        region += cover * (colour - region)
+        region += cover[:, :, None] * (colour.astype(np.float32) - region)
     if spec.noise:
-        picture += rng.standard_normal(picture.shape, dtype=np.float32) * spec.noise
+        picture += rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(spec.noise)
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -394,7 +396,7 @@ def _progress(name: str, total: int) -> Iterator[int]:
 # The command line
 
 
-def contact_sheet(names: list[str], columns: int = 6, cell: int = 224) -> Image.Image:
+def contact_sheet(names: list[str], columns: int = 4, cell: int = 240) -> Image.Image:
     """The first pictures of some sets with their boxes, a set a row, each picture within `cell` pixels."""
     sheet = Image.new("RGB", (columns * cell, len(names) * cell), "white")
     for row, spec in enumerate(SPECS[name] for name in names):
@@ -405,10 +407,10 @@ def contact_sheet(names: list[str], columns: int = 6, cell: int = 224) -> Image.
             pen = ImageDraw.Draw(small)
             for a in annotations:
                 x, y, width, height = (n * scale for n in a["bbox"])
-                pen.rectangle((x, y, x + width, y + height), outline="black", width=2)
-                pen.rectangle((x, y, x + width, y + height), outline="white")
+                pen.rectangle((x - 1, y - 1, x + width, y + height), outline="white")
                 name = spec.classes[a["category_id"] - 1]
-                pen.text((x + 2, y + 1), name, "white", stroke_width=1, stroke_fill="black")
+                if pen.textlength(name) + 4 < width:  # on a smaller box it would hide the object
+                    pen.text((x + 3, y + 1), name, "white", stroke_width=1, stroke_fill="black")
             sheet.paste(small, (column * cell + 2, row * cell + 2))
     return sheet
 
@@ -418,7 +420,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dyhead.data.shapes", description="Draws the shapes data sets.")
     parser.add_argument("names", nargs="+", metavar="NAME", choices=SPECS, help=", ".join(SPECS))
     parser.add_argument("--root", help="folder of the data sets (default: $DETECTRON2_DATASETS, or datasets)")
-    parser.add_argument("--preview", metavar="PNG", help="draw only a sheet of their first pictures")
+    parser.add_argument("--preview", metavar="FILE", help="draw only a sheet of their first pictures")
     options = parser.parse_args(arguments)
     if options.preview:
         contact_sheet(options.names).save(options.preview)
