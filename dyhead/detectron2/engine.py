@@ -25,18 +25,29 @@ from dyhead.evaluation import plot_losses
 
 _log = logging.getLogger(__name__)
 
+# Keys of Detectron2's that are not read although one might think so, by meta-architecture.
+_NOT_HONOURED = {
+    "DyHeadFCOS": {"VIS_PERIOD", "TEST.AUG.ENABLED"},
+    "DyHeadRetinaNet": {"MODEL.RETINANET.NUM_CONVS", "MODEL.RETINANET.NORM", "TEST.AUG.ENABLED"},
+    "DyHeadRCNN": {"TEST.AUG.ENABLED"},
+}
+
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The frozen config of a command line: ``args.config_file`` with ``args.opts`` on Detectron2's defaults.
 
-    Where there is no CUDA device, ``MODEL.DEVICE`` becomes "cpu", with a warning.
+    A warning names keys that the detector does not read. Where there is no CUDA device, ``MODEL.DEVICE`` becomes "cpu",
+    with a warning.
 
     Raises:
         ConfigError: the config cannot be read or used.
     """
     cfg = add_dyhead_config(get_cfg())
-    load_config(cfg, args.config_file, args.opts)
+    given = load_config(cfg, args.config_file, args.opts)
     num_classes(cfg)  # the meta-architecture is one of ours
+    ignored = sorted(given & _NOT_HONOURED[cfg.MODEL.META_ARCHITECTURE])
+    if ignored:
+        _log.warning("%s does not honour %s", cfg.MODEL.META_ARCHITECTURE, ", ".join(ignored))
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:

@@ -92,6 +92,28 @@ def test_fcos_equals_detectron2s_with_the_same_weights(tiny_cfg, inputs):
     assert_same_detections(model, plain, inputs)
 
 
+def test_config_reaches_fcos(tiny_cfg):
+    settings = {
+        "IN_FEATURES": ["p4", "p5"],
+        "CENTER_SAMPLING_RADIUS": 2.5,
+        "FOCAL_LOSS_ALPHA": 0.5,
+        "FOCAL_LOSS_GAMMA": 3.0,
+        "PRIOR_PROB": 0.25,
+        "SCORE_THRESH_TEST": 0.125,
+        "TOPK_CANDIDATES_TEST": 77,
+        "NMS_THRESH_TEST": 0.375,
+    }
+    settings = {f"MODEL.FCOS.{key}": value for key, value in settings.items()}
+    model = build_model(tiny_cfg("fcos", {**settings, "TEST.DETECTIONS_PER_IMAGE": 33}))
+    assert model.head_in_features == ["p4", "p5"]
+    assert model.center_sampling_radius == 2.5
+    assert (model.focal_loss_alpha, model.focal_loss_gamma) == (0.5, 3.0)
+    torch.testing.assert_close(model.head.logits.bias.sigmoid(), torch.tensor([0.25, 0.25]))
+    assert (model.test_score_thresh, model.test_topk_candidates, model.test_nms_thresh) == (0.125, 77, 0.375)
+    assert model.max_detections_per_image == 33
+    torch.testing.assert_close(model.pixel_mean.flatten(), torch.tensor([123.675, 116.28, 103.53]))
+
+
 def test_retinanet_equals_detectron2s_with_the_same_weights(tiny_cfg, inputs):
     model = build_model(tiny_cfg("retinanet", {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.005}))
     cfg = tiny_cfg("retinanet", {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.005}).clone()

@@ -191,6 +191,13 @@ def test_without_cuda_the_device_becomes_the_cpu(arguments, caplog):
     assert "MODEL.DEVICE is cuda, but there is no CUDA device" in caplog.text
 
 
+def test_keys_that_are_not_read_are_named(arguments, caplog):
+    setup(arguments({"MODEL.RETINANET.NORM": "GN"}))
+    assert "honour" not in caplog.text
+    setup(arguments({"MODEL.RETINANET.NORM": "GN"}, "retinanet"))
+    assert "DyHeadRetinaNet does not honour MODEL.RETINANET.NORM" in caplog.text
+
+
 def test_no_detections_are_zero_ap(blocks, arguments, tmp_path, tiny_cfg):
     cfg = tiny_cfg()
     Checkpointer(build_model(cfg), str(tmp_path)).save("fresh")
