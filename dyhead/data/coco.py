@@ -6,7 +6,7 @@ file in place. Real files need some tolerance, and get this much:
 
 * A box that sticks out of its picture by at most `TOLERANCE` pixel, as rounding leaves it, is clipped. Further out is
   an error.
-* A box of exactly zero width or height (COCO train2017 has two) is left out, and one warning says how many and which.
+* A box of exactly zero width or height (COCO train2017 has a few) is left out, and one warning says how many and which.
 * Pictures without annotations and crowd annotations (iscrowd 1) are legal and kept.
 """
 

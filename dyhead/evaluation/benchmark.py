@@ -78,7 +78,7 @@ def measure(
     with torch.no_grad():
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        with _resident_growth() as growth:
+        with resident_growth() as growth:
             for i in range(warmup):
                 call(batches[i % len(batches)])
         for batch in batches:
@@ -117,7 +117,7 @@ def count_flops(model_fn: Callable[..., Any], *inputs: Any) -> float:
 
 
 @contextmanager
-def _resident_growth(interval: float = 0.002) -> Iterator[list[int]]:
+def resident_growth(interval: float = 0.002) -> Iterator[list[int]]:
     """Watches this process's resident memory; afterwards the list holds its peak above the start in bytes, if known."""
     growth: list[int] = []
     gc.collect()
