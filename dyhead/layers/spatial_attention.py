@@ -25,10 +25,13 @@ class SpatialAwareAttention(nn.Module):
     fewer at the pyramid's ends. The weights ``w`` are three 3x3 kernels, for a finer level, the same level and a
     coarser one, shared by all output levels.
 
-    The offset convolution starts at zero, so that it starts as a plain convolution at the levels' own places, with
-    every importance at 1/2. The kernels start as He et al. would have them for a layer with a ReLU after it. What the
-    halves, the 1/L_m and the level weights take from the sum, GroupNorm gives back, so it is not made up for in the
-    kernels: larger kernels under a normalisation give the same output and merely learn more slowly.
+    The offset convolution starts at zero: sampling starts as a plain convolution at the levels' own places, with every
+    importance at 1/2. The kernel of the same level starts as the identity, so that a deep stack starts by handing on
+    what the backbone found; on it and on the two others lies noise, ``INITIAL_NOISE`` times what He et al. give a layer
+    with a ReLU after it, about a third of the output's variance. (In small trials from scratch, with two blocks and
+    with six, this learned a little faster than He et al.'s alone.) What the halves, the 1/L_m and the level weights
+    take from the sum, GroupNorm gives back, so it is not made up for in the kernels: larger kernels under a
+    normalisation give the same output and merely learn more slowly.
 
     Args:
         channels: channels C of every level, in and out.
@@ -47,6 +50,8 @@ class SpatialAwareAttention(nn.Module):
         [(2, 64, 16, 16), (2, 64, 8, 8)]
     """
 
+    INITIAL_NOISE = 0.3
+
     def __init__(self, channels: int, *, window: int | None = 1, offset_groups: int = 1, norm_groups: int = 16) -> None:
         super().__init__()
         check_groups("offset_groups", offset_groups, channels)
@@ -61,8 +66,10 @@ class SpatialAwareAttention(nn.Module):
         self.norm = nn.GroupNorm(norm_groups, channels)
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
-        for weight in self.weight:
-            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+        with torch.no_grad():
+            for weight in self.weight:
+                nn.init.kaiming_normal_(weight, nonlinearity="relu").mul_(self.INITIAL_NOISE)
+            self.weight[1] += nn.init.dirac_(torch.empty_like(self.weight[1]))
 
     def extra_repr(self) -> str:
         """The arguments that the submodules do not show."""
