@@ -174,9 +174,9 @@ def coco_results(
     scale = torch.tensor([record["width"] / size[1], record["height"] / size[0]] * 2)
     boxes = detections["boxes"].cpu() * scale
     boxes[:, 2:] -= boxes[:, :2]
+    columns = zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
     return [
         {"image_id": record["image_id"], "category_id": split.category_ids[label], "bbox": box, "score": score}
-        for box, label, score in zip(
-            boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True
-        )
+        for box, label, score in columns
+        if box[2] > 0 and box[3] > 0
     ]

@@ -1,0 +1,223 @@
+"""Weights and checkpoints: what loads, what is named, what is refused."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from dyhead.config import ConfigError
+from dyhead.torchvision import build_model
+from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_checkpoint
+
+
+@pytest.fixture
+def model(tiny, configured):
+    torch.manual_seed(0)
+    return build_model(configured(tiny))
+
+
+@pytest.fixture
+def other(tiny, configured):
+    """The same detector with other weights."""
+    torch.manual_seed(1)
+    return build_model(configured(tiny))
+
+
+def equal(a, b, prefix=""):
+    a, b = a.state_dict(), b.state_dict()
+    return all(torch.equal(value, b[key]) for key, value in a.items() if key.startswith(prefix))
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 3}])
+def test_the_detector_s_own_weights_load_from_any_usual_file(model, other, tmp_path, wrap):
+    torch.save(wrap({f"module.{key}": value for key, value in other.state_dict().items()}), tmp_path / "w.pth")
+    load_weights(model, str(tmp_path / "w.pth"), strict=True)
+    assert equal(model, other)
+
+
+def test_a_torchvision_resnet_loads_into_the_backbone(tiny, configured, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    detector = build_model(configured(tiny | {"MODEL.RESNETS.NORM": "FrozenBN"}))
+    resnet = torchvision.models.resnet18()
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    load_weights(detector, str(tmp_path / "resnet.pth"), strict=False)
+    body = detector.backbone.body.state_dict()
+    theirs = {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.") and "num_batches" not in k}
+    assert body.keys() == theirs.keys()
+    assert all(torch.equal(body[key], value) for key, value in theirs.items())
+    assert "Loaded 100 of" in caplog.text
+    assert "missing in the file: backbone.dyhead" in caplog.text
+    assert "not in the model" not in caplog.text
+
+
+def test_imagenet_s_weights_are_torchvision_s(tiny, configured, monkeypatch):
+    asked = []
+
+    def fetched(self, **kwargs):
+        asked.append(str(self))
+        return torchvision.models.resnet18().state_dict()
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fetched)
+    detector = build_model(configured(tiny | {"MODEL.RESNETS.NORM": "FrozenBN"}))
+    load_weights(detector, "detectron2://ImageNetPretrained/torchvision/R-18.pkl", strict=False)
+    assert asked == ["ResNet18_Weights.IMAGENET1K_V1"]
+
+
+def test_weights_that_cannot_be_fetched_say_what_was_tried_and_the_ways_out(model, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", offline)
+    with pytest.raises(ConfigError, match=r"ResNet50_Weights\.IMAGENET1K_V1.*no route to host.*MODEL\.WEIGHTS \"\""):
+        load_weights(model, "detectron2://ImageNetPretrained/torchvision/R-50.pkl", strict=False)
+    with pytest.raises(ConfigError, match=r"detectron2://ImageNetPretrained/MSRA/R-50\.pkl: the torchvision engine reads"):
+        load_weights(model, "detectron2://ImageNetPretrained/MSRA/R-50.pkl", strict=False)
+
+
+def test_for_training_what_fits_is_loaded_and_the_rest_named(model, other, tiny, configured, tmp_path, caplog):
+    """Fine-tuning on another number of classes."""
+    caplog.set_level(logging.INFO)
+    torch.save({"model": other.state_dict() | {"extra.weight": torch.zeros(1)}}, tmp_path / "w.pth")
+    detector = build_model(configured(tiny | {"MODEL.FCOS.NUM_CLASSES": 5}))
+    load_weights(detector, str(tmp_path / "w.pth"), strict=False)
+    assert equal(detector, other, "backbone.")
+    assert re.search(r"head\.predictor\.logits\.weight \(3, 32, 3, 3\) in the file, \(5, 32, 3, 3\)", caplog.text)
+    assert "not in the model: extra.weight" in caplog.text
+
+
+def test_for_evaluation_everything_must_fit(model, tmp_path):
+    state = model.state_dict()
+    del state["backbone.body.conv1.weight"]
+    state["extra.weight"] = torch.zeros(1)
+    state["head.predictor.deltas.bias"] = torch.zeros(7)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ConfigError) as error:
+        load_weights(model, str(tmp_path / "w.pth"), strict=True)
+    assert "missing in the file: backbone.body.conv1.weight" in str(error.value)
+    assert "not in the model: extra.weight" in str(error.value)
+    assert "head.predictor.deltas.bias (7,) in the file, (4,) in the model" in str(error.value)
+
+
+def test_a_file_of_which_nothing_fits_is_refused(model, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        load_weights(model, str(tmp_path / "w.pth"), strict=False)
+
+
+def test_files_that_are_no_checkpoints_are_named(model, tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model": {"lr": 0.1}}, tmp_path / "numbers.pth")
+    torch.save({"model": Path("x")}, tmp_path / "unsafe.pth")
+    for name, message in (
+        ("missing.pth", "no such file"),
+        ("text.pth", "not a file of tensors"),
+        ("list.pth", "expected a dict of tensors, got list"),
+        ("numbers.pth", "expected a dict of tensors"),
+        ("unsafe.pth", "not a file of tensors that PyTorch reads safely"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}.*{message}"):
+            load_weights(model, str(tmp_path / name), strict=False)
+
+
+def test_the_last_checkpoint_is_the_one_that_is_noted(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(ConfigError, match=r"model_0000009\.pth does not exist"):
+        last_checkpoint(tmp_path)
+    torch.save({}, tmp_path / "model_0000009.pth")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "model_0000009.pth")
+    assert read_checkpoint(tmp_path / "model_0000009.pth") == {}
+
+
+# One name of each kind in a released checkpoint of microsoft/DynamicHead, and ours.
+RELEASED = {
+    "backbone.backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight",
+    "backbone.backbone.bottom_up.stem.conv1.norm.running_var": "backbone.body.bn1.running_var",
+    "backbone.backbone.bottom_up.res2.0.shortcut.weight": "backbone.body.layer1.0.downsample.0.weight",
+    "backbone.backbone.bottom_up.res2.0.shortcut.norm.bias": "backbone.body.layer1.0.downsample.1.bias",
+    "backbone.backbone.bottom_up.res5.2.conv3.norm.running_mean": "backbone.body.layer4.2.bn3.running_mean",
+    "backbone.backbone.bottom_up.res4.1.conv2.weight": "backbone.body.layer3.1.conv2.weight",
+    "backbone.backbone.fpn_lateral3.weight": "backbone.fpn.inner_blocks.0.0.weight",
+    "backbone.backbone.fpn_output5.bias": "backbone.fpn.layer_blocks.2.0.bias",
+    "backbone.backbone.top_block.p7.weight": "backbone.fpn.extra_blocks.p7.weight",
+    "backbone.dyhead_tower.0.DyConv.1.conv.weight": "backbone.dyhead.blocks.0.same.weight",
+    "backbone.dyhead_tower.1.offset.bias": "backbone.dyhead.blocks.1.offset.bias",
+}
+# And of mmdetection, whose ResNet is torchvision's.
+MMDETECTION = {
+    "backbone.layer1.0.downsample.0.weight": "backbone.body.layer1.0.downsample.0.weight",
+    "backbone.bn1.running_mean": "backbone.body.bn1.running_mean",
+    "neck.0.lateral_convs.0.conv.weight": "backbone.fpn.inner_blocks.0.0.weight",
+    "neck.0.fpn_convs.2.conv.bias": "backbone.fpn.layer_blocks.2.0.bias",
+    "neck.0.fpn_convs.4.conv.weight": "backbone.fpn.extra_blocks.p7.weight",
+    "neck.1.dyhead_blocks.1.spatial_conv_high.norm.weight": "backbone.dyhead.blocks.1.coarser.norm.weight",
+}
+
+
+@pytest.mark.parametrize(("names", "block"), [(RELEASED, "released"), (MMDETECTION, "mmdetection")])
+def test_checkpoints_of_other_dynamic_heads_load_name_by_name(tiny, configured, tmp_path, names, block, caplog):
+    caplog.set_level(logging.INFO)
+    options = {
+        "MODEL.RESNETS.DEPTH": 50,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
+        "MODEL.RESNETS.NORM": "FrozenBN",
+        "MODEL.FPN.NORM": "",
+        "MODEL.DYHEAD.BLOCK": block,
+        "MODEL.DYHEAD.NUM_BLOCKS": 2,
+    }
+    detector = build_model(configured(tiny | options))
+    own = detector.state_dict()
+    theirs = {key: torch.rand(own[ours].shape) for key, ours in names.items()}
+    torch.save({"model" if block == "released" else "state_dict": theirs}, tmp_path / "w.pth")
+    load_weights(detector, str(tmp_path / "w.pth"), strict=False)
+    loaded = detector.state_dict()
+    wrong = [ours for key, ours in names.items() if not torch.equal(loaded[ours], theirs[key])]
+    assert not wrong
+    assert "not in the model" not in caplog.text
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("detector", ["fcos", "retinanet"])
+def test_a_detector_of_detectron2_loads_and_has_the_same_losses(
+    tiny, configured, command, tmp_path, detector
+):
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model as build_theirs
+    from detectron2.structures import Boxes, Instances
+    from detectron2.utils.events import EventStorage
+
+    import dyhead.detectron2  # noqa: F401
+    from dyhead.config import add_dyhead_config, load_config
+
+    torch.manual_seed(0)
+    options = tiny | {"MODEL.FCOS.PRIOR_PROB": 0.5, "MODEL.RETINANET.PRIOR_PROB": 0.5}  # so that much is found
+    cfg, args = add_dyhead_config(get_cfg()), command(options, detector)
+    load_config(cfg, args.config_file, args.opts)
+    theirs = build_theirs(cfg)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "w.pth")
+    ours = build_model(configured(options, detector))
+    load_weights(ours, str(tmp_path / "w.pth"), strict=False)
+
+    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    boxes, labels = torch.tensor([[4.0, 6, 40, 38], [20, 10, 90, 60]]), torch.tensor([0, 2])
+    objects = Instances((64, 96), gt_boxes=Boxes(boxes), gt_classes=labels)
+    with EventStorage(), torch.no_grad():
+        expected = theirs([{"image": picture, "instances": objects}])
+        # Detectron2 divides by a moving average, which starts high, of the number of positives; we by the number.
+        positives = (theirs.loss_normalizer - 0.9 * (300 if detector == "fcos" else 100)) / 0.1
+        found = ours([picture], [{"boxes": boxes, "labels": labels}])
+    expected = {name: loss.item() * theirs.loss_normalizer / positives for name, loss in expected.items()}
+    assert {name: loss.item() for name, loss in found.items()} == pytest.approx(expected, rel=1e-4)
+
+    with torch.no_grad():
+        expected = theirs.eval()([{"image": picture, "height": 64, "width": 96}])[0]["instances"]
+        found = ours.eval()([picture])[0]
+    found = {name: part[(found["boxes"][:, 2:] > found["boxes"][:, :2]).all(dim=1)] for name, part in found.items()}
+    # The surest is the same; behind it torchvision's non-maximum suppression differs, it sees clipped boxes.
+    assert found["scores"][0].item() == pytest.approx(expected.scores[0].item(), rel=1e-4)
+    assert found["boxes"][0].tolist() == pytest.approx(expected.pred_boxes.tensor[0].tolist(), abs=1e-2)
+    assert found["labels"][0] == expected.pred_classes[0]
