@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := fcos_dyhead_R18_shapes
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint format cuda-compile sanitize clean
+.PHONY: install demo test lint format cuda-compile clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -29,6 +29,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+cuda-compile: install
+	$(BIN)/python setup.py compile_cuda
 
 format: install
 	$(BIN)/ruff check --fix .
