@@ -111,3 +111,93 @@ def test_two_processes_train_and_evaluate_as_one(tiny, command, tmp_path, draw):
     weights = {"MODEL.WEIGHTS": str(tmp_path / "one" / "model_final.pth"), "OUTPUT_DIR": str(tmp_path / "two_evaluate")}
     assert main(command(options | weights, eval_only=True, num_gpus=2)) == one
     assert two.keys() == one.keys()
+
+
+def test_several_processes_pass_on_the_error_of_one_as_it_was(tiny, command, draw, tmp_path):
+    path = draw(tmp_path / "broken", 2)
+    (path.parent / "1.png").write_bytes(b"no picture")
+    options = tiny | {
+        "DATASETS.REGISTER": [[str(path), str(path), str(path.parent)]],
+        "DATASETS.TRAIN": (str(path),),
+        "DATASETS.TEST": (),
+    }
+    with pytest.raises(DataError, match=r"^\S*1\.png: "):
+        main(command(options, num_gpus=2))
+
+
+def test_mixed_precision_trains(tiny, command, losses):
+    main(command(tiny | {"SOLVER.AMP.ENABLED": True, "DATASETS.TEST": ()}))
+    amp = [entry["total_loss"] for entry in losses]
+    losses.clear()
+    main(command(tiny | {"OUTPUT_DIR": tiny["OUTPUT_DIR"] + "_float32", "DATASETS.TEST": ()}))
+    full = [entry["total_loss"] for entry in losses]
+    assert amp == pytest.approx(full, rel=0.05)
+    assert amp != full
+
+
+def test_several_test_sets_are_each_evaluated(tiny, command, draw, tmp_path):
+    path = draw(tmp_path / "more", 3, seed=5)
+    (name,) = tiny["DATASETS.TEST"]
+    options = tiny | {
+        "DATASETS.REGISTER": [*tiny["DATASETS.REGISTER"], [str(path), str(path), str(path.parent)]],
+        "DATASETS.TEST": (name, str(path)),
+        "SOLVER.MAX_ITER": 2,
+        "TEST.EVAL_PERIOD": 1,
+    }
+    assert set(main(command(options))) == {name, str(path)}
+    lines = written(options["OUTPUT_DIR"], "metrics.json")
+    assert [line["iteration"] for line in lines if f"{name}/bbox/AP" in line and "total_loss" not in line] == [0, 1]
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tiny, command):
+    run = Path(tiny["OUTPUT_DIR"])
+    run.mkdir()
+    (run / "metrics.json").write_text("kept")
+    with pytest.raises(ConfigError, match=r"holds a run already \(metrics\.json\).*--resume.*another OUTPUT_DIR"):
+        main(command(tiny))
+    assert [(p.name, p.read_text()) for p in run.iterdir()] == [("metrics.json", "kept")]
+
+
+def test_evaluation_without_weights_is_refused(tiny, command):
+    with pytest.raises(ConfigError, match=r"--eval-only: set MODEL\.WEIGHTS"):
+        main(command(tiny, eval_only=True))
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        main(command(tiny, eval_only=True, resume=True))
+    with pytest.raises(ConfigError, match=r"nowhere\.pth: no such file"):
+        main(command(tiny | {"MODEL.WEIGHTS": "nowhere.pth"}, eval_only=True))
+
+
+def test_other_classes_than_the_data_set_s_are_refused_and_leave_nothing_in_the_way(tiny, command):
+    with pytest.raises(ConfigError, match=r"MODEL\.FCOS\.NUM_CLASSES: expected 3.*red, green, blue.*got 4"):
+        main(command(tiny | {"MODEL.FCOS.NUM_CLASSES": 4}))
+    main(command(tiny | {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}))  # into the same folder
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused_and_not_harmed(tiny, command):
+    options = tiny | {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}
+    main(command(options))
+    checkpoint = Path(options["OUTPUT_DIR"]) / "model_final.pth"
+    before = checkpoint.read_bytes()
+    for other, message in (
+        ({"MODEL.DYHEAD.NUM_BLOCKS": 2}, r"does not fit the model.*\n.*missing in the file: backbone\.dyhead\.blocks\.1"),
+        ({"SOLVER.OPTIMIZER": "SGD"}, r"SOLVER\.OPTIMIZER: expected 'ADAMW', with which .*model_final\.pth was trained"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main(command(options | other | {"SOLVER.MAX_ITER": 2}, resume=True))
+    torch.save({"model": {"weight": torch.zeros(1)}}, checkpoint)
+    with pytest.raises(ConfigError, match="no checkpoint of a training on torchvision"):
+        main(command(options, resume=True))
+    checkpoint.write_bytes(before)
+    main(command(options | {"SOLVER.MAX_ITER": 2}, resume=True))
+
+
+def test_a_loss_that_is_not_finite_names_the_iteration(tiny, command):
+    with pytest.raises(FloatingPointError, match=r"iteration [12]: the loss is infinite or NaN \(loss_fcos_cls"):
+        main(command(tiny | {"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0, "SOLVER.OPTIMIZER": "SGD"}))
+
+
+def test_resuming_where_nothing_was_trained_starts_with_a_warning(tiny, command, caplog):
+    caplog.set_level(logging.WARNING)
+    main(command(tiny | {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}, resume=True))
+    assert "holds no checkpoint yet" in caplog.text
+    assert (Path(tiny["OUTPUT_DIR"]) / "model_final.pth").exists()
