@@ -1,4 +1,4 @@
-"""What the operator accepts. The compiled operator makes the same checks itself, in C++ (csrc/arguments.h)."""
+"""What the operator accepts. The compiled operator makes the same checks, with the same words, in csrc/arguments.h."""
 
 from __future__ import annotations
 
@@ -13,27 +13,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of positions, masks and sums for features of `dtype`: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _fail(argument: str, expected, got) -> None:
-    raise RuntimeError(f"{argument}: expected {expected}, got {got}")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "(" + ", ".join(str(int(size)) for size in tensor.shape) + ("," if tensor.dim() == 1 else "") + ")"
-
-
-def _expect_shape(argument: str, tensor: Tensor, expected: Sequence) -> None:
-    if tensor.dim() != len(expected) or any(
-        not isinstance(size, str) and tensor.shape[i] != size for i, size in enumerate(expected)
-    ):
-        comma = "," if len(expected) == 1 else ""
-        _fail(argument, "(" + ", ".join(str(size) for size in expected) + comma + ")", _shape(tensor))
-
-
-def convolution_output_size(size, kernel: int, stride: int, padding: int, dilation: int):
-    """Pixels of the output grid along one axis, as for any convolution."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def check_arguments(
@@ -55,73 +34,100 @@ def check_arguments(
     """
     if len(features) == 0:
         _fail("features", "at least one level", "an empty list")
+    names = [f"features[{level}]" if aligned else "input" for level in range(len(features))]
+    # deform_conv2d adds a level dimension to the weight, which its caller does not know.
+    hidden = 0 if aligned else 1
+
     first = features[0]
     if first.dtype not in DTYPES:
-        _fail("features[0]", "float64, float32, bfloat16 or float16", first.dtype)
+        _fail(names[0], "float64, float32, bfloat16 or float16", first.dtype)
+    for name, feature in zip(names, features, strict=True):
+        _expect_like(name, feature, first.dtype, first)
     positions = accumulation_dtype(first.dtype)
-    optional = [("mask", mask, positions), ("bias", bias, first.dtype), ("level_weight", level_weight, positions)]
-    for name, tensor, dtype in [
-        *((f"features[{level}]", feature, first.dtype) for level, feature in enumerate(features)),
-        ("offset", offset, positions),
-        ("weight", weight, first.dtype),
-        *(entry for entry in optional if entry[1] is not None),
-    ]:
-        if tensor.dtype != dtype:
-            _fail(name, dtype, tensor.dtype)
-        if tensor.device != first.device:
-            _fail(name, first.device, tensor.device)
+    _expect_like("offset", offset, positions, first)
+    _expect_like("weight", weight, first.dtype, first)
+    _expect_like("mask", mask, positions, first)
+    _expect_like("bias", bias, first.dtype, first)
+    _expect_like("level_weight", level_weight, positions, first)
+    _expect_pair("stride", stride, 1)
+    _expect_pair("padding", padding, 0)
+    _expect_pair("dilation", dilation, 1)
 
-    for name, pair, least in [("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)]:
-        if len(pair) != 2 or pair[0] < least or pair[1] < least:
-            _fail(name, f"two integers of at least {least}", tuple(pair))
-
+    if not aligned and len(features) != 1:
+        _fail("features", "one level in the convolution geometry", f"{len(features)} levels")
     if first.dim() != 4:
-        _fail("features[0]", "(N, C, H, W)", _shape(first))
+        _fail(names[0], "(N, C, H, W)", _text(first.shape))
     batch, channels = first.shape[0], first.shape[1]
-    for level, feature in enumerate(features):
-        _expect_shape(f"features[{level}]", feature, (batch, channels, "H", "W"))
-        if feature.shape[1] < 1 or feature.shape[2] < 1 or feature.shape[3] < 1:
-            _fail(f"features[{level}]", "at least one channel and one pixel", _shape(feature))
+    for name, feature in zip(names, features, strict=True):
+        if feature.dim() != 4 or feature.shape[0] != batch or feature.shape[1] != channels:
+            _fail(name, f"({batch}, {channels}, H, W)", _text(feature.shape))
+        if channels < 1 or feature.shape[2] < 1 or feature.shape[3] < 1:
+            _fail(name, "at least one channel and one pixel", _text(feature.shape))
 
-    if weight.dim() != 5 or weight.shape[0] != len(features):
-        _fail("weight", f"({len(features)}, C_out, C_in/groups, kh, kw)", _shape(weight))
+    levels = len(features)
+    if weight.dim() != 5 or weight.shape[0] != levels:
+        expected = f"({levels}, C_out, C_in/groups, kh, kw)" if aligned else "(C_out, C_in/groups, kh, kw)"
+        _fail("weight", expected, _text(weight.shape[hidden:]))
     _, out_channels, group_channels, kh, kw = weight.shape
     if out_channels < 1 or group_channels < 1 or kh < 1 or kw < 1:
-        _fail("weight", "no empty dimension", _shape(weight))
+        _fail("weight", "no empty dimension", _text(weight.shape[hidden:]))
     if channels % group_channels != 0:
-        _fail("weight", f"C_in/groups to divide the features' {channels} channels", _shape(weight))
+        expected = f"C_in/groups to divide the features' {channels} channels"
+        _fail("weight", expected, _text(weight.shape[hidden:]))
     groups = channels // group_channels
     if out_channels % groups != 0:
-        _fail("weight", f"C_out to be a multiple of the {groups} groups", _shape(weight))
-    if bias is not None:
-        _expect_shape("bias", bias, (out_channels,))
+        _fail("weight", f"C_out to be a multiple of the {groups} groups", _text(weight.shape[hidden:]))
+    _expect_shape("bias", bias, (out_channels,))
 
     taps = kh * kw
     if offset.dim() != 4:
-        _fail("offset", "(N, 2*G*K, H, W)", _shape(offset))
+        _fail("offset", "(N, 2*G*K, H, W)", _text(offset.shape))
     if aligned:
         height, width = offset.shape[2], offset.shape[3]
         if height < 1 or width < 1:
-            _fail("offset", "an output grid of at least one pixel", _shape(offset))
+            _fail("offset", "an output grid of at least one pixel", _text(offset.shape))
     else:
-        if len(features) != 1:
-            _fail("features", "one level in the convolution geometry", f"{len(features)} levels")
-        height = convolution_output_size(first.shape[2], kh, stride[0], padding[0], dilation[0])
-        width = convolution_output_size(first.shape[3], kw, stride[1], padding[1], dilation[1])
-        if height < 1 or width < 1:
-            _fail("weight", f"a kernel no larger than the padded features {_shape(first)}", _shape(weight))
+        room_y = first.shape[2] + 2 * padding[0] - dilation[0] * (kh - 1) - 1
+        room_x = first.shape[3] + 2 * padding[1] - dilation[1] * (kw - 1) - 1
+        if room_y < 0 or room_x < 0:
+            expected = f"a kernel that fits the padded input {_text(first.shape)}"
+            _fail("weight", expected, _text(weight.shape[hidden:]))
+        height, width = room_y // stride[0] + 1, room_x // stride[1] + 1
     if offset.shape[1] < 1 or offset.shape[1] % (2 * taps) != 0:
-        _fail("offset", f"a multiple of 2*K = {2 * taps} channels", _shape(offset))
+        _fail("offset", f"a multiple of 2*K = {2 * taps} channels", _text(offset.shape))
     _expect_shape("offset", offset, (batch, offset.shape[1], height, width))
     offset_groups = offset.shape[1] // (2 * taps)
     if channels % offset_groups != 0:
         _fail("offset", f"offset groups that divide the features' {channels} channels", f"{offset_groups} groups")
-    if mask is not None:
-        _expect_shape("mask", mask, (batch, offset_groups * taps, height, width))
-    if level_weight is not None:
-        _expect_shape("level_weight", level_weight, (batch, len(features)))
-    if scales is not None and len(scales) != len(features):
-        _fail("scales", f"{len(features)} numbers, one a level", f"{len(scales)}")
+    _expect_shape("mask", mask, (batch, offset_groups * taps, height, width))
+    _expect_shape("level_weight", level_weight, (batch, levels))
+    if scales is not None and len(scales) != levels:
+        _fail("scales", f"{levels} numbers, one a level", len(scales))
     for level, scale in enumerate(scales or ()):
         if not 0 < scale < float("inf"):
-            _fail(f"scales[{level}]", "a positive finite number", scale)
+            _fail(f"scales[{level}]", "a positive finite number", f"{scale:g}")
+
+
+def _fail(argument: str, expected: object, got: object) -> None:
+    raise RuntimeError(f"{argument}: expected {expected}, got {got}")
+
+
+def _text(sizes: Sequence[int]) -> str:
+    return "(" + ", ".join(map(str, sizes)) + (",)" if len(sizes) == 1 else ")")
+
+
+def _expect_like(argument: str, tensor: Tensor | None, dtype: torch.dtype, first: Tensor) -> None:
+    if tensor is not None and tensor.dtype != dtype:
+        _fail(argument, dtype, tensor.dtype)
+    if tensor is not None and tensor.device != first.device:
+        _fail(argument, first.device, tensor.device)
+
+
+def _expect_shape(argument: str, tensor: Tensor | None, expected: Sequence[int]) -> None:
+    if tensor is not None and (tensor.dim() != len(expected) or tuple(tensor.shape) != tuple(expected)):
+        _fail(argument, _text(expected), _text(tensor.shape))
+
+
+def _expect_pair(argument: str, pair: Sequence[int], least: int) -> None:
+    if len(pair) != 2 or not all(least <= value < 2**31 for value in pair):
+        _fail(argument, f"two integers of at least {least}", _text(pair))

@@ -1,0 +1,104 @@
+"""A library that is missing or does not load: the reference runs, and one warning says why and what to do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dyhead import _C, info
+from dyhead.ops import library
+
+# The child processes import a copy of the package, where the library can be missing or broken. The finder of an
+# editable installation would find the real one.
+COPY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+import dyhead
+assert dyhead.__file__.startswith(sys.argv[1]), dyhead.__file__
+"""
+USE = """
+import warnings
+import torch
+from dyhead.ops import pyramid_deform_conv2d
+features = [torch.randn(1, 4, 8, 6, requires_grad=True), torch.randn(1, 4, 4, 3)]
+arguments = features, torch.randn(1, 18, 4, 3), torch.randn(2, 2, 4, 3, 3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    results = [pyramid_deform_conv2d(*arguments) for _ in range(3)]
+    results[0].sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pyramid_deform_conv2d(*arguments).dtype == torch.bfloat16
+    torch.compile(pyramid_deform_conv2d, backend="eager", fullgraph=True)(*arguments)
+assert not hasattr(torch.ops.dyhead, "pyramid_deform_conv2d")
+own = [str(w.message) for w in caught if "dyhead" in str(w.message)]
+assert len(own) == 1, own
+assert caught[0].filename == "<string>", caught[0].filename
+print(own[0])
+"""
+
+
+def copy_package(folder, libraries):
+    """The Python files of the package in a folder, with other files in place of the library."""
+    source = os.path.dirname(os.path.dirname(library.__file__))
+    for name in ("__init__.py", "info.py", *(f"ops/{file}" for file in os.listdir(f"{source}/ops"))):
+        if name.endswith(".py"):
+            target = folder / "dyhead" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{source}/{name}") as file:
+                target.write_text(file.read())
+    for name, content in libraries.items():
+        (folder / "dyhead" / name).write_bytes(content)
+    return str(folder)
+
+
+def run(*command, **options):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_reference_runs_and_one_warning_says_why(tmp_path):
+    text = run("-c", COPY + USE, copy_package(tmp_path, {}))
+    assert "was not built" in text
+    assert "pip install -e . --no-build-isolation" in text
+    assert "plain PyTorch operator runs" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("_C.cpython-38-any.so", "was built for another Python (_C.cpython-38-any.so)"),
+        (os.path.basename(_C.__file__), "did not load"),
+    ],
+    ids=["other_python", "broken"],
+)
+def test_info_says_why_the_library_did_not_load(name, reason, tmp_path):
+    folder = copy_package(tmp_path, {name: b"not a library"})
+    text = run("-c", COPY + "from dyhead import info; info.main()", folder)
+    assert "NOT LOADED, the plain PyTorch operator runs" in text
+    assert reason in text
+    assert "pip install -e . --no-build-isolation" in text
+
+
+def test_info_says_what_was_built(capsys):
+    info.main()
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert "loaded, for PyTorch >= 2.11" in text
+    assert f"used here: {_C.build_info()['cpu_path']}" in text
+
+
+def test_device_without_an_operator_warns_once():
+    device = torch.device("xpu")
+    library._warned.discard("xpu")
+    with pytest.warns(UserWarning, match="no compiled operator for xpu tensors"):
+        assert not library.runs_on(device)
+    assert not library.runs_on(device)
+
+
+def test_info_lists_every_part():
+    lines = info.collect()
+    assert {"dyhead", "Python", "PyTorch", "torchvision", "detectron2", "CPU operator", "CUDA operator"} <= set(lines)
