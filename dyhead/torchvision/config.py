@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -325,44 +325,18 @@ def check_values(cfg: CfgNode) -> None:
     """
     num_classes(cfg)  # raises unless the meta-architecture is one of ours
     for key, supported in (_CHOICES | _CHOICES_OF[cfg.MODEL.META_ARCHITECTURE]).items():
-        _expect(key, get(cfg, key) in supported, f"one of {', '.join(map(repr, supported))}", get(cfg, key))
-
-    resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
-    basic = resnets.DEPTH < 50
-    width = 64 if basic else 256
-    _expect(
-        "MODEL.RESNETS.RES2_OUT_CHANNELS", resnets.RES2_OUT_CHANNELS == width, f"{width} with DEPTH {resnets.DEPTH}",
-        resnets.RES2_OUT_CHANNELS,
-    )  # fmt: skip
-    if basic:
-        _expect("MODEL.RESNETS.NUM_GROUPS", resnets.NUM_GROUPS == 1, "1 with DEPTH 18 or 34", resnets.NUM_GROUPS)
-        _expect(
-            "MODEL.RESNETS.WIDTH_PER_GROUP", resnets.WIDTH_PER_GROUP == 64, "64 with DEPTH 18 or 34",
-            resnets.WIDTH_PER_GROUP,
-        )  # fmt: skip
-    stages = ["res2", "res3", "res4", "res5"]
-    wanted = stages[-len(fpn.IN_FEATURES) :] if fpn.IN_FEATURES else []
-    _expect(
-        "MODEL.FPN.IN_FEATURES", bool(wanted) and fpn.IN_FEATURES == wanted, f"the last of {stages}", fpn.IN_FEATURES
-    )
-    missing = [name for name in fpn.IN_FEATURES if name not in resnets.OUT_FEATURES]
-    _expect(
-        "MODEL.RESNETS.OUT_FEATURES", not missing, f"all of MODEL.FPN.IN_FEATURES {fpn.IN_FEATURES}",
-        resnets.OUT_FEATURES,
-    )  # fmt: skip
+        _expect(cfg, key, lambda value, among=supported: value in among, f"one of {', '.join(map(repr, supported))}")
+    _check_backbone(cfg)
     for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
-        _expect(key, len(get(cfg, key)) == 3, f"3 values, one for each channel of {cfg.INPUT.FORMAT}", get(cfg, key))
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+        _expect(cfg, key, lambda value: len(value) == 3, f"3 values, one for each channel of {cfg.INPUT.FORMAT}")
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
-        _expect("INPUT.MIN_SIZE_TRAIN", len(sizes) == 2 and sizes[0] <= sizes[1], "(lowest, highest)", sizes)
-    _expect("INPUT.MIN_SIZE_TRAIN", len(sizes) > 0, "at least one size in pixels", sizes)
+        _expect(cfg, "INPUT.MIN_SIZE_TRAIN", lambda v: len(v) == 2 and v[0] <= v[1], "the lowest and the highest size")
+    _expect(cfg, "INPUT.MIN_SIZE_TRAIN", len, "at least one size in pixels")
     for key in ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD"):
-        _expect(key, get(cfg, key) >= 1, "at least 1", get(cfg, key))
-    _expect("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR > 0, "a learning rate above 0", cfg.SOLVER.BASE_LR)
-    _expect(
-        "SOLVER.BASE_LR_END", 0 <= cfg.SOLVER.BASE_LR_END <= cfg.SOLVER.BASE_LR,
-        f"a learning rate between 0 and BASE_LR {cfg.SOLVER.BASE_LR}", cfg.SOLVER.BASE_LR_END,
-    )  # fmt: skip
+        _expect(cfg, key, lambda value: value >= 1, "at least 1")
+    base = cfg.SOLVER.BASE_LR
+    _expect(cfg, "SOLVER.BASE_LR", lambda lr: lr > 0, "a learning rate above 0")
+    _expect(cfg, "SOLVER.BASE_LR_END", lambda lr: 0 <= lr <= base, f"0 to SOLVER.BASE_LR, {base}")
 
 
 def iou_thresholds(cfg: CfgNode, node: str) -> tuple[float, float]:
@@ -371,16 +345,29 @@ def iou_thresholds(cfg: CfgNode, node: str) -> tuple[float, float]:
     Raises:
         ConfigError: other labels than background, (ignored,) object.
     """
-    thresholds, labels = get(cfg, f"{node}.IOU_THRESHOLDS"), get(cfg, f"{node}.IOU_LABELS")
-    expected = {1: [0, 1], 2: [0, -1, 1]}.get(len(thresholds))
-    _expect(f"{node}.IOU_THRESHOLDS", expected is not None, "one or two thresholds", thresholds)
-    _expect(f"{node}.IOU_LABELS", labels == expected, f"{expected} with IOU_THRESHOLDS {thresholds}", labels)
+    thresholds = get(cfg, f"{node}.IOU_THRESHOLDS")
+    labels = {1: [0, 1], 2: [0, -1, 1]}
+    _expect(cfg, f"{node}.IOU_THRESHOLDS", lambda value: len(value) in labels, "one or two thresholds")
+    expected = labels[len(thresholds)]
+    _expect(cfg, f"{node}.IOU_LABELS", expected.__eq__, f"{expected} with IOU_THRESHOLDS {thresholds}")
     return thresholds[0], thresholds[-1]
 
 
-def _expect(key: str, ok: bool, expected: str, got: Any) -> None:
-    if not ok:
-        raise ConfigError(f"{key}: the torchvision engine expects {expected}, got {got!r}")
+def _check_backbone(cfg: CfgNode) -> None:
+    depth, levels = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.FPN.IN_FEATURES
+    widths = {"RES2_OUT_CHANNELS": 256}
+    if depth < 50:
+        widths = {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64}
+    for key, width in widths.items():
+        _expect(cfg, f"MODEL.RESNETS.{key}", width.__eq__, f"{width} with DEPTH {depth}")
+    stages = ["res2", "res3", "res4", "res5"]
+    _expect(cfg, "MODEL.FPN.IN_FEATURES", lambda v: v and v == stages[-len(v) :], f"the last of {', '.join(stages)}")
+    _expect(cfg, "MODEL.RESNETS.OUT_FEATURES", set(levels).issubset, f"all of MODEL.FPN.IN_FEATURES, {levels}")
+
+
+def _expect(cfg: CfgNode, key: str, fits: Callable[[Any], Any], expected: str) -> None:
+    if not fits(get(cfg, key)):
+        raise ConfigError(f"{key}: the torchvision engine expects {expected}, got {get(cfg, key)!r}")
 
 
 def _merge(cfg: CfgNode, more: CfgNode) -> None:

@@ -31,9 +31,9 @@ Target = dict[str, Tensor]
 
 
 def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Height and width after a picture's shorter edge became ``shortest``, or its longer one ``longest`` if that is less.
+    """Height and width of a picture whose shorter edge becomes ``shortest``, or its longer one ``longest``, if less.
 
-    In pixels; rounded as Detectron2 does. ``shortest`` 0 leaves the size as it is.
+    In pixels, rounded as Detectron2 does. ``shortest`` 0 leaves the size as it is.
     """
     if shortest == 0:
         return height, width
@@ -96,9 +96,7 @@ class Augmentation:
     longest: int
     flip: str
 
-    def __call__(
-        self, image: Tensor, boxes: Tensor, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def __call__(self, image: Tensor, boxes: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A picture uint8 (3, H, W) and its boxes (M, 4) in pixels, both changed by random numbers of ``rng``."""
         if self.sampling == "range":
             shortest = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
@@ -128,7 +126,7 @@ class TrainStream(Dataset):
 
     def __init__(
         self, records: Sequence[dict[str, Any]], augmentation: Augmentation, image_format: str, seed: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.records = records
         self.augmentation = augmentation
         self.image_format = image_format
@@ -286,7 +284,7 @@ def train_loader(
 
 
 def evaluation_loader(cfg: CfgNode, split: CocoSplit, *, rank: int = 0, world_size: int = 1) -> DetectionLoader:
-    """Every ``world_size``-th picture of a data set, one at a time: lists of a picture uint8 (3, H, W) and its index."""
+    """Every ``world_size``-th picture of a data set by itself: lists of one picture uint8 (3, H, W) and its index."""
     pictures = EvaluationPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
     return DetectionLoader(pictures, sampler=range(rank, len(pictures), world_size), **_loader_options(cfg))
 

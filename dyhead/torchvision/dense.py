@@ -40,7 +40,7 @@ class DenseHead(nn.Module):
         self.gamma = gamma
 
     def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
-        """Levels (N, C, H, W) to cls_logits (N, R, K), bbox_regression (N, R, 4) and, if predicted, bbox_ctrness (N, R, 1)."""
+        """Levels (N, C, H, W) to cls_logits (N, R, K), bbox_regression (N, R, 4) and maybe bbox_ctrness (N, R, 1)."""
         predictions = self.predictor(levels)
         anchors = predictions[0][1].shape[1] // 4
         names = ("cls_logits", "bbox_regression", "bbox_ctrness")
@@ -95,10 +95,8 @@ class FCOSHead(DenseHead):
         logits, deltas, centreness = (head_outputs[k] for k in ("cls_logits", "bbox_regression", "bbox_ctrness"))
         places = torch.stack(anchors)[positive]
         sides = self.box_coder.encode(places, boxes)
-        nearest_to_farthest = [
-            sides[:, pair].amin(dim=1) / sides[:, pair].amax(dim=1) for pair in ([0, 2], [1, 3])
-        ]  # fmt: skip
-        truth = torch.sqrt(nearest_to_farthest[0] * nearest_to_farthest[1])
+        ratios = [sides[:, pair].amin(dim=1) / sides[:, pair].amax(dim=1) for pair in ([0, 2], [1, 3])]
+        truth = torch.sqrt(ratios[0] * ratios[1])
         count = average_over_devices(len(boxes), logits.device)
         loss_loc = generalized_box_iou_loss(self.box_coder.decode(deltas[positive], places), boxes, reduction="sum")
         loss_ctr = F.binary_cross_entropy_with_logits(centreness[positive].squeeze(1), truth, reduction="sum")
@@ -156,9 +154,7 @@ def build_fcos(cfg: CfgNode) -> FCOS:
     options = cfg.MODEL.FCOS
     pyramid = build_pyramid(cfg, options.IN_FEATURES)
     strides = list(pyramid.strides.values())
-    predictor = DensePredictor(
-        pyramid.out_channels, options.NUM_CLASSES, quality=True, prior_prob=options.PRIOR_PROB
-    )  # fmt: skip
+    predictor = DensePredictor(pyramid.out_channels, options.NUM_CLASSES, quality=True, prior_prob=options.PRIOR_PROB)
     model = FCOS(
         pyramid,
         options.NUM_CLASSES,
@@ -214,7 +210,8 @@ def build_retinanet(cfg: CfgNode) -> RetinaNet:
 def _by_anchor(level: Tensor, anchors: int) -> Tensor:
     """(N, A*X, H, W) to (N, H*W*A, X) in float32."""
     n, channels, h, w = level.shape
-    return level.float().view(n, anchors, channels // anchors, h, w).permute(0, 3, 4, 1, 2).reshape(n, h * w * anchors, -1)
+    split = level.float().view(n, anchors, channels // anchors, h, w)
+    return split.permute(0, 3, 4, 1, 2).reshape(n, h * w * anchors, -1)
 
 
 def _positives(targets: list[dict[str, Tensor]], matched_idxs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

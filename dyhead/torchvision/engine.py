@@ -25,7 +25,7 @@ from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.data import DataError
 from dyhead.torchvision.checkpoint import Checkpoints, last_checkpoint, load_weights, read_checkpoint
 from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
-from dyhead.torchvision.data import load_splits, load_train, evaluation_loader, train_records
+from dyhead.torchvision.data import evaluation_loader, load_splits, load_train, train_records
 from dyhead.torchvision.detectors import build_model
 from dyhead.torchvision.logs import Metrics, Progress, start_logging, stop_logging
 from dyhead.torchvision.report import report_losses, report_results
@@ -94,7 +94,9 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise pickle.loads(errors.get()) from None
 
 
-def _process(local_rank: int, cfg: CfgNode, args: argparse.Namespace, errors: torch.multiprocessing.SimpleQueue) -> None:
+def _process(
+    local_rank: int, cfg: CfgNode, args: argparse.Namespace, errors: torch.multiprocessing.SimpleQueue
+) -> None:
     url = urlparse(args.dist_url)
     os.environ.update(
         MASTER_ADDR=url.hostname,
@@ -206,7 +208,7 @@ def _trainer(cfg: CfgNode, args: argparse.Namespace, local_rank: int, callbacks:
         if several
         else "auto",
         plugins=[LightningEnvironment()],
-        precision={(True, True): "16-mixed", (True, False): "bf16-mixed"}.get((cfg.SOLVER.AMP.ENABLED, cuda), "32-true"),
+        precision=("16-mixed" if cuda else "bf16-mixed") if cfg.SOLVER.AMP.ENABLED else "32-true",
         max_steps=cfg.SOLVER.MAX_ITER,
         max_epochs=-1,
         val_check_interval=cfg.TEST.EVAL_PERIOD or None,

@@ -26,8 +26,6 @@ class Normalization(GeneralizedRCNNTransform):
         """A picture of any number type, as float32 with mean 0 and deviation 1."""
         return super().normalize(image.float())
 
-    def resize(
-        self, image: Tensor, target: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Nothing."""
         return image, target

@@ -121,9 +121,7 @@ class BoxHeads(RoIHeads):
         args, kwargs: torchvision's.
     """
 
-    def __init__(
-        self, *args, loss_type: str, beta: float, loss_weight: float, append_truth: bool, **kwargs
-    ) -> None:  # fmt: skip
+    def __init__(self, *args, loss_type: str, beta: float, loss_weight: float, append_truth: bool, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.loss_type = loss_type
         self.beta = beta
@@ -141,7 +139,7 @@ class BoxHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections of each picture, or in training none, and the losses by Detectron2's names; label 0 is background."""
+        """Detections of each picture or, in training, the losses by Detectron2's names; label 0 is background."""
         if self.training:
             proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
         regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
@@ -181,10 +179,8 @@ class PyramidPool(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
 
-    def forward(
-        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> Tensor:  # fmt: skip
-        """Levels (N, C, H, W) and boxes of each picture in pixels to (Q, C, S, S); the pictures' sizes do not matter."""
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Levels (N, C, H, W) and boxes of each picture in pixels to (Q, C, S, S); the sizes do not matter."""
         index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
         regions = torch.cat([index, torch.cat(boxes)], dim=1)
         size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))

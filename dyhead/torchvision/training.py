@@ -161,7 +161,7 @@ class Training(L.LightningModule):
 
 def coco_results(
     split: CocoSplit, index: int, size: Sequence[int], detections: dict[str, Tensor]
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """COCO's result dicts of one picture.
 
     Args:

@@ -73,7 +73,9 @@ def test_weights_that_cannot_be_fetched_say_what_was_tried_and_the_ways_out(mode
     monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", offline)
     with pytest.raises(ConfigError, match=r"ResNet50_Weights\.IMAGENET1K_V1.*no route to host.*MODEL\.WEIGHTS \"\""):
         load_weights(model, "detectron2://ImageNetPretrained/torchvision/R-50.pkl", strict=False)
-    with pytest.raises(ConfigError, match=r"detectron2://ImageNetPretrained/MSRA/R-50\.pkl: the torchvision engine reads"):
+    with pytest.raises(
+        ConfigError, match=r"detectron2://ImageNetPretrained/MSRA/R-50\.pkl: the torchvision engine reads"
+    ):
         load_weights(model, "detectron2://ImageNetPretrained/MSRA/R-50.pkl", strict=False)
 
 
@@ -182,9 +184,7 @@ def test_checkpoints_of_other_dynamic_heads_load_name_by_name(tiny, configured, 
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("detector", ["fcos", "retinanet"])
-def test_a_detector_of_detectron2_loads_and_has_the_same_losses(
-    tiny, configured, command, tmp_path, detector
-):
+def test_a_detector_of_detectron2_loads_and_has_the_same_losses(tiny, configured, command, tmp_path, detector):
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model as build_theirs
     from detectron2.structures import Boxes, Instances

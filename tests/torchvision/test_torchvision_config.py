@@ -78,7 +78,7 @@ def test_a_misspelt_key_is_an_error_that_suggests_the_right_one(tiny, command):
         ("MODEL.RESNETS.NORM", "naiveSyncBN", "'BN', 'SyncBN', 'FrozenBN', 'GN'"),
         ("MODEL.RESNETS.DEPTH", 20, "18, 34, 50, 101, 152"),
         ("MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "64 with DEPTH 18"),
-        ("MODEL.RESNETS.OUT_FEATURES", ["res5"], r"all of MODEL.FPN.IN_FEATURES \['res3', 'res4', 'res5'\]"),
+        ("MODEL.RESNETS.OUT_FEATURES", ["res5"], r"all of MODEL.FPN.IN_FEATURES, \['res3', 'res4', 'res5'\]"),
         ("MODEL.FPN.IN_FEATURES", ["res2", "res4"], "the last of"),
         ("MODEL.FPN.FUSE_TYPE", "avg", "'sum'"),
         ("MODEL.PIXEL_MEAN", [0.0], "3 values"),
@@ -133,9 +133,9 @@ def test_values_are_checked_where_the_detector_uses_them(tiny, configured, detec
     ],
 )
 def test_devices_that_are_not_there_are_refused(tiny, command, flags, options, message):
+    args = command(tiny | options)
+    vars(args).update(flags)
     with pytest.raises(ConfigError, match=message):
-        args = command(tiny | options)
-        vars(args).update(flags)
         setup(args)
 
 

@@ -14,9 +14,9 @@ from dyhead.torchvision.data import (
     Augmentation,
     TrainBatches,
     TrainStream,
+    evaluation_loader,
     load_train,
     resized,
-    evaluation_loader,
     train_loader,
     train_records,
 )
@@ -140,7 +140,7 @@ def test_crowds_are_left_out_and_pictures_with_nothing_else_filtered(split):
     mixed = data.CocoSplit(split.info, split.class_names, split.category_ids, records)
     assert train_records([mixed], filter_empty=True) == [records[1]]
     assert train_records([mixed], filter_empty=False) == records
-    image, target = TrainStream(records[1:2], PLAIN, "RGB", seed=0)[0]
+    _, target = TrainStream(records[1:2], PLAIN, "RGB", seed=0)[0]
     assert len(target["boxes"]) == len(target["labels"]) == len(records[1]["annotations"]) - 1
     empty = TrainStream(records[2:], PLAIN, "RGB", seed=0)[0][1]
     assert empty["boxes"].shape == (0, 4)

@@ -28,7 +28,10 @@ def _seed():
 
 def batch():
     """Two pictures of different sizes, the second without objects."""
-    images = [torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8), torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8)]
+    images = [
+        torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8),
+        torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8),
+    ]
     for i, (x0, y0, x1, y1) in enumerate(((4, 8, 40, 30), (30, 20, 70, 60))):
         images[0][:, y0:y1, x0:x1] = torch.tensor([[220, 40, 40], [40, 40, 220]][i], dtype=torch.uint8)[:, None, None]
     full = {"boxes": torch.tensor([[4.0, 8, 40, 30], [30, 20, 70, 60]]), "labels": torch.tensor([0, 2])}
@@ -102,9 +105,7 @@ def test_dyhead_is_built_as_configured(tiny, configured):
     assert len(head(NUM_BLOCKS=3).blocks) == 3
     assert isinstance(head(BLOCK="released").blocks[0], ReleasedDyHeadBlock)
     plain = head(SCALE_AWARE=False, TASK_AWARE=False, OFFSET_GROUPS=2, NORM_GROUPS=4, WINDOW=None)
-    expected = DyHead(
-        32, 1, scale_aware=False, task_aware=False, offset_groups=2, norm_groups=4, window=None
-    )  # fmt: skip
+    expected = DyHead(32, 1, scale_aware=False, task_aware=False, offset_groups=2, norm_groups=4, window=None)
     assert repr(plain) == repr(expected)
     assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
 
@@ -171,7 +172,10 @@ def test_anchors_are_those_of_detectron2():
 def test_regions_are_pooled_from_the_level_of_their_size(aligned):
     strides = {"p2": 4, "p3": 8, "p4": 16}
     levels = {name: torch.randn(2, 5, 512 // s, 512 // s) for name, s in strides.items()}
-    boxes = [torch.tensor([[8.0, 8, 100, 90], [0, 0, 300, 260]]), torch.tensor([[10.0, 20, 160, 180], [0, 0, 511, 511]])]
+    boxes = [
+        torch.tensor([[8.0, 8, 100, 90], [0, 0, 300, 260]]),
+        torch.tensor([[10.0, 20, 160, 180], [0, 0, 511, 511]]),
+    ]
     pooled = PyramidPool(strides, 3, 2, aligned)(levels, boxes, [(512, 512)] * 2)
     # floor(4 + log2(sqrt(area) / 224)): 86.9 pixels -> 2, 279.3 -> 4, 154.9 -> 3, 511 -> 5, which is not there
     for i, (image, box, name) in enumerate(((0, 0, "p2"), (0, 1, "p4"), (1, 0, "p3"), (1, 1, "p4"))):

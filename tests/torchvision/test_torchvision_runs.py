@@ -179,8 +179,14 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused_and_not_harmed(ti
     checkpoint = Path(options["OUTPUT_DIR"]) / "model_final.pth"
     before = checkpoint.read_bytes()
     for other, message in (
-        ({"MODEL.DYHEAD.NUM_BLOCKS": 2}, r"does not fit the model.*\n.*missing in the file: backbone\.dyhead\.blocks\.1"),
-        ({"SOLVER.OPTIMIZER": "SGD"}, r"SOLVER\.OPTIMIZER: expected 'ADAMW', with which .*model_final\.pth was trained"),
+        (
+            {"MODEL.DYHEAD.NUM_BLOCKS": 2},
+            r"does not fit the model.*\n.*missing in the file: backbone\.dyhead\.blocks\.1",
+        ),
+        (
+            {"SOLVER.OPTIMIZER": "SGD"},
+            r"SOLVER\.OPTIMIZER: expected 'ADAMW', with which .*model_final\.pth was trained",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             main(command(options | other | {"SOLVER.MAX_ITER": 2}, resume=True))

@@ -24,9 +24,7 @@ def factors(cfg):
 
 
 def test_steps_with_linear_warm_up(tiny, configured):
-    expected = [
-        0.001 + (1 - 0.001) * i / 10 if i < 10 else 0.1 ** ((i >= 60) + (i >= 80)) for i in range(100)
-    ]  # fmt: skip
+    expected = [0.001 + 0.999 * i / 10 if i < 10 else 0.1 ** ((i >= 60) + (i >= 80)) for i in range(100)]
     assert factors(configured(tiny | SCHEDULE)) == pytest.approx(expected)
 
 
@@ -89,7 +87,9 @@ def test_what_decays_and_how_fast_biases_learn(tiny, configured):
         optimizer = build_optimizer(configured(tiny | options | extra), model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         found = {
-            names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+            names[id(p)]: (group["lr"], group["weight_decay"])
+            for group in optimizer.param_groups
+            for p in group["params"]
         }
         return optimizer, found
 
