@@ -518,7 +518,7 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
             scratch.masks.get()[p] = mask;
           });
 
-          std::fill(panel, panel + kTile * block.panel_width, A(0));
+          std::fill(panel, panel + round_up(count, kernel.rows) * block.panel_width, A(0));
           std::fill(dots, dots + 4 * count, A(0));
           for (size_t s = 0; s < block.segments.size(); ++s) {
             const Segment& segment = block.segments[s];
