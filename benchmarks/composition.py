@@ -1,0 +1,63 @@
+"""The modules as they would be without this project's operator: on `torchvision.ops.deform_conv2d`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.ops import deform_conv2d
+
+from dyhead.layers import released, spatial_attention
+
+
+def pyramid_deform_conv2d(
+    features: Sequence[Tensor],
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    level_weight: Tensor | None = None,
+    *,
+    scales: Sequence[float] | None = None,
+    dilation: int = 1,
+) -> Tensor:
+    """Eq. 4 with torchvision: every level resized to the output's grid, a call per level, the results summed.
+
+    The arguments are `dyhead.ops.pyramid_deform_conv2d`'s; `scales` follow from the sizes. On a level that is resized
+    the result is another than the operator's, which samples the level itself; on one that is not it is the same.
+    """
+    size = offset.shape[2:]
+    padding = tuple(dilation * (k - 1) // 2 for k in weight.shape[3:])
+    out = None
+    for level, feature in enumerate(features):
+        if feature.shape[2:] != size:
+            feature = functional.interpolate(feature, size, mode="bilinear", align_corners=False)
+        term = convolve(feature, offset, weight[level], None, 1, padding, dilation, mask)
+        if level_weight is not None:
+            term = term * level_weight[:, level, None, None, None].to(term.dtype)
+        out = term if out is None else out + term
+    return out if bias is None else out + bias[:, None, None]
+
+
+def convolve(input: Tensor, offset: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, mask=None):
+    """`torchvision.ops.deform_conv2d`; in float32 where it has no bfloat16 (on a CPU)."""
+    if input.device.type == "cpu" and (input.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")):
+        with torch.autocast("cpu", enabled=False):
+            wide = [None if x is None else x.float() for x in (input, offset, weight, bias)]
+            out = deform_conv2d(*wide, stride, padding, dilation, None if mask is None else mask.float())
+        return out.to(torch.bfloat16)
+    return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+@contextmanager
+def composition(enabled: bool = True) -> Iterator[None]:
+    """Within it the modules of `dyhead.layers` compute with torchvision, if `enabled`."""
+    with ExitStack() as stack:
+        if enabled:
+            stack.enter_context(patch.object(spatial_attention, "pyramid_deform_conv2d", pyramid_deform_conv2d))
+            stack.enter_context(patch.object(released, "deform_conv2d", convolve))
+        yield

@@ -1,0 +1,147 @@
+"""How fast are the detectors? Those of the torchvision engine, with DyHead on our operator and on torchvision's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.block import COMPILED, EAGER, RATIOS, choose_peers
+from benchmarks.composition import composition
+from benchmarks.program import Benchmark, parser, run, size
+from dyhead.config import load_config, num_classes
+from dyhead.torchvision import build_model, get_cfg
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = {"R18": "quickstart/{}_dyhead_R18_shapes.yaml", "R50": "{}_dyhead_R50.yaml"}
+SIZES = {"R18": (192, 256), "R50": (800, 1333)}
+DETECTORS = ["fcos", "retinanet", "faster_rcnn"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        detector: "fcos", "retinanet" or "faster_rcnn".
+        backbone: "R18", the quickstart's, or "R50", the full one.
+        mode: "inference" with all that follows the network, or "training": losses, backward, a step of SGD.
+        size: (height, width) of the pictures.
+        dtype: "float32", or "bfloat16" by autocast.
+        batch: pictures.
+        threads: that PyTorch computes with.
+    """
+
+    detector: str
+    backbone: str
+    mode: str
+    size: tuple[int, int]
+    dtype: str = "float32"
+    batch: int = 1
+    threads: int = 1
+
+
+def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
+    """One inference or training step on random pictures with random weights."""
+    cfg = get_cfg()
+    load_config(cfg, CONFIGS / FILES[case.backbone].format(case.detector))
+    torch.manual_seed(0)
+    model = build_model(cfg).to(device)
+    # Zero-initialised offsets would read at whole pixels. By bias, because random weights give levels any scale.
+    for name, module in model.named_modules():
+        if name.endswith("offset"):
+            nn.init.normal_(module.bias, std=2)
+    kind, _, compiled = peer.partition(", ")
+    if compiled:
+        model.backbone = torch.compile(model.backbone)
+    height, width = case.size
+    images = [torch.rand(3, height, width, device=device) * 255 for _ in range(case.batch)]
+    corners = torch.rand(8, 2, device=device) * torch.tensor([width, height], device=device) / 2
+    sides = corners.new_tensor([width, height]) * torch.linspace(0.05, 0.45, 8, device=device)[:, None]
+    target = {
+        "boxes": torch.cat([corners, corners + sides], dim=1),
+        "labels": torch.arange(8, device=device) % num_classes(cfg),
+    }
+    targets = [target] * case.batch
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16) if case.dtype == "bfloat16" else nullcontext()
+
+    if case.mode == "inference":
+        model.eval()
+
+        def infer() -> None:
+            with composition(kind == "composition"), torch.no_grad(), autocast():
+                model(images)
+
+        return infer
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-9)
+
+    def train() -> None:
+        with composition(kind == "composition"):
+            with autocast():
+                loss = sum(model(images, targets).values())
+            loss.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def warm(case: Case, peer: str) -> Case:
+    """What runs before memory is watched: a small picture; compiled code knows one size only."""
+    return case if peer.endswith("compiled") else replace(case, backbone="R18", size=(64, 64), batch=1)
+
+
+BENCHMARK = Benchmark(
+    name="detector",
+    question="How fast are the detectors of the torchvision engine, in inference and in a training step?",
+    build=build,
+    peers={
+        "ours": "as train_net.py --engine torchvision runs them",
+        "composition": "the same detectors with DyHead on torchvision.ops.deform_conv2d",
+        "ours, compiled": "ours, backbone, pyramid and DyHead under torch.compile",
+        "composition, compiled": "the composition in the same way",
+    },
+    columns=EAGER | COMPILED,
+    ratios=RATIOS,
+    warm=warm,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the program."""
+    options_of = parser(BENCHMARK)
+    options_of.set_defaults(repeats=9, seconds=120)
+    options_of.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS)
+    options_of.add_argument(
+        "--backbones", nargs="+", choices=list(FILES), default=["R18"], help="R18: the quickstart's; R50: the full one"
+    )
+    options_of.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"])
+    options_of.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    options_of.add_argument("--sizes", nargs="+", type=size, help="of pictures; default: 192x256 (R18), 800x1333 (R50)")
+    options_of.add_argument("--batch", type=int, default=1)
+    options_of.add_argument("--compile", action="store_true", help="under torch.compile as well")
+    options = options_of.parse_args(argv)
+    if options.quick:
+        options.repeats, options.backbones, options.sizes = 3, ["R18"], options.sizes or [(64, 64)]
+    cases = [
+        Case(detector, backbone, mode, place, dtype, options.batch, options.threads)
+        for detector, backbone, dtype, mode in product(
+            options.detectors, options.backbones, options.dtype, options.modes
+        )
+        for place in options.sizes or [SIZES[backbone]]
+    ]
+    return run(choose_peers(BENCHMARK, options.compile), cases, options, argv)
+
+
+if __name__ == "__main__":
+    main()

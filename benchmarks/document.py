@@ -1,0 +1,159 @@
+"""`python -m benchmarks.document`: puts the tables of benchmarks/results into docs/performance.md.
+
+A table stands between a line `<!-- table: FILE WHAT KEY=VALUE ... -->` and a line `<!-- end -->`, where FILE lies in
+benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds` or `goals`, and KEY=VALUE chooses cases by their fields.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.operator import Case, least_bytes
+from benchmarks.program import RESULTS, markdown, number, table
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+_TABLE = re.compile(r"(<!-- table: (?P<words>.+?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach.
+
+    Attributes:
+        what: in words.
+        benchmark: that measures it.
+        case: its fields.
+        ratio: "A / B", as the benchmark calls it or turned round.
+        quantity: "time" or "memory".
+        goal, limit: what it should be, and must be.
+    """
+
+    what: str
+    benchmark: str
+    case: dict[str, Any]
+    ratio: str
+    quantity: str
+    goal: float
+    limit: float
+
+
+_SIZE = {"size": [100, 168], "channels": 256, "batch": 1}
+_FORWARD = _SIZE | {"mode": "forward", "dtype": "float32", "levels": 1}
+_PAPER = _SIZE | {"block": "paper", "mode": "training", "dtype": "float32", "blocks": 6}
+_RELEASED = _PAPER | {"block": "released"}
+_GOALS = [
+    Goal("forward", "operator", _FORWARD, "ours / dense", "time", 1.2, 1.43),
+    Goal("forward+backward", "operator", _FORWARD | {"mode": "forward+backward"}, "ours / dense", "time", 1.5, 2.5),
+    Goal("forward, bfloat16", "operator", _FORWARD | {"dtype": "bfloat16"}, "ours / dense", "time", 1.5, 2.5),
+    Goal("forward, three levels", "operator", _FORWARD | {"levels": 3}, "torchvision / ours", "time", 12, 9),
+    Goal("training step of six blocks, paper's", "block", _PAPER, "composition / ours", "time", 10, 6),
+    Goal("training step of six blocks, released", "block", _RELEASED, "composition / ours", "time", 10, 6),
+    Goal("memory of that step, paper's", "block", _PAPER, "ours / composition", "memory", 0.5, 0.7),
+    Goal("memory of that step, released", "block", _RELEASED, "ours / composition", "memory", 0.5, 0.7),
+]
+
+
+def fill(text: str) -> str:
+    """`text` with every table made again from its JSON."""
+    return _TABLE.sub(lambda match: f"{match[1]}\n{_section(match['words'].split())}\n\n{match[4]}", text)
+
+
+def _section(words: list[str]) -> str:
+    file, what, *choices = words
+    result = _read(file)
+    wanted = dict(choice.split("=") for choice in choices)
+
+    def keep(case: dict[str, Any]) -> bool:
+        return all(_text(case[key]) in text.split(",") for key, text in wanted.items())
+
+    if what == "machine":
+        return _machine(result)
+    if what == "bounds":
+        return _bounds(result, keep)
+    if what == "goals":
+        return _goals(file)
+    return table(result, what, keep)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    """Where and how a result came about."""
+    machine = result["machine"]
+    packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v != "not installed")
+    runs = [values["runs"] for row in result["cases"] for values in row["measured"].values()]
+    return "\n".join(
+        [
+            f"    {result['command']}",
+            "",
+            f"{result['date']}; {machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, load "
+            f"{machine['load']:.1f} at the start; {machine['system']}; {packages}; operator: "
+            f"{machine['operator']['built by']}, {machine['operator']['instructions']}; "
+            f"{min(runs)} to {max(runs)} runs a case.",
+        ]
+    )
+
+
+def _bounds(result: dict[str, Any], keep: Callable[[dict], bool]) -> str:
+    """The arithmetic alone and the traffic alone beside what was needed."""
+    head = "mode|dtype|levels|size|GFLOP|product GFLOP/s|product ms|least MiB|copy GB/s|copy ms|dense ms|ours ms"
+    lines = [[*head.split("|"), "ours / product"]]
+    for row in result["cases"]:
+        if not keep(row["case"]):
+            continue
+        case = Case(**row["case"])
+        passes = 1 if case.mode == "forward" else 3  # of the same product: output, gradient of samples, of weights
+        gflop = passes * 2 * case.multiply_adds / 1e9
+        ms = {
+            name: row["measured"][peer]["ms"]["median"]
+            for name, peer in [
+                ("product", "matrix product"),
+                ("copy", "copy"),
+                ("dense", row["fastest"]["dense"]),
+                ("ours", row["fastest"]["ours"]),
+            ]
+        }
+        moved = least_bytes(case)
+        values = [gflop, 1e3 * gflop / ms["product"], ms["product"], moved / 2**20, moved / 1e6 / ms["copy"]]
+        values += [ms["copy"], ms["dense"], ms["ours"], ms["ours"] / ms["product"]]
+        lines.append([case.mode, case.dtype, str(case.levels), _text(case.size), *map(number, values)])
+    return markdown(lines, left=4)
+
+
+def _goals(file: str) -> str:
+    """What was to be reached, and what was. `file` is the operator's; the block's is named alike."""
+    lines = [["C = 256, finest level 100x168", "ratio", "measured", "goal", "limit"]]
+    for goal in _GOALS:
+        for row in _read(file.replace("operator", goal.benchmark))["cases"]:
+            if all(row["case"][key] == value for key, value in goal.case.items()):
+                lines.append([goal.what, goal.ratio, *map(number, (_ratio(row, goal), goal.goal, goal.limit))])
+    return markdown(lines, left=2)
+
+
+def _ratio(row: dict[str, Any], goal: Goal) -> float:
+    top, bottom = goal.ratio.split(" / ")
+    turned = goal.ratio not in row["ratios"]
+    value = row["ratios"][f"{bottom} / {top}" if turned else goal.ratio][goal.quantity]
+    value = value["median"] if goal.quantity == "time" else value
+    return 1 / value if turned else value
+
+
+def _read(file: str) -> dict[str, Any]:
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def main() -> None:
+    """Rewrites the document."""
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"Written to {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()

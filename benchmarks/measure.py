@@ -1,0 +1,159 @@
+"""How peers are compared: each case in a process of its own, peers in turn, medians and quartiles; memory apart."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from dyhead.evaluation.benchmark import resident_growth
+
+#: Builds what one peer does in one case: `build(case, peer, device)` is a function that does it once. Inputs exist
+#: when it returns; what the function returns is compared between peers (tensors or arrays), if it is not None.
+Build = Callable[[Any, str, torch.device], Callable[[], Any]]
+
+# Forked from a server that has imported PyTorch but not computed: a fresh process within a tenth of a second.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torchvision", "dyhead.evaluation", "dyhead.layers"])
+
+# A sample is at least this long; shorter calls are repeated and divided.
+_SAMPLE_SECONDS = 0.01
+# Between peers: worker threads of the last one (OpenMP, ONNX Runtime) spin for a while before they sleep.
+_PAUSE_SECONDS = 0.01
+_LEAST_ROUNDS = 3
+
+
+class Unavailable(Exception):
+    """A peer that is not installed or cannot do this case; the text says which."""
+
+
+def in_fresh_process(function: Callable, *arguments: Any, **options: Any) -> Any:
+    """`function(*arguments, **options)` in a new process, which ends with it."""
+    with ProcessPoolExecutor(1, mp_context=_processes) as pool:
+        return pool.submit(function, *arguments, **options).result()
+
+
+def sample_times(
+    build: Build,
+    case: Any,
+    peers: list[str],
+    *,
+    device: str,
+    threads: int,
+    repeats: int,
+    seconds: float,
+    same: list[str],
+    tolerance: float,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Times the peers of a case in turn, round after round, so that noise of the machine hits all of them alike.
+
+    Args:
+        build, case: see `Build`.
+        peers: the peers.
+        device: "cpu" or "cuda".
+        threads: that PyTorch computes with.
+        repeats: rounds; every peer is timed once a round.
+        seconds: when this much time has gone by, no further round begins (three are always run).
+        same: peers whose results must be equal before anything is timed.
+        tolerance: largest difference between these results, relative to the largest value.
+
+    Returns:
+        For each peer the seconds of a call in each round, and for those that are unavailable the reason.
+
+    Raises:
+        AssertionError: two of `same` do not compute the same.
+    """
+    torch.set_num_threads(threads)
+    place = torch.device(device)
+    calls, reasons, results = {}, {}, {}
+    for peer in peers:
+        try:
+            call = build(case, peer, place)
+            if peer in same:
+                results[peer] = _arrays(call())
+            else:
+                call()
+        except Unavailable as reason:
+            reasons[peer] = str(reason)
+            continue
+        calls[peer] = call
+    _check_equal(results, tolerance)
+    del results
+    counts = {peer: max(1, math.ceil(_SAMPLE_SECONDS / _time(call, 1, place))) for peer, call in calls.items()}
+
+    samples: dict[str, list[float]] = {peer: [] for peer in calls}
+    begin = time.perf_counter()
+    for done in range(repeats):
+        if done >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+            break
+        for peer, call in calls.items():
+            time.sleep(_PAUSE_SECONDS)
+            samples[peer].append(_time(call, counts[peer], place))
+    return samples, reasons
+
+
+def peak_memory(build: Build, case: Any, peer: str, warm: Any, *, device: str, threads: int) -> float | None:
+    """MiB that one call of a peer takes above what its inputs and weights take, at the peak.
+
+    On a CPU it is the growth of resident memory of the process, which should be a fresh one; on CUDA that of PyTorch's
+    allocator. Before that comes one call of the case `warm`, for what is loaded once.
+    None where the system does not tell or the peer is unavailable.
+    """
+    torch.set_num_threads(threads)
+    place = torch.device(device)
+    try:
+        call = build(case, peer, place)
+        if warm == case:
+            call()
+        else:
+            build(warm, peer, place)()
+    except Unavailable:
+        return None
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+        start = torch.cuda.memory_allocated(place)
+        torch.cuda.reset_peak_memory_stats(place)
+        call()
+        torch.cuda.synchronize(place)
+        return (torch.cuda.max_memory_allocated(place) - start) / 2**20
+    with resident_growth(interval=0.0005) as growth:
+        kept = call()
+    del kept
+    return growth[0] / 2**20 if growth else None
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    return {"median": median, "lower_quartile": low, "upper_quartile": high}
+
+
+def _time(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def _arrays(result: Any) -> list[np.ndarray]:
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    return [np.asarray(p.detach().float().cpu() if isinstance(p, torch.Tensor) else p) for p in parts]
+
+
+def _check_equal(results: dict[str, list[np.ndarray]], tolerance: float) -> None:
+    (first, truth), *others = results.items() or [("", [])]
+    for peer, values in others:
+        for i, (expected, value) in enumerate(zip(truth, values, strict=True)):
+            error = np.abs(expected - value).max() / max(np.abs(expected).max(), 1e-30)
+            if not error <= tolerance:
+                raise AssertionError(f"{first} and {peer}: result {i} differs by {error:.1e}, expected {tolerance:.0e}")

@@ -1,0 +1,203 @@
+"""How fast is the operator? Ours beside torchvision's, two inference engines', and a dense convolution as the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks import composition
+from benchmarks.engines import onnxruntime_deform_conv2d, openvino_deform_conv2d
+from benchmarks.measure import Unavailable
+from benchmarks.program import Benchmark, parser, run, size
+from dyhead.ops import pyramid_deform_conv2d
+
+# Pixels. Learned offsets are of a few.
+OFFSET_STD = 2.0
+# P3 to P7 of a picture of 800 x 1333, and a small map.
+SIZES = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11), (16, 16)]
+TAPS = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        mode: "forward" (without gradients) or "forward+backward" (all gradients).
+        dtype: of features and weight.
+        levels: 1, or 3: the next finer and the next coarser one as well.
+        size: (height, width) of the output, and of the level it belongs to.
+        channels: in and out.
+        batch: pictures.
+        threads: that PyTorch and the engines compute with.
+    """
+
+    mode: str
+    dtype: str
+    levels: int
+    size: tuple[int, int]
+    channels: int = 256
+    batch: int = 1
+    threads: int = 1
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the weights, forward."""
+        h, w = self.size
+        return self.batch * h * w * self.levels * TAPS * self.channels**2
+
+    def level_sizes(self) -> list[tuple[int, int]]:
+        """Sizes of the levels, fine to coarse."""
+        h, w = self.size
+        return [(h, w)] if self.levels == 1 else [(2 * h, 2 * w), (h, w), (-(-h // 2), -(-w // 2))]
+
+
+def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
+    """What `peer` does in a case: a function that returns the output, or its gradients."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    n, c, (h, w) = case.batch, case.channels, case.size
+    features = [torch.randn(n, c, *level, device=device).to(dtype) for level in case.level_sizes()]
+    offset = OFFSET_STD * torch.randn(n, 2 * TAPS, h, w, device=device)
+    mask = torch.rand(n, TAPS, h, w, device=device)
+    weight = (torch.randn(case.levels, c, c, 3, 3, device=device) / (3 * c**0.5)).to(dtype)
+    grad = torch.randn(n, c, h, w, device=device).to(dtype)
+    scales = [1.0] if case.levels == 1 else [2.0, 1.0, 0.5]
+
+    kind, _, layout = peer.partition(", ")
+    last = layout == "channels_last"
+    if last:
+        features = [x.contiguous(memory_format=torch.channels_last) for x in features]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+
+    if kind in ("OpenVINO", "ONNX Runtime"):
+        if (case.mode, case.levels, case.dtype, device.type) != ("forward", 1, "float32", "cpu"):
+            raise Unavailable("compared on a CPU in float32, forward, with one level only")
+        engine = openvino_deform_conv2d if kind == "OpenVINO" else onnxruntime_deform_conv2d
+        return engine(features[0], offset, mask, weight[0])
+    if kind == "torchvision":
+        if dtype == torch.bfloat16 and device.type == "cpu":
+            raise Unavailable("has no bfloat16 on a CPU")
+        return _call(case, composition.pyramid_deform_conv2d, [*features, offset, mask, weight], grad, scales)
+    if kind == "ours":
+        return _call(case, pyramid_deform_conv2d, [*features, offset, mask, weight], grad, scales)
+    if kind == "dense":
+        # The same arithmetic: the levels as channels of one map of the output's size.
+        x = torch.randn(n, case.levels * c, h, w, device=device).to(dtype)
+        kernel = weight.transpose(0, 1).reshape(c, case.levels * c, 3, 3)
+        if last:
+            x, kernel = (t.contiguous(memory_format=torch.channels_last) for t in (x, kernel))
+        return _differentiate(case, lambda x, kernel: functional.conv2d(x, kernel, padding=1), [x, kernel], grad)
+    if kind == "matrix product":
+        rows, inner = n * h * w, case.levels * TAPS * c
+        a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, c, device=device).to(dtype)
+        return _differentiate(case, torch.matmul, [a, b], torch.randn(rows, c, device=device).to(dtype))
+    # "copy": half of the bytes read, half of them written, is the traffic of least_bytes.
+    source = torch.ones(least_bytes(case) // 2, dtype=torch.uint8, device=device)  # zeros would be one page
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def least_bytes(case: Case) -> int:
+    """Bytes that must cross the memory bus: every input read once, every result written once.
+
+    With the backward pass: once more the inputs and the gradient of the output, and the gradients of the inputs.
+    """
+    element = getattr(torch, case.dtype).itemsize
+    h, w = case.size
+    c, pixels = case.channels, case.batch * h * w
+    inputs = element * (
+        case.batch * c * sum(a * b for a, b in case.level_sizes()) + case.levels * TAPS * c * c
+    ) + 4 * pixels * 3 * TAPS  # fmt: skip
+    output = element * pixels * c
+    return inputs + output if case.mode == "forward" else 3 * inputs + 2 * output
+
+
+def _call(case: Case, operator: Callable, inputs: list[Tensor], grad: Tensor, scales: list[float]) -> Callable:
+    def function(*inputs: Tensor) -> Tensor:
+        *features, offset, mask, weight = inputs
+        return operator(features, offset, weight, mask=mask, scales=scales)
+
+    return _differentiate(case, function, inputs, grad)
+
+
+def _differentiate(case: Case, function: Callable, inputs: list[Tensor], grad: Tensor) -> Callable[[], Any]:
+    if case.mode == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return forward
+    inputs = [x.requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+
+
+def same(case: Case) -> list[str]:
+    """Peers with the same result. Resized levels, and what is only a floor, give others."""
+    ours = ["ours, channels_last", "ours, NCHW"]
+    if case.levels > 1:
+        return ours
+    return [*ours, "torchvision"] + (["OpenVINO", "ONNX Runtime"] if case.mode == "forward" else [])
+
+
+BENCHMARK = Benchmark(
+    name="operator",
+    question="How fast is the operator, 3x3, C channels in and out, with mask, without bias?",
+    build=build,
+    peers={
+        "ours, channels_last": "dyhead.ops.pyramid_deform_conv2d on maps in channels_last, its native layout",
+        "ours, NCHW": "the same on contiguous maps",
+        "torchvision": "torchvision.ops.deform_conv2d, a call per level on maps resized by interpolate, summed",
+        "OpenVINO": "DeformableConvolution, NCHW, inference only",
+        "ONNX Runtime": "DeformConv, NCHW, inference only",
+        "dense, NCHW": "torch.nn.functional.conv2d, 3x3, levels * C channels in: the same multiply-adds",
+        "dense, channels_last": "the same on maps in channels_last",
+        "matrix product": "torch.matmul with the same multiply-adds, its operands there already",
+        "copy": "a copy that moves as many bytes as inputs and outputs have (benchmarks.operator.least_bytes)",
+    },
+    columns={
+        "ours": ("ours, channels_last",),
+        "ours NCHW": ("ours, NCHW",),
+        "torchvision": ("torchvision",),
+        "OpenVINO": ("OpenVINO",),
+        "ONNX Runtime": ("ONNX Runtime",),
+        "dense": ("dense, NCHW", "dense, channels_last"),
+    },
+    ratios=(("torchvision", "ours"), ("ours", "dense")),
+    warm=lambda case, peer: replace(case, size=(4, 4), channels=16),
+    same=same,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the program."""
+    options_of = parser(BENCHMARK)
+    options_of.add_argument("--modes", nargs="+", choices=["forward", "forward+backward"], help="default: both")
+    options_of.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="default: both")
+    options_of.add_argument("--levels", nargs="+", type=int, choices=[1, 3], default=[1, 3])
+    options_of.add_argument("--sizes", nargs="+", type=size, help="of the output; default: P3 to P7 of 800x1333, 16x16")
+    options_of.add_argument("--channels", type=int, default=256)
+    options_of.add_argument("--batch", type=int, default=1)
+    options = options_of.parse_args(argv)
+    modes = options.modes or ["forward", "forward+backward"]
+    sizes = options.sizes or SIZES
+    if options.quick:
+        options.repeats, sizes, options.channels = 3, options.sizes or [(7, 11)], 16
+    cases = [
+        Case(mode, dtype, levels, place, options.channels, options.batch, options.threads)
+        for mode, dtype, levels, place in product(
+            modes, options.dtype or ["float32", "bfloat16"], options.levels, sizes
+        )
+    ]
+    return run(BENCHMARK, cases, options, argv)
+
+
+if __name__ == "__main__":
+    main()
