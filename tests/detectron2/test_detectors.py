@@ -114,6 +114,14 @@ def test_config_reaches_fcos(tiny_cfg):
     torch.testing.assert_close(model.pixel_mean.flatten(), torch.tensor([123.675, 116.28, 103.53]))
 
 
+def test_config_reaches_retinanets_head(tiny_cfg):
+    settings = {"MODEL.RETINANET.PRIOR_PROB": 0.25, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0, 2.0]]}
+    model = build_model(tiny_cfg("retinanet", settings))
+    # 3 sizes by 2 ratios, 2 classes
+    torch.testing.assert_close(model.head.logits.bias.sigmoid(), torch.full((12,), 0.25))
+    assert model.head.deltas.out_channels == 24
+
+
 def test_retinanet_equals_detectron2s_with_the_same_weights(tiny_cfg, inputs):
     model = build_model(tiny_cfg("retinanet", {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.005}))
     cfg = tiny_cfg("retinanet", {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.005}).clone()

@@ -141,8 +141,15 @@ def test_training_from_other_weights_takes_what_fits(finished, arguments, tmp_pa
 
 @pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
 def test_the_other_detectors_run_on_a_cpu_under_mixed_precision(arguments, detector, tmp_path):
-    settings = {"SOLVER.AMP.ENABLED": True, "SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "SOLVER.OPTIMIZER": "SGD"}
-    assert set(main(arguments(settings, detector))) == {"blocks_val"}
+    settings = {
+        "SOLVER.AMP.ENABLED": True,
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.STEPS": (1,),
+        "SOLVER.OPTIMIZER": "SGD",
+        "DATASETS.TEST": ("blocks_val", "blocks_train"),
+        "TEST.EVAL_PERIOD": 1,
+    }
+    assert set(main(arguments(settings, detector))) == {"blocks_val", "blocks_train"}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     (last,) = [line for line in lines if line["iteration"] == 1]
     assert math.isfinite(last["total_loss"])
