@@ -15,6 +15,9 @@ from . import library, reference
 if library.PROBLEM is None:
     from . import registration  # noqa: F401
 
+# Looked up here because torch.compile of PyTorch 2.11 cannot.
+AUTOCAST_DEVICES = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)]
+
 
 def pyramid_deform_conv2d(
     features: Sequence[Tensor],
@@ -102,7 +105,7 @@ def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:
 
 def _run_reference(features, offset, mask, weight, bias, level_weight, *geometry) -> Tensor:
     device = features[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *geometry)
     features, weight, bias = reference.autocast_values(device, features, weight, bias)
     with torch.autocast(device, enabled=False):
