@@ -8,7 +8,7 @@ extensions have them:
     CUDA_HOME              the CUDA toolkit (default: the one that the nvcc on PATH belongs to)
     TORCH_CUDA_ARCH_LIST   compute capabilities to compile for (default: 8.0;9.0+PTX)
     MAX_JOBS               compilers at a time
-    DYHEAD_DEBUG=1         no optimisation, debug information
+    DYHEAD_CXX_FLAGS       more flags for the C++ compiler and linker, for example -fsanitize=address
 
 `python setup.py compile_cuda` compiles and links all of csrc/cuda into build/ and installs nothing: a check for
 machines that have an nvcc and no GPU.
@@ -46,11 +46,9 @@ from torch.utils.cpp_extension import BuildExtension, include_paths, library_pat
 
 TORCH_TARGET = (2, 11)
 TARGET_MACRO = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-OPTIMISE = ["-O0", "-g"] if os.environ.get("DYHEAD_DEBUG") == "1" else ["-O3"]
-# Extra flags for both steps, for example -fsanitize=address (tools/sanitize.sh).
 EXTRA = shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", ""))
-CXX_FLAGS = [*OPTIMISE, "-fvisibility=hidden", "-Wno-psabi", TARGET_MACRO, *EXTRA]
-NVCC_FLAGS = [*OPTIMISE, "-lineinfo", "-DUSE_CUDA", TARGET_MACRO, "--compiler-options", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wno-psabi", TARGET_MACRO, *EXTRA]
+NVCC_FLAGS = ["-O3", "-lineinfo", "-DUSE_CUDA", TARGET_MACRO, "--compiler-options", "-fvisibility=hidden"]
 
 
 def cpu_extension() -> Extension:
@@ -64,7 +62,7 @@ def cpu_extension() -> Extension:
         include_dirs=[pybind11.get_include(), *include_paths()],
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
-        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DDYHEAD_FLAGS="{" ".join([*OPTIMISE, *EXTRA])}"']},
+        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DDYHEAD_FLAGS="{" ".join(["-O3", *EXTRA])}"']},
         extra_link_args=EXTRA,
         language="c++",
     )
