@@ -60,8 +60,8 @@ def test_evaluating_the_checkpoint_gives_the_same_metrics(finished):
     config = (folder / "config.yaml").read_text()
     weights = {"MODEL.WEIGHTS": str(folder / "model_final.pth")}
     assert main(arguments(weights, eval_only=True)) == metrics
+    assert (folder / "config.yaml").read_text() == config  # what it was trained with
     assert main(arguments(eval_only=True, resume=True)) == metrics
-    assert (folder / "config.yaml").read_text() == config
 
 
 def test_a_run_is_not_overwritten(finished):
@@ -137,6 +137,17 @@ def test_training_from_other_weights_takes_what_fits(finished, arguments, tmp_pa
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "not found in the checkpoint" in log
     assert "backbone.dyhead.blocks.1" in log
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_mixed_precision_is_autocast_of_the_forward_pass(blocks, tiny_cfg, mixed):
+    register_datasets(["blocks_train"], blocks)
+    trainer = Trainer(tiny_cfg("fcos", {"SOLVER.AMP.ENABLED": mixed, "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}))
+    seen = []
+    trainer.model.head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    trainer.train()
+    assert seen == [mixed]
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
