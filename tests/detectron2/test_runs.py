@@ -15,7 +15,6 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
-from detectron2.utils.visualizer import Visualizer
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
@@ -85,6 +84,10 @@ def test_a_model_predicts_and_is_drawn(finished):
     picture = np.full((64, 96, 3), 128, dtype=np.uint8)
     instances = DefaultPredictor(setup(arguments(settings)))(picture)["instances"]
     assert len(instances) > 0
+
+    pytest.importorskip("cv2", reason="Detectron2's Visualizer needs OpenCV")
+    from detectron2.utils.visualizer import Visualizer
+
     drawn = Visualizer(picture, MetadataCatalog.get("blocks_val")).draw_instance_predictions(instances).get_image()
     assert drawn.shape == picture.shape
     assert (drawn != picture).any()
@@ -188,7 +191,7 @@ def test_two_processes_share_a_batch(arguments, tmp_path):
         ({"MODEL.WEIGHTS": "gone.pth"}, {}, ConfigError, "MODEL.WEIGHTS gone.pth: no such file"),
         ({}, {"eval_only": True}, ConfigError, "--eval-only: set MODEL.WEIGHTS"),
         ({}, {"eval_only": True, "resume": True}, ConfigError, "holds no checkpoint"),
-        ({}, {"num_gpus": 3}, ConfigError, "IMS_PER_BATCH: expected a multiple of the 3 processes, got 2"),
+        ({}, {"num_gpus": 3}, ConfigError, "IMS_PER_BATCH: expected a multiple of the 3 devices, got 2"),
         ({}, {"num_gpus": 0}, ConfigError, "--num-gpus"),
         ({}, {"machine_rank": 1}, ConfigError, "--machine-rank: expected 0 to 0, got 1"),
         ({"MODEL.DEVICE": "gpu"}, {}, ConfigError, "MODEL.DEVICE: expected cpu, .*got 'gpu'"),
