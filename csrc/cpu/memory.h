@@ -49,9 +49,13 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-// How many threads `units` pieces of work are worth.
-inline int64_t worker_count(int64_t units) {
-  return std::max<int64_t>(1, std::min<int64_t>(units, torch::stable::get_num_threads()));
+// How many threads `units` pieces of work are worth, each of about `cost` vector instructions: a thread takes some
+// microseconds to wake, and much longer where other programs keep the machine busy.
+inline int64_t worker_count(int64_t units, double cost) {
+  constexpr double grain = 1 << 16;
+  const double worth = static_cast<double>(units) * cost / grain;
+  const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
+  return worth < static_cast<double>(threads) ? std::max<int64_t>(1, static_cast<int64_t>(worth)) : threads;
 }
 
 // Calls work(unit, worker) for every unit, worker < workers. Units go to whichever worker is free, so a unit must not

@@ -38,6 +38,13 @@ constexpr int64_t kPanelDepth = 320;      // channels times taps that a panel ho
 constexpr int64_t kScatterChannels = 64;  // channels of a block of the scatter pass
 constexpr int64_t kWeightChannels = 96;   // input channels of a block of the weights pass
 
+// Vector instructions of the product of `rows` samples of `channels` channels with the weights of `taps` taps.
+double product_cost(const Problem& problem, int64_t rows, int64_t channels, int64_t taps) {
+  constexpr double lanes = 16;
+  return static_cast<double>(rows) * static_cast<double>(channels) * static_cast<double>(taps) *
+         static_cast<double>(problem.group_out_channels()) / lanes;
+}
+
 template <typename T>
 const Kernels<T>& kernels() {
 #if defined(__x86_64__)
@@ -183,7 +190,7 @@ struct ForwardWeights {
         packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), problem.group_channels(),
                       columns)) {
     const int64_t units = static_cast<int64_t>(problem.levels.size()) * problem.groups * column_blocks;
-    parallel_units(units, worker_count(units), [&](int64_t unit, int64_t) {
+    parallel_units(units, worker_count(units, static_cast<double>(block_size)), [&](int64_t unit, int64_t) {
       const int64_t first = unit % column_blocks * columns, run = unit / column_blocks;
       const int64_t taps = problem.taps(), channels = problem.group_channels();
       const int64_t width = std::min(columns, problem.group_out_channels() - first);
@@ -252,7 +259,9 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   // A pixel's result does not depend on its tile, so small maps may be cut to occupy all threads.
   const int64_t share = blocks(problem.batch * pixels, 4 * static_cast<int64_t>(torch::stable::get_num_threads()));
   const int64_t tile = std::min(kTile, round_up(std::clamp<int64_t>(share, 1, pixels), kernel.rows));
-  const int64_t tiles = blocks(pixels, tile), units = problem.batch * tiles, workers = worker_count(units);
+  const int64_t tiles = blocks(pixels, tile), units = problem.batch * tiles;
+  const int64_t levels = static_cast<int64_t>(problem.levels.size());
+  const int64_t workers = worker_count(units, product_cost(problem, tile, problem.channels, levels * taps));
   const int64_t group_stride = weights.column_blocks * kernel.columns, sums_stride = problem.groups * group_stride;
   const int64_t panel_stride = panel_taps * problem.channels;
 
@@ -279,7 +288,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
         }
       }
     }
-    for (int64_t level = 0; level < static_cast<int64_t>(problem.levels.size()); ++level) {
+    for (int64_t level = 0; level < levels; ++level) {
       for (int64_t first = 0; first < taps; first += panel_taps) {
         // The panel: (pixel, group, tap, channel of the group).
         const int64_t some = std::min(panel_taps, taps - first);
@@ -321,7 +330,7 @@ struct OutputGradient {
     const int64_t pixels = problem.batch * problem.pixels(), channels = problem.group_out_channels();
     const int64_t units = blocks(pixels, kTile);
     std::fill(packed.get() + pixels * stride, packed.get() + (pixels + kernel.rows) * stride, A(0));
-    parallel_units(units, worker_count(units), [&](int64_t unit, int64_t) {
+    parallel_units(units, worker_count(units, static_cast<double>(kTile * stride) / 4), [&](int64_t unit, int64_t) {
       for (int64_t p = unit * kTile; p < std::min(pixels, (unit + 1) * kTile); ++p) {
         for (int64_t group = 0; group < problem.groups; ++group) {
           A* to = packed.get() + p * stride + group * group_stride;
@@ -379,24 +388,25 @@ struct ScatterWeights {
     packed = Buffer<A>(size);
     const int64_t levels = static_cast<int64_t>(problem.levels.size());
     const int64_t units = levels * static_cast<int64_t>(channel_blocks.size());
-    parallel_units(units, worker_count(units), [&](int64_t unit, int64_t) {
-      const int64_t level = unit % levels, b = unit / levels;
-      const ChannelBlock& block = channel_blocks[b];
-      for (size_t s = 0; s < block.segments.size(); ++s) {
-        const Segment& segment = block.segments[s];
-        const int64_t padded = round_up(segment.width, columns), first = segment.begin % channels;
-        A* to = const_cast<A*>(at(b, block, level, static_cast<int64_t>(s), 0));
-        if (padded != segment.width) std::fill(to, to + taps * padded * depth, A(0));
-        for (int64_t o = 0; o < depth; ++o) {
-          const T* from =
-              inputs.weight + (((level * problem.groups + segment.group) * depth + o) * channels + first) * taps;
-          for (int64_t c = 0; c < segment.width; ++c) {
-            A* column = to + (c / columns * depth + o) * columns + c % columns;
-            for (int64_t k = 0; k < taps; ++k) column[k * padded * depth] = static_cast<A>(from[c * taps + k]);
+    parallel_units(
+        units, worker_count(units, static_cast<double>(size) / static_cast<double>(units)), [&](int64_t unit, int64_t) {
+          const int64_t level = unit % levels, b = unit / levels;
+          const ChannelBlock& block = channel_blocks[b];
+          for (size_t s = 0; s < block.segments.size(); ++s) {
+            const Segment& segment = block.segments[s];
+            const int64_t padded = round_up(segment.width, columns), first = segment.begin % channels;
+            A* to = const_cast<A*>(at(b, block, level, static_cast<int64_t>(s), 0));
+            if (padded != segment.width) std::fill(to, to + taps * padded * depth, A(0));
+            for (int64_t o = 0; o < depth; ++o) {
+              const T* from =
+                  inputs.weight + (((level * problem.groups + segment.group) * depth + o) * channels + first) * taps;
+              for (int64_t c = 0; c < segment.width; ++c) {
+                A* column = to + (c / columns * depth + o) * columns + c % columns;
+                for (int64_t k = 0; k < taps; ++k) column[k * padded * depth] = static_cast<A>(from[c * taps + k]);
+              }
+            }
           }
-        }
-      }
-    });
+        });
   }
 
   const A* at(int64_t b, const ChannelBlock& block, int64_t level, int64_t segment, int64_t tap) const {
@@ -470,7 +480,8 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
   if (needs.mask) mask_planes = planes_of(gradients.mask, planes, mask_rest);
   std::vector<double> level_sums(static_cast<size_t>(block_count * problem.batch * levels), 0.0);
 
-  const int64_t units = problem.batch * block_count, workers = worker_count(units);
+  const int64_t units = problem.batch * block_count;
+  const int64_t workers = worker_count(units, 2 * product_cost(problem, pixels, all[0].width, levels * taps));
   struct Scratch {
     Buffer<A> panel, dots;
     Buffer<SampleGradient<A>> samples;
@@ -559,7 +570,7 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
 
   const auto sum_planes = [&](const std::vector<A*>& terms, int64_t size) {
     const int64_t chunk = 4096, chunks = terms.size() > 1 ? blocks(size, chunk) : 0;
-    parallel_units(chunks, worker_count(chunks), [&](int64_t unit, int64_t) {
+    parallel_units(chunks, worker_count(chunks, chunk / 4.0), [&](int64_t unit, int64_t) {
       for (size_t term = 1; term < terms.size(); ++term) {
         for (int64_t i = unit * chunk; i < std::min(size, (unit + 1) * chunk); ++i) terms[0][i] += terms[term][i];
       }
@@ -609,7 +620,7 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
   }
 
   const int64_t block_count = static_cast<int64_t>(all.size()), units = levels * taps * block_count;
-  const int64_t workers = worker_count(units);
+  const int64_t workers = worker_count(units, product_cost(problem, problem.batch * pixels, width, 1));
   struct Scratch {
     Buffer<A> sums, panel;
     Buffer<Sample<T>> samples;
