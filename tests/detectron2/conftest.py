@@ -1,5 +1,6 @@
 import argparse
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def arguments_in(configs, blocks):
                 "num_gpus": 1,
                 "num_machines": 1,
                 "machine_rank": 0,
-                "dist_url": "auto",
+                "dist_url": f"tcp://127.0.0.1:{free_port()}",
                 **flags,
             }
             return argparse.Namespace(**given)
@@ -95,6 +96,12 @@ def arguments_in(configs, blocks):
         return build
 
     return build_in
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -105,10 +112,10 @@ def arguments(arguments_in, tmp_path):
 
 @pytest.fixture
 def tiny_cfg(arguments):
-    """`tiny_cfg("fcos", {key: value})`: the frozen config of a tiny detector."""
+    """`tiny_cfg("fcos", {key: value}, resume=...)`: the frozen config of a tiny detector."""
     from dyhead.detectron2 import setup
 
-    return lambda detector="fcos", settings=None: setup(arguments(settings, detector))
+    return lambda detector="fcos", settings=None, **flags: setup(arguments(settings, detector, **flags))
 
 
 @pytest.fixture

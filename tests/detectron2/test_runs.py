@@ -41,7 +41,7 @@ def test_a_run_leaves_its_files(finished):
     assert result["timing"]["calls"] == 2
     assert result["gflops"] > 0
     assert result["input_size"] == [64, 96]
-    model = build_model(setup(finished[0]()))
+    model = build_model(setup(finished[0](eval_only=True, resume=True)))
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
 
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_a_model_predicts_and_is_drawn(finished):
     arguments, folder, _ = finished
     settings = {"MODEL.WEIGHTS": str(folder / "model_final.pth"), "MODEL.FCOS.SCORE_THRESH_TEST": 0.01}
     picture = np.full((64, 96, 3), 128, dtype=np.uint8)
-    instances = DefaultPredictor(setup(arguments(settings)))(picture)["instances"]
+    instances = DefaultPredictor(setup(arguments(settings, eval_only=True)))(picture)["instances"]
     assert len(instances) > 0
 
     pytest.importorskip("cv2", reason="Detectron2's Visualizer needs OpenCV")
@@ -98,7 +98,7 @@ def test_resuming_continues_from_the_saved_state(blocks, tiny_cfg):
     first = Trainer(tiny_cfg("fcos", {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": ()}))
     first.resume_or_load(resume=True)
     first.train()
-    second = Trainer(tiny_cfg("fcos", {"SOLVER.MAX_ITER": 4, "DATASETS.TEST": ()}))
+    second = Trainer(tiny_cfg("fcos", {"SOLVER.MAX_ITER": 4, "DATASETS.TEST": ()}, resume=True))
     second.resume_or_load(resume=True)
     assert second.start_iter == 2
     assert_equal(second.model.state_dict(), first.model.state_dict())
