@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -22,6 +21,7 @@ from dyhead.detectron2.datasets import check_classes, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation import plot_losses
+from dyhead.run import check_run
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with a warning.
 
     Raises:
-        ConfigError: the config cannot be read or used.
+        ConfigError: the config cannot be read or used, see also :func:`dyhead.run.check_run`.
     """
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)
@@ -48,13 +48,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     ignored = sorted(given & _NOT_HONOURED[cfg.MODEL.META_ARCHITECTURE])
     if ignored:
         _log.warning("%s does not honour %s", cfg.MODEL.META_ARCHITECTURE, ", ".join(ignored))
-    try:
-        device = torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ConfigError(f"MODEL.DEVICE: expected cpu, cuda or cuda:NUMBER, got {cfg.MODEL.DEVICE!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        _log.warning("MODEL.DEVICE is %s, but there is no CUDA device; running on the CPU", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
+    check_run(cfg, args)
+    _check_links(cfg, args)
     cfg.freeze()
     return cfg
 
@@ -74,9 +69,6 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         ConfigError, DataError: see :mod:`dyhead.config` and :mod:`dyhead.data`.
     """
     cfg = setup(args)
-    _check_processes(cfg, args)
-    _check_output_dir(cfg, args)
-    _check_weights(cfg, args)
     _register(cfg, args)
     if args.num_gpus * args.num_machines == 1:
         _run(cfg, args)
@@ -162,50 +154,9 @@ def _setup_process(cfg: CfgNode, args: argparse.Namespace) -> None:
             file.write(trained_with)
 
 
-def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
-    processes = args.num_gpus * args.num_machines
-    device = torch.device(cfg.MODEL.DEVICE).type
-    if args.num_gpus < 1 or args.num_machines < 1:
-        raise ConfigError(
-            f"--num-gpus and --num-machines: expected at least 1, got {args.num_gpus} and {args.num_machines}"
-        )
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise ConfigError(f"--machine-rank: expected 0 to {args.num_machines - 1}, got {args.machine_rank}")
-    if device == "cuda" and args.num_gpus > torch.cuda.device_count():
-        raise ConfigError(
-            f"--num-gpus: expected at most {torch.cuda.device_count()}, the GPUs here, got {args.num_gpus}"
-        )
-    if device == "cpu" and processes > 1 and torch.cuda.is_available():
+def _check_links(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus * args.num_machines > 1 and torch.cuda.is_available():
         raise ConfigError(
             "MODEL.DEVICE cpu with several processes: Detectron2 connects them through the GPUs where there are any; "
             "hide these with CUDA_VISIBLE_DEVICES=''"
         )
-    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} processes, got {cfg.SOLVER.IMS_PER_BATCH}"
-        )
-
-
-def _check_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if args.resume or args.eval_only:
-        return
-    for name in ("last_checkpoint", "metrics.json"):
-        if os.path.exists(os.path.join(cfg.OUTPUT_DIR, name)):
-            raise ConfigError(
-                f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run already ({name}): continue it with --resume, or set another "
-                "OUTPUT_DIR"
-            )
-
-
-def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
-    weights = cfg.MODEL.WEIGHTS
-    if args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        return
-    if args.eval_only and args.resume:
-        raise ConfigError(f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint")
-    if args.eval_only and not weights:
-        raise ConfigError("--eval-only: set MODEL.WEIGHTS to a checkpoint, or take OUTPUT_DIR's last one with --resume")
-    # Detectron2 takes file names that end in "?matching_heuristics=True".
-    local = urlparse(weights)._replace(query="").geturl()
-    if weights and "://" not in weights and not os.path.isfile(local):
-        raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file")

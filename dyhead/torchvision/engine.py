@@ -10,6 +10,7 @@ import pickle
 import platform
 import random
 import sys
+from collections.abc import Sequence
 from urllib.parse import urlparse
 
 import lightning.pytorch as L
@@ -22,12 +23,13 @@ from lightning.pytorch.strategies import DDPStrategy
 import dyhead
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
-from dyhead.data import DataError
+from dyhead.data import CocoSplit, DataError
+from dyhead.run import check_run
 from dyhead.torchvision.checkpoint import Checkpoints, last_checkpoint, load_weights, read_checkpoint
 from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
-from dyhead.torchvision.data import evaluation_loader, load_splits, load_train, train_records
+from dyhead.torchvision.data import DetectionLoader, evaluation_loader, load_splits, load_train, train_records
 from dyhead.torchvision.detectors import build_model
-from dyhead.torchvision.logs import Metrics, Progress, start_logging, stop_logging
+from dyhead.torchvision.logs import Metrics, Progress, silence_lightning, start_logging, stop_logging
 from dyhead.torchvision.report import report_losses, report_results
 from dyhead.torchvision.training import Training
 
@@ -48,8 +50,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     given = load_config(cfg, args.config_file, args.opts)
     check_values(cfg)
     warn_not_honoured(cfg, given)
-    _check_device(cfg, args)
-    _check_output_dir(cfg, args)
+    check_run(cfg, args)
     cfg.freeze()
     return cfg
 
@@ -71,9 +72,19 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     start_logging(None)
     try:
         cfg = setup(args)
+        if args.machine_rank == 0:
+            try:
+                os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+                start_logging(cfg.OUTPUT_DIR)
+            except OSError as error:
+                raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: cannot be written to ({error})") from error
+            _log_environment(cfg, args)
+        data.register_from_config(cfg.DATASETS.REGISTER)
         if args.num_gpus * args.num_machines == 1:
-            _run(cfg, args)
+            _run(cfg, args, rank=0)
         else:
+            for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+                data.get(name)  # drawn once, if need be, not by each process
             _launch(cfg, args)
     finally:
         stop_logging()
@@ -106,28 +117,28 @@ def _process(
     )
     if cfg.MODEL.DEVICE == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
+    rank = args.machine_rank * args.num_gpus + local_rank
+    if rank == 0:
+        start_logging(cfg.OUTPUT_DIR)
+    else:
+        silence_lightning()
+    data.register_from_config(cfg.DATASETS.REGISTER)
     try:
-        _run(cfg, args, local_rank)
+        _run(cfg, args, rank)
     except (ConfigError, DataError) as error:
         errors.put(pickle.dumps(error))
         # Not through Python's end: the other processes may wait for this one for ever.
         os._exit(1)
 
 
-def _run(cfg: CfgNode, args: argparse.Namespace, local_rank: int = 0) -> None:
-    """One process of a run."""
-    first = args.machine_rank == 0 and local_rank == 0
-    if first:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        start_logging(cfg.OUTPUT_DIR)
-        _log_environment(cfg, args)
+def _run(cfg: CfgNode, args: argparse.Namespace, rank: int) -> None:
+    """The process of this rank, of all processes on all machines."""
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
-    data.register_from_config(cfg.DATASETS.REGISTER)
-    (_evaluate if args.eval_only else _train)(cfg, args, local_rank, first)
+    (_evaluate if args.eval_only else _train)(cfg, args, rank)
 
 
-def _train(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bool) -> None:
+def _train(cfg: CfgNode, args: argparse.Namespace, rank: int) -> None:
     train, test = load_train(cfg), load_splits(cfg.DATASETS.TEST)
     for split in (*train, *test):
         check_num_classes(cfg, split.info.name, split.class_names)
@@ -145,7 +156,7 @@ def _train(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bool)
             _log.warning("--resume: %s holds no checkpoint yet; starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
         if cfg.MODEL.WEIGHTS:
             load_weights(model, cfg.MODEL.WEIGHTS, strict=False)
-    if first:
+    if rank == 0:
         with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
             file.write(dump(cfg))
         _log.info(
@@ -158,26 +169,25 @@ def _train(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bool)
     trainer = _trainer(
         cfg,
         args,
-        local_rank,
         [
             Metrics(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, quiet=terminal),
             Checkpoints(cfg.OUTPUT_DIR, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER),
             Progress(start, cfg.SOLVER.MAX_ITER, enabled=terminal),
         ],
     )
-    loaders = _test_loaders(cfg, args, training, local_rank)
+    loaders = _test_loaders(cfg, args, test, rank)
     periodic = loaders if cfg.TEST.EVAL_PERIOD > 0 and loaders else None
     trainer.fit(training, val_dataloaders=periodic, ckpt_path=checkpoint)
-    if first:
+    if rank == 0:
         report_losses(cfg)
     if loaders:
         if training.evaluated_at != cfg.SOLVER.MAX_ITER:
             trainer.validate(training, loaders, verbose=False)
-        if first:
+        if rank == 0:
             report_results(cfg, training)
 
 
-def _evaluate(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bool) -> None:
+def _evaluate(cfg: CfgNode, args: argparse.Namespace, rank: int) -> None:
     test = load_splits(cfg.DATASETS.TEST)
     if not test:
         raise ConfigError("DATASETS.TEST: expected at least one data set to evaluate on, got none")
@@ -186,13 +196,13 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace, local_rank: int, first: bo
     model = build_model(cfg)
     load_weights(model, (last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None) or cfg.MODEL.WEIGHTS, strict=True)
     training = Training(cfg, model, [], test, seed=0)
-    trainer = _trainer(cfg, args, local_rank, [Progress(0, 0, enabled=sys.stderr.isatty())])
-    trainer.validate(training, _test_loaders(cfg, args, training, local_rank), verbose=False)
-    if first:
+    trainer = _trainer(cfg, args, [Progress(0, 0, enabled=sys.stderr.isatty())])
+    trainer.validate(training, _test_loaders(cfg, args, test, rank), verbose=False)
+    if rank == 0:
         report_results(cfg, training)
 
 
-def _trainer(cfg: CfgNode, args: argparse.Namespace, local_rank: int, callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(cfg: CfgNode, args: argparse.Namespace, callbacks: list[L.Callback]) -> L.Trainer:
     device = torch.device(cfg.MODEL.DEVICE)
     cuda = device.type == "cuda"
     several = args.num_gpus * args.num_machines > 1
@@ -225,10 +235,11 @@ def _trainer(cfg: CfgNode, args: argparse.Namespace, local_rank: int, callbacks:
     )
 
 
-def _test_loaders(cfg: CfgNode, args: argparse.Namespace, training: Training, local_rank: int) -> list:
-    rank = args.machine_rank * args.num_gpus + local_rank
+def _test_loaders(
+    cfg: CfgNode, args: argparse.Namespace, splits: Sequence[CocoSplit], rank: int
+) -> list[DetectionLoader]:
     world_size = args.num_gpus * args.num_machines
-    return [evaluation_loader(cfg, split, rank=rank, world_size=world_size) for split in training.splits]
+    return [evaluation_loader(cfg, split, rank=rank, world_size=world_size) for split in splits]
 
 
 def _seed_and_start(cfg: CfgNode, checkpoint: str | None) -> tuple[int, int]:
@@ -246,51 +257,6 @@ def _seed_and_start(cfg: CfgNode, checkpoint: str | None) -> tuple[int, int]:
             f"{cfg.SOLVER.OPTIMIZER!r}"
         )
     return (seed if cfg.SEED >= 0 else ours["seed"]), content["global_step"]
-
-
-def _check_device(cfg: CfgNode, args: argparse.Namespace) -> None:
-    try:
-        device = torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"MODEL.DEVICE: expected cpu, cuda or cuda:NUMBER, got {cfg.MODEL.DEVICE!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        _log.warning("MODEL.DEVICE is %s, but there is no CUDA device; running on the CPU", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
-    for flag in ("num_gpus", "num_machines"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}")
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise ConfigError(f"--machine-rank: expected 0 to {args.num_machines - 1}, got {args.machine_rank}")
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        there = torch.cuda.device_count() if device.index is None else 1
-        if args.num_gpus > there:
-            raise ConfigError(f"--num-gpus: expected at most {there} with MODEL.DEVICE {device}, got {args.num_gpus}")
-    processes = args.num_gpus * args.num_machines
-    if processes > 1 and (urlparse(args.dist_url).scheme != "tcp" or not urlparse(args.dist_url).port):
-        raise ConfigError(f"--dist-url: expected tcp://HOST:PORT, got {args.dist_url}")
-    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} devices, got {cfg.SOLVER.IMS_PER_BATCH}"
-        )
-
-
-def _check_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if args.eval_only:
-        if args.resume and last_checkpoint(cfg.OUTPUT_DIR) is None:
-            raise ConfigError(f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint")
-        if not args.resume and not cfg.MODEL.WEIGHTS:
-            raise ConfigError(
-                "--eval-only: set MODEL.WEIGHTS to a checkpoint, or take OUTPUT_DIR's last one with --resume"
-            )
-    elif not args.resume:
-        for name in ("last_checkpoint", "metrics.json"):
-            if os.path.exists(os.path.join(cfg.OUTPUT_DIR, name)):
-                raise ConfigError(
-                    f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run already ({name}): continue it with --resume, or set "
-                    "another OUTPUT_DIR"
-                )
 
 
 def _log_environment(cfg: CfgNode, args: argparse.Namespace) -> None:
