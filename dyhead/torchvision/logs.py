@@ -23,21 +23,48 @@ _handlers: list[logging.Handler] = []
 def start_logging(output_dir: str | None) -> None:
     """Let the project's messages go to the terminal and, given a folder, to its log.txt; lightning's own be silent.
 
+    What was said before the folder was known is written to log.txt first.
+
     Args:
-        output_dir: folder of log.txt, which is appended to.
+        output_dir: folder of log.txt, which is appended to; it must be there.
     """
+    said = [record for handler in _handlers if isinstance(handler, _Memory) for record in handler.records]
     stop_logging()
+    terminal = _Terminal()
+    terminal.setLevel(logging.INFO)
+    if output_dir is None:
+        second = _Memory()
+    else:
+        second = logging.FileHandler(os.path.join(output_dir, "log.txt"), encoding="utf-8")
+    _handlers.extend((terminal, second))
     logger = logging.getLogger("dyhead")
     logger.setLevel(logging.DEBUG)
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.setLevel(logging.INFO)
-    _handlers.append(terminal)
-    if output_dir is not None:
-        _handlers.append(logging.FileHandler(os.path.join(output_dir, "log.txt"), encoding="utf-8"))
     for handler in _handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S"))
         logger.addHandler(handler)
+    for record in said:
+        second.handle(record)
     silence_lightning()
+
+
+class _Terminal(logging.Handler):
+    """Standard output, without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:  # as in logging's own handlers: a closed terminal does not end a run
+            self.handleError(record)
+
+
+class _Memory(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 def stop_logging() -> None:

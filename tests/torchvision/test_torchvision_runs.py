@@ -158,6 +158,26 @@ def test_a_folder_that_holds_a_run_is_left_alone(tiny, command):
     assert [(p.name, p.read_text()) for p in run.iterdir()] == [("metrics.json", "kept")]
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tiny, command):
+    Path(tiny["OUTPUT_DIR"]).write_text("a file")
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR .*run: cannot be written to"):
+        main(command(tiny))
+
+
+def test_what_was_said_before_the_folder_was_there_is_in_its_log(tiny, command):
+    main(command(tiny | {"MODEL.MASK_ON": True, "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}))
+    assert "ignores: MODEL.MASK_ON True" in (Path(tiny["OUTPUT_DIR"]) / "log.txt").read_text()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_gpu_trains_in_mixed_precision_and_evaluates(tiny, command, detector):
+    options = tiny | {"MODEL.DEVICE": "cuda", "SOLVER.AMP.ENABLED": True}
+    trained = main(command(options, detector))
+    assert main(command(options, detector, eval_only=True, resume=True)).keys() == trained.keys()
+    assert written(tiny["OUTPUT_DIR"], "metrics.json")[-1]["total_loss"] > 0
+
+
 def test_evaluation_without_weights_is_refused(tiny, command):
     with pytest.raises(ConfigError, match=r"--eval-only: set MODEL\.WEIGHTS"):
         main(command(tiny, eval_only=True))
