@@ -1,5 +1,5 @@
 // The three inner loops of the CPU operator. Each exists once per instruction set (kernels_*.cpp, all compiled from
-// kernels_body.h) and is chosen at run time; everything around them, in pyramid_deform_conv.cpp, is compiled once.
+// kernels_body.h) and is chosen at run time; everything around them, in forward.cpp and backward.cpp, is compiled once.
 
 #pragma once
 

@@ -1,8 +1,5 @@
-// The CPU operator, forward and backward.
-//
-// Both work on tiles of output pixels. Forward: the samples of a tile for a few taps go into a panel that stays in the
-// cache, and the panel is multiplied with those taps' weights into the tile's sums; levels and taps add up there.
-// Backward, in two passes that need no atomic operations and give the same result for any number of threads:
+// The backward pass on the CPU: two passes that need no atomic operations and give the same result for any number of
+// threads.
 //
 //     scatter   a worker owns a block of channels of an image. It multiplies the output's gradient with the weights of
 //     a
@@ -11,309 +8,18 @@
 //               the planes of a group are summed at the end, in their order.
 //     weights   a worker owns a tap, level and block of input channels, samples it again over all pixels, and
 //               multiplies the samples with the output's gradient.
-//
-// Features are read with their channels last; others are copied once per call.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <cstring>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "../arguments.h"
-#include "kernels.h"
-#include "memory.h"
-#include "path.h"
+#include "inputs.h"
 
 namespace dyhead::cpu {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
-constexpr int64_t kTile = 96;             // output pixels of a tile, a multiple of every Kernels::rows
-constexpr int64_t kPanelDepth = 320;      // channels times taps that a panel holds per group, about
 constexpr int64_t kScatterChannels = 64;  // channels of a block of the scatter pass
 constexpr int64_t kWeightChannels = 96;   // input channels of a block of the weights pass
-
-// Vector instructions of the product of `rows` samples of `channels` channels with the weights of `taps` taps.
-double product_cost(const Problem& problem, int64_t rows, int64_t channels, int64_t taps) {
-  constexpr double lanes = 16;
-  return static_cast<double>(rows) * static_cast<double>(channels) * static_cast<double>(taps) *
-         static_cast<double>(problem.group_out_channels()) / lanes;
-}
-
-template <typename T>
-const Kernels<T>& kernels() {
-#if defined(__x86_64__)
-  if (path() == Path::kAvx512) return avx512_path::kernels<T>();
-  if (path() == Path::kAvx2) return avx2_path::kernels<T>();
-#endif
-  return default_path::kernels<T>();
-}
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-Tensor as_channels_last(const Tensor& tensor) {
-  return has_channels_last_strides(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
-}
-
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-// A run of channels that one convolution group and one offset group share.
-struct Segment {
-  int64_t begin, width, group, offset_group;
-};
-
-// Cuts channels [begin, end) where a group begins.
-std::vector<Segment> segments(const Problem& problem, int64_t begin, int64_t end) {
-  const int64_t size = problem.group_channels(), offset_size = problem.channels / problem.offset_groups;
-  std::vector<Segment> result;
-  while (begin < end) {
-    const int64_t group = begin / size, offset_group = begin / offset_size;
-    const int64_t stop = std::min({end, (group + 1) * size, (offset_group + 1) * offset_size});
-    result.push_back({begin, stop - begin, group, offset_group});
-    begin = stop;
-  }
-  return result;
-}
-
-// The arguments as the kernels read them.
-template <typename T>
-struct Inputs {
-  using A = Accumulator<T>;
-
-  Inputs(const Arguments& arguments, const Problem& problem)
-      : problem(problem),
-        offset_tensor(as_contiguous(arguments.offset)),
-        weight_tensor(as_contiguous(arguments.weight)),
-        offset(static_cast<const A*>(offset_tensor.const_data_ptr())),
-        weight(static_cast<const T*>(weight_tensor.const_data_ptr())) {
-    for (const Tensor& feature : arguments.features) {
-      feature_tensors.push_back(as_channels_last(feature));
-      features.push_back(static_cast<const T*>(feature_tensors.back().const_data_ptr()));
-    }
-    if (arguments.mask) {
-      mask_tensor = as_contiguous(*arguments.mask);
-      mask = static_cast<const A*>(mask_tensor->const_data_ptr());
-    }
-    if (arguments.level_weight) {
-      level_weight_tensor = as_contiguous(*arguments.level_weight);
-      level_weight = static_cast<const A*>(level_weight_tensor->const_data_ptr());
-    }
-  }
-
-  // The features of an image on a level.
-  const T* image(int64_t n, int64_t level) const { return features[level] + n * image_size(level); }
-  int64_t image_size(int64_t level) const {
-    return problem.levels[level].height * problem.levels[level].width * problem.channels;
-  }
-
-  A level_factor(int64_t n, int64_t level) const {
-    return level_weight ? level_weight[n * static_cast<int64_t>(problem.levels.size()) + level] : A(1);
-  }
-  // Row (n, offset_group, tap) of the mask, or of a half of the offset: planes of H * W elements.
-  int64_t plane(int64_t n, int64_t offset_group, int64_t tap) const {
-    return ((n * problem.offset_groups + offset_group) * problem.taps() + tap) * problem.pixels();
-  }
-
-  // Calls visit(p, cell, mask) for the `count` pixels of a tile.
-  template <typename Visit>
-  void locate_tile(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
-                   const Visit& visit) const {
-    const Level& map = problem.levels[level];
-    const int64_t tap_row = tap / problem.kernel_width, tap_column = tap % problem.kernel_width;
-    const int64_t at = plane(n, offset_group, tap) + begin;
-    const A* dy = offset + at + plane(n, offset_group, tap);
-    const A* dx = dy + problem.pixels();
-    int64_t row = begin / problem.width, column = begin % problem.width;
-    for (int64_t p = 0; p < count; ++p) {
-      const A y = position<A>(map.rows, row, tap_row, dy[p]);
-      const A x = position<A>(map.columns, column, tap_column, dx[p]);
-      visit(p, locate<A>(y, x, map.height, map.width), mask ? mask[at + p] : A(1));
-      if (++column == problem.width) column = 0, ++row;
-    }
-  }
-
-  // The samples of a tile for one tap and offset group.
-  void samples(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
-               const T* outside, Sample<T>* result) const {
-    const T* base = image(n, level);
-    const A factor = level_factor(n, level);
-    locate_tile(n, level, offset_group, tap, begin, count, [&](int64_t p, const Cell<A>& cell, A mask) {
-      corner_shares(cell, result[p].share);
-      for (int i = 0; i < 4; ++i) {
-        result[p].share[i] *= mask * factor;
-        result[p].corner[i] = cell.corner[i] < 0 ? outside : base + cell.corner[i] * problem.channels;
-      }
-    });
-  }
-
-  const Problem& problem;
-  Tensor offset_tensor, weight_tensor;
-  std::optional<Tensor> mask_tensor, level_weight_tensor;
-  std::vector<Tensor> feature_tensors;
-  std::vector<const T*> features;
-  const A* offset;
-  const T* weight;
-  const A* mask = nullptr;
-  const A* level_weight = nullptr;
-};
-
-// A row of zeros, which corners outside the map are read from.
-template <typename T>
-Buffer<T> zeros(int64_t count) {
-  Buffer<T> result(count);
-  std::fill(result.get(), result.get() + count, T(0));
-  return result;
-}
-
-// ---------------------------------------------------------------------------------------------------------- forward
-
-// Weights as (level, group, block of output channels, tap, input channel, output channel of the block).
-template <typename T>
-struct ForwardWeights {
-  using A = Accumulator<T>;
-
-  ForwardWeights(const Inputs<T>& inputs, int64_t columns)
-      : problem(inputs.problem),
-        columns(columns),
-        column_blocks(blocks(problem.group_out_channels(), columns)),
-        block_size(problem.taps() * problem.group_channels() * columns),
-        packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), problem.group_channels(),
-                      columns)) {
-    const int64_t units = static_cast<int64_t>(problem.levels.size()) * problem.groups * column_blocks;
-    parallel_units(units, worker_count(units, static_cast<double>(block_size)), [&](int64_t unit, int64_t) {
-      const int64_t first = unit % column_blocks * columns, run = unit / column_blocks;
-      const int64_t taps = problem.taps(), channels = problem.group_channels();
-      const int64_t width = std::min(columns, problem.group_out_channels() - first);
-      const T* from = inputs.weight + (run * problem.group_out_channels() + first) * channels * taps;
-      A* to = packed.get() + unit * block_size;
-      if (width < columns) std::fill(to, to + block_size, A(0));
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t k = 0; k < taps; ++k) {
-          A* row = to + (k * channels + c) * columns;
-          for (int64_t o = 0; o < width; ++o) row[o] = static_cast<A>(from[(o * channels + c) * taps + k]);
-        }
-      }
-    });
-  }
-
-  const A* at(int64_t level, int64_t group, int64_t tap) const {
-    return packed.get() + (level * problem.groups + group) * column_blocks * block_size +
-           tap * problem.group_channels() * columns;
-  }
-
-  const Problem& problem;
-  int64_t columns, column_blocks, block_size;
-  Buffer<A> packed;
-};
-
-// Writes the sums of a tile, (pixel, group, output channel of the group padded to `group_stride`).
-template <typename T>
-void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t group_stride, int64_t n, int64_t begin,
-                int64_t count, bool channels_last, T* out) {
-  const int64_t stride = problem.groups * group_stride, group_channels = problem.group_out_channels();
-  for (int64_t group = 0; group < problem.groups; ++group) {
-    const Accumulator<T>* from = sums + group * group_stride;
-    if (channels_last) {
-      T* to = out + (n * problem.pixels() + begin) * problem.out_channels + group * group_channels;
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t o = 0; o < group_channels; ++o) {
-          to[p * problem.out_channels + o] = static_cast<T>(from[p * stride + o]);
-        }
-      }
-    } else {
-      T* to = out + (n * problem.out_channels + group * group_channels) * problem.pixels() + begin;
-      for (int64_t o = 0; o < group_channels; ++o) {
-        for (int64_t p = 0; p < count; ++p) to[o * problem.pixels() + p] = static_cast<T>(from[p * stride + o]);
-      }
-    }
-  }
-}
-
-template <typename T>
-void forward(const Arguments& arguments, const Problem& problem, Tensor& result, bool channels_last) {
-  using A = Accumulator<T>;
-  const Kernels<T>& kernel = kernels<T>();
-  const Inputs<T> inputs(arguments, problem);
-  T* out = static_cast<T*>(result.mutable_data_ptr());
-  std::optional<Tensor> bias_tensor;
-  if (arguments.bias) bias_tensor = as_contiguous(*arguments.bias);
-  const T* bias = bias_tensor ? static_cast<const T*>(bias_tensor->const_data_ptr()) : nullptr;
-
-  const int64_t taps = problem.taps(), depth = problem.group_channels(), pixels = problem.pixels();
-  const int64_t panel_taps =
-      blocks(taps, blocks(taps, std::clamp<int64_t>(kPanelDepth / depth, 1, taps)));  // of equal size
-  const ForwardWeights<T> weights(inputs, kernel.columns);
-  const Buffer<T> outside = zeros<T>(problem.channels);
-  const std::vector<Segment> all = segments(problem, 0, problem.channels);
-
-  // A pixel's result does not depend on its tile, so small maps may be cut to occupy all threads.
-  const int64_t share = blocks(problem.batch * pixels, 4 * static_cast<int64_t>(torch::stable::get_num_threads()));
-  const int64_t tile = std::min(kTile, round_up(std::clamp<int64_t>(share, 1, pixels), kernel.rows));
-  const int64_t tiles = blocks(pixels, tile), units = problem.batch * tiles;
-  const int64_t levels = static_cast<int64_t>(problem.levels.size());
-  const int64_t workers = worker_count(units, product_cost(problem, tile, problem.channels, levels * taps));
-  const int64_t group_stride = weights.column_blocks * kernel.columns, sums_stride = problem.groups * group_stride;
-  const int64_t panel_stride = panel_taps * problem.channels;
-
-  struct Scratch {
-    Buffer<A> sums, panel;
-    Buffer<Sample<T>> samples;
-  };
-  std::vector<Scratch> scratches;
-  for (int64_t worker = 0; worker < workers; ++worker) {
-    scratches.push_back({Buffer<A>(volume(tile, sums_stride)), Buffer<A>(volume(tile, panel_stride)),
-                         Buffer<Sample<T>>(volume(problem.offset_groups, tile))});
-  }
-
-  parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
-    const Scratch& scratch = scratches[worker];
-    const int64_t n = unit / tiles, begin = unit % tiles * tile, count = std::min(tile, pixels - begin);
-    A* sums = scratch.sums.get();
-    std::fill(sums, sums + tile * sums_stride, A(0));
-    if (bias != nullptr) {
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t o = 0; o < problem.out_channels; ++o) {
-          const int64_t group = o / problem.group_out_channels();
-          sums[p * sums_stride + group * (group_stride - problem.group_out_channels()) + o] = static_cast<A>(bias[o]);
-        }
-      }
-    }
-    for (int64_t level = 0; level < levels; ++level) {
-      for (int64_t first = 0; first < taps; first += panel_taps) {
-        // The panel: (pixel, group, tap, channel of the group).
-        const int64_t some = std::min(panel_taps, taps - first);
-        for (int64_t tap = first; tap < first + some; ++tap) {
-          for (int64_t g = 0; g < problem.offset_groups; ++g) {
-            inputs.samples(n, level, g, tap, begin, count, outside.get(), scratch.samples.get() + g * tile);
-          }
-          for (const Segment& segment : all) {
-            A* to = scratch.panel.get() + (segment.group * some + tap - first) * depth + segment.begin % depth;
-            kernel.sample(scratch.samples.get() + segment.offset_group * tile, count, segment.begin, segment.width, to,
-                          panel_stride);
-          }
-        }
-        for (int64_t group = 0; group < problem.groups; ++group) {
-          kernel.product(blocks(count, kernel.rows), weights.column_blocks, some * depth,
-                         {scratch.panel.get() + group * some * depth, panel_stride, 1}, weights.at(level, group, first),
-                         weights.block_size, kernel.columns, sums + group * group_stride, sums_stride);
-        }
-      }
-    }
-    write_tile<T>(problem, sums, group_stride, n, begin, count, channels_last, out);
-  });
-}
-
-// --------------------------------------------------------------------------------------------------------- backward
 
 // The output's gradient as (image, pixel, group, output channel of the group), every group padded to whole blocks of
 // columns and the pixels to a whole block of rows.
@@ -687,35 +393,6 @@ void backward(const Tensor& gradient, const Arguments& arguments, const Problem&
   if (needs.bias) bias_pass<T>(problem, packed, gradients.bias);
 }
 
-// Calls visit with a value of the C++ type of `dtype`, which was checked.
-template <typename Visit>
-void dispatch(ScalarType dtype, const Visit& visit) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return visit(double());
-    case ScalarType::Float:
-      return visit(float());
-    case ScalarType::BFloat16:
-      return visit(BFloat16());
-    default:
-      return visit(Half());
-  }
-}
-
-Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
-                             std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
-                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
-                             std::vector<int64_t> padding, std::vector<int64_t> dilation) {
-  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
-                            aligned,  scales, stride, padding, dilation};
-  const Problem problem = check_arguments(arguments);
-  const bool last = is_channels_last(features[0]);
-  Tensor result = new_tensor(features[0], {problem.batch, problem.out_channels, problem.height, problem.width},
-                             problem.dtype, last);
-  dispatch(problem.dtype, [&](auto value) { forward<decltype(value)>(arguments, problem, result, last); });
-  return result;
-}
-
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> pyramid_deform_conv2d_backward(
     Tensor grad, std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
     std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
@@ -763,6 +440,5 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> pyramid_
 }  // namespace dyhead::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) {
-  library.impl("pyramid_deform_conv2d", TORCH_BOX(&dyhead::cpu::pyramid_deform_conv2d));
   library.impl("_pyramid_deform_conv2d_backward", TORCH_BOX(&dyhead::cpu::pyramid_deform_conv2d_backward));
 }

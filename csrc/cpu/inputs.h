@@ -1,0 +1,174 @@
+// The arguments as the CPU kernels read them, and what the forward and the backward pass share.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../arguments.h"
+#include "kernels.h"
+#include "memory.h"
+#include "path.h"
+
+namespace dyhead::cpu {
+
+using torch::headeronly::MemoryFormat;
+
+constexpr int64_t kTile = 96;  // output pixels of a tile, a multiple of every Kernels::rows
+
+// Vector instructions of the product of `rows` samples of `channels` channels with the weights of `taps` taps.
+inline double product_cost(const Problem& problem, int64_t rows, int64_t channels, int64_t taps) {
+  constexpr double lanes = 16;
+  return static_cast<double>(rows) * static_cast<double>(channels) * static_cast<double>(taps) *
+         static_cast<double>(problem.group_out_channels()) / lanes;
+}
+
+template <typename T>
+const Kernels<T>& kernels() {
+#if defined(__x86_64__)
+  if (path() == Path::kAvx512) return avx512_path::kernels<T>();
+  if (path() == Path::kAvx2) return avx2_path::kernels<T>();
+#endif
+  return default_path::kernels<T>();
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor as_channels_last(const Tensor& tensor) {
+  return has_channels_last_strides(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+}
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// A run of channels that one convolution group and one offset group share.
+struct Segment {
+  int64_t begin, width, group, offset_group;
+};
+
+// Cuts channels [begin, end) where a group begins.
+inline std::vector<Segment> segments(const Problem& problem, int64_t begin, int64_t end) {
+  const int64_t size = problem.group_channels(), offset_size = problem.channels / problem.offset_groups;
+  std::vector<Segment> result;
+  while (begin < end) {
+    const int64_t group = begin / size, offset_group = begin / offset_size;
+    const int64_t stop = std::min({end, (group + 1) * size, (offset_group + 1) * offset_size});
+    result.push_back({begin, stop - begin, group, offset_group});
+    begin = stop;
+  }
+  return result;
+}
+
+// The arguments as the kernels read them.
+template <typename T>
+struct Inputs {
+  using A = Accumulator<T>;
+
+  Inputs(const Arguments& arguments, const Problem& problem)
+      : problem(problem),
+        offset_tensor(as_contiguous(arguments.offset)),
+        weight_tensor(as_contiguous(arguments.weight)),
+        offset(static_cast<const A*>(offset_tensor.const_data_ptr())),
+        weight(static_cast<const T*>(weight_tensor.const_data_ptr())) {
+    for (const Tensor& feature : arguments.features) {
+      feature_tensors.push_back(as_channels_last(feature));
+      features.push_back(static_cast<const T*>(feature_tensors.back().const_data_ptr()));
+    }
+    if (arguments.mask) {
+      mask_tensor = as_contiguous(*arguments.mask);
+      mask = static_cast<const A*>(mask_tensor->const_data_ptr());
+    }
+    if (arguments.level_weight) {
+      level_weight_tensor = as_contiguous(*arguments.level_weight);
+      level_weight = static_cast<const A*>(level_weight_tensor->const_data_ptr());
+    }
+  }
+
+  // The features of an image on a level.
+  const T* image(int64_t n, int64_t level) const { return features[level] + n * image_size(level); }
+  int64_t image_size(int64_t level) const {
+    return problem.levels[level].height * problem.levels[level].width * problem.channels;
+  }
+
+  A level_factor(int64_t n, int64_t level) const {
+    return level_weight ? level_weight[n * static_cast<int64_t>(problem.levels.size()) + level] : A(1);
+  }
+  // Row (n, offset_group, tap) of the mask, or of a half of the offset: planes of H * W elements.
+  int64_t plane(int64_t n, int64_t offset_group, int64_t tap) const {
+    return ((n * problem.offset_groups + offset_group) * problem.taps() + tap) * problem.pixels();
+  }
+
+  // Calls visit(p, cell, mask) for the `count` pixels of a tile.
+  template <typename Visit>
+  void locate_tile(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
+                   const Visit& visit) const {
+    const Level& map = problem.levels[level];
+    const int64_t tap_row = tap / problem.kernel_width, tap_column = tap % problem.kernel_width;
+    const int64_t at = plane(n, offset_group, tap) + begin;
+    const A* dy = offset + at + plane(n, offset_group, tap);
+    const A* dx = dy + problem.pixels();
+    int64_t row = begin / problem.width, column = begin % problem.width;
+    for (int64_t p = 0; p < count; ++p) {
+      const A y = position<A>(map.rows, row, tap_row, dy[p]);
+      const A x = position<A>(map.columns, column, tap_column, dx[p]);
+      visit(p, locate<A>(y, x, map.height, map.width), mask ? mask[at + p] : A(1));
+      if (++column == problem.width) column = 0, ++row;
+    }
+  }
+
+  // The samples of a tile for one tap and offset group.
+  void samples(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
+               const T* outside, Sample<T>* result) const {
+    const T* base = image(n, level);
+    const A factor = level_factor(n, level);
+    locate_tile(n, level, offset_group, tap, begin, count, [&](int64_t p, const Cell<A>& cell, A mask) {
+      corner_shares(cell, result[p].share);
+      for (int i = 0; i < 4; ++i) {
+        result[p].share[i] *= mask * factor;
+        result[p].corner[i] = cell.corner[i] < 0 ? outside : base + cell.corner[i] * problem.channels;
+      }
+    });
+  }
+
+  const Problem& problem;
+  Tensor offset_tensor, weight_tensor;
+  std::optional<Tensor> mask_tensor, level_weight_tensor;
+  std::vector<Tensor> feature_tensors;
+  std::vector<const T*> features;
+  const A* offset;
+  const T* weight;
+  const A* mask = nullptr;
+  const A* level_weight = nullptr;
+};
+
+// A row of zeros, which corners outside the map are read from.
+template <typename T>
+Buffer<T> zeros(int64_t count) {
+  Buffer<T> result(count);
+  std::fill(result.get(), result.get() + count, T(0));
+  return result;
+}
+
+// Calls visit with a value of the C++ type of `dtype`, which was checked.
+template <typename Visit>
+void dispatch(ScalarType dtype, const Visit& visit) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return visit(double());
+    case ScalarType::Float:
+      return visit(float());
+    case ScalarType::BFloat16:
+      return visit(BFloat16());
+    default:
+      return visit(Half());
+  }
+}
+
+}  // namespace dyhead::cpu
