@@ -90,6 +90,7 @@ def test_grouping_keeps_wide_and_high_pictures_apart_and_drops_none(split):
 def test_pictures_depend_on_seed_and_position_only(tiny, configured, split):
     cfg = configured(tiny)
     plain = first_batches(train_loader(cfg, split.records, seed=1), 6)
+    assert {min(image.shape[-2:]) for images, _ in plain for image in images} == {48, 64}  # each position for itself
     assert same(first_batches(train_loader(cfg, split.records, seed=1, start=2), 4), plain[2:])
     with_workers = configured(tiny | {"DATALOADER.NUM_WORKERS": 2})
     assert same(first_batches(train_loader(with_workers, split.records, seed=1), 6), plain)

@@ -41,8 +41,13 @@ def test_a_run_leaves_what_it_promises_and_evaluating_its_checkpoint_reproduces_
 ):
     monkeypatch.chdir(tmp_path)
     # Long enough to find something: an AP of 0 would be reproduced by anything.
-    options = tiny | {"SOLVER.MAX_ITER": 40, "SOLVER.BASE_LR": 0.003, "SOLVER.CHECKPOINT_PERIOD": 30}
-    options |= {"INPUT.MIN_SIZE_TRAIN": (64,)}
+    options = tiny | {
+        "INPUT.MIN_SIZE_TRAIN": (64,),
+        "SOLVER.BASE_LR": 0.003,
+        "SOLVER.MAX_ITER": 60,
+        "SOLVER.STEPS": (50,),
+        "SOLVER.CHECKPOINT_PERIOD": 30,
+    }
     trained = main(command(options, detector))
     run = Path(tiny["OUTPUT_DIR"])
     files = {p.name for p in run.iterdir()}
@@ -54,15 +59,18 @@ def test_a_run_leaves_what_it_promises_and_evaluating_its_checkpoint_reproduces_
     assert not any(name.endswith(".partial") for name in files)
     assert {p.name for p in tmp_path.iterdir()} == {"run"}  # nothing is written elsewhere
     lines = written(run, "metrics.json")
-    assert [line["iteration"] for line in lines] == [19, 39]
-    assert lines[1]["total_loss"] < lines[0]["total_loss"]
-    assert lines[1]["total_loss"] == pytest.approx(sum(v for k, v in lines[1].items() if k.startswith("loss_")))
+    assert [line["iteration"] for line in lines] == [19, 39, 59]
+    assert [line["lr"] for line in lines] == pytest.approx([0.003, 0.003, 0.0003])
+    assert lines[2]["total_loss"] < lines[0]["total_loss"]
+    assert lines[2]["total_loss"] == pytest.approx(sum(v for k, v in lines[2].items() if k.startswith("loss_")))
 
     (name,) = tiny["DATASETS.TEST"]
-    assert trained[name]["AP"] > 0
+    assert trained[name]["AP"] > 1  # percent
     again = options | {"MODEL.WEIGHTS": str(run / "model_final.pth"), "OUTPUT_DIR": str(tmp_path / "evaluation")}
     assert main(command(again, detector, eval_only=True)) == trained
     assert main(command(options, detector, eval_only=True, resume=True)) == trained
+    if detector == "fcos":  # the same for all: each of ten pictures is evaluated by one of two processes
+        assert main(command(again, detector, eval_only=True, num_gpus=2)) == trained
 
 
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tiny, command, losses):
@@ -91,26 +99,21 @@ def test_a_run_that_draws_its_seed_keeps_it_when_resumed(tiny, command, losses):
     assert losses == uninterrupted[2:]
 
 
-def test_two_processes_train_and_evaluate_as_one(tiny, command, tmp_path, draw):
+def test_two_processes_train_as_one(tiny, command, tmp_path, draw):
     path = draw(tmp_path / "squares", 5, size=(64, 64))  # of one size, so that both pad them alike
     options = tiny | {
         "DATASETS.REGISTER": [[str(path), str(path), str(path.parent)]],
         "DATASETS.TRAIN": (str(path),),
-        "DATASETS.TEST": (str(path),),
+        "DATASETS.TEST": (),
         "INPUT.MIN_SIZE_TRAIN": (64,),
         "SOLVER.MAX_ITER": 3,
         "SOLVER.WARMUP_ITERS": 0,
     }
-    one = main(command(options | {"OUTPUT_DIR": str(tmp_path / "one")}))
-    two = main(command(options | {"OUTPUT_DIR": str(tmp_path / "two")}, num_gpus=2))
+    main(command(options | {"OUTPUT_DIR": str(tmp_path / "one")}))
+    main(command(options | {"OUTPUT_DIR": str(tmp_path / "two")}, num_gpus=2))
     (a,), (b,) = (written(tmp_path / run, "metrics.json") for run in ("one", "two"))
     keys = [key for key in a if "loss" in key]
     assert {key: b[key] for key in keys} == pytest.approx({key: a[key] for key in keys}, rel=1e-4)
-
-    # Each picture is evaluated once, five by two processes: what two find with the weights of one is what one found.
-    weights = {"MODEL.WEIGHTS": str(tmp_path / "one" / "model_final.pth"), "OUTPUT_DIR": str(tmp_path / "two_evaluate")}
-    assert main(command(options | weights, eval_only=True, num_gpus=2)) == one
-    assert two.keys() == one.keys()
 
 
 def test_several_processes_pass_on_the_error_of_one_as_it_was(tiny, command, draw, tmp_path):
