@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := fcos_dyhead_R18_shapes
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint format cuda-compile clean
+.PHONY: install demo test lint format cuda-compile sanitize clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -32,6 +32,10 @@ lint: install
 
 cuda-compile: install
 	$(BIN)/python setup.py compile_cuda
+
+# The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: install
+	tools/sanitize.sh $(abspath $(BIN))/python
 
 format: install
 	$(BIN)/ruff check --fix .
