@@ -22,6 +22,7 @@ OFFSET_STD = 2.0
 # P3 to P7 of a picture of 800 x 1333, and a small map.
 SIZES = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11), (16, 16)]
 TAPS = 9
+SAMPLING_OUTPUTS = 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
     scales = [1.0] if case.levels == 1 else [2.0, 1.0, 0.5]
 
     kind, _, layout = peer.partition(", ")
-    last = layout == "channels_last"
+    last = layout == "channels_last" or kind == "sampling"
     if last:
         features = [x.contiguous(memory_format=torch.channels_last) for x in features]
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -94,10 +95,11 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
         if last:
             x, kernel = (t.contiguous(memory_format=torch.channels_last) for t in (x, kernel))
         return _differentiate(case, lambda x, kernel: functional.conv2d(x, kernel, padding=1), [x, kernel], grad)
-    if kind == "matrix product":
-        rows, inner = n * h * w, case.levels * TAPS * c
-        a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, c, device=device).to(dtype)
-        return _differentiate(case, torch.matmul, [a, b], torch.randn(rows, c, device=device).to(dtype))
+    if kind == "sampling":
+        if case.mode != "forward":
+            raise Unavailable("shown for the forward pass only")
+        few = weight[:, : min(c, SAMPLING_OUTPUTS)].contiguous()
+        return _call(case, pyramid_deform_conv2d, [*features, offset, mask, few], grad, scales)
     # "copy": half of the bytes read, half of them written, is the traffic of least_bytes.
     source = torch.ones(least_bytes(case) // 2, dtype=torch.uint8, device=device)  # zeros would be one page
     target = torch.zeros_like(source)
@@ -159,7 +161,7 @@ BENCHMARK = Benchmark(
         "ONNX Runtime": "DeformConv, NCHW, inference only",
         "dense, NCHW": "torch.nn.functional.conv2d, 3x3, levels * C channels in: the same multiply-adds",
         "dense, channels_last": "the same on maps in channels_last",
-        "matrix product": "torch.matmul with the same multiply-adds, its operands there already",
+        "sampling": f"ours, channels_last, with {SAMPLING_OUTPUTS} output channels: all samples, hardly any product",
         "copy": "a copy that moves as many bytes as inputs and outputs have (benchmarks.operator.least_bytes)",
     },
     columns={
