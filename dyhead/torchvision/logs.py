@@ -87,6 +87,7 @@ def silence_lightning() -> None:
         ".*GPU available but not used.*",
         ".*has length of 0.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*`broadcast_buffers` is deprecated.*",  # its successor is not in all versions of PyTorch that are supported
     ):
         warnings.filterwarnings("ignore", message=message)
 
