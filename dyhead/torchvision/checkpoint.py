@@ -188,7 +188,8 @@ def _read_weights(weights: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # URLError is an OSError
         what = f"torchvision's {name}.IMAGENET1K_V1" if imagenet else "the file"
         raise ConfigError(
-            f"MODEL.WEIGHTS {weights}: {what} could not be fetched into {torch.hub.get_dir()} ({error}). "
+            f"MODEL.WEIGHTS {weights}: {what} could not be fetched into "
+            f"{os.path.join(torch.hub.get_dir(), 'checkpoints')} ({error}). "
             'Put it there, name another file, or train from scratch with MODEL.WEIGHTS ""'
         ) from error
     for key in ("state_dict", "model"):

@@ -86,6 +86,9 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
                 data.get(name)  # drawn once, if need be, not by each process
             _launch(cfg, args)
+    except Exception:
+        _log.debug("The run ended with an error", exc_info=True)  # for log.txt; the caller tells the user
+        raise
     finally:
         stop_logging()
     if not cfg.DATASETS.TEST or args.machine_rank > 0:
