@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 
+import torch
 import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -114,8 +115,13 @@ class ConvolvedTop(ExtraFPNBlock):
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append the levels to ``results`` and their names to ``names``; ``x`` are the network's stages."""
-        p6 = self.p6(results[-1] if self.from_p5 else x[-1])
-        return [*results, p6, self.p7(F.relu(p6))], [*names, "p6", "p7"]
+        p5 = results[-1]
+        # Not in half precision: in bfloat16 on a CPU, PyTorch 2.15 leaves parts of the weights' gradient uninitialised
+        # where the input of a strided convolution is one pixel wide, as these levels of small pictures are.
+        with torch.autocast(p5.device.type, enabled=False):
+            p6 = self.p6((p5 if self.from_p5 else x[-1]).float())
+            p7 = self.p7(F.relu(p6))
+        return [*results, p6.to(p5.dtype), p7.to(p5.dtype)], [*names, "p6", "p7"]
 
 
 def build_pyramid(cfg: CfgNode, out_levels: Iterable[str] | None = None) -> DyHeadPyramid:

@@ -209,6 +209,24 @@ def test_bfloat16_autocast_gives_losses_close_to_float32(tiny, configured, detec
     sum(half.values()).backward()
 
 
+def test_small_pictures_give_sound_gradients_in_bfloat16(tiny, configured):
+    """P6 of 64 pixels is one pixel; a strided convolution on it in bfloat16 has gradients of anything."""
+    model = build_model(configured(tiny))
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        garbage = [torch.full((32 * 32 * 9 + i,), torch.inf, dtype=dtype) for i in range(100)]
+        model.zero_grad()
+        del garbage  # where the next tensors are put
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            sum(model(*batch()).values()).backward()
+        gradients.append(model.backbone.fpn.extra_blocks.p7.weight.grad.clone())
+    full, half = gradients
+    unseen = full == 0  # taps that only see padding
+    assert unseen.any()
+    assert (half[unseen] == 0).all()
+    assert half.isfinite().all()
+
+
 @pytest.mark.parametrize(("kind", "beta"), [("smooth_l1", 0.0), ("smooth_l1", 0.5), ("giou", 0.0), ("ciou", 0.0)])
 def test_box_losses_of_both_detectors_follow_the_configuration(tiny, configured, kind, beta):
     """A box that is a pixel off costs what the formula says, whichever detector asks."""
