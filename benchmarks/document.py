@@ -85,14 +85,18 @@ def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v != "not installed")
     runs = [values["runs"] for row in result["cases"] for values in row["measured"].values()]
+    others = [row["others"] for row in result["cases"] if row["others"] is not None]
+    noise = (
+        f"; other processes kept {number(min(others))} to {number(max(others))} CPUs busy meanwhile" if others else ""
+    )
     return "\n".join(
         [
             f"    {result['command']}",
             "",
-            f"{result['date']}; {machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, load "
-            f"{machine['load']:.1f} at the start; {machine['system']}; {packages}; operator: "
+            f"{result['date']}; {machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads; "
+            f"{machine['system']}; {packages}; operator: "
             f"{machine['operator']['built by']}, {machine['operator']['instructions']}; "
-            f"{min(runs)} to {max(runs)} runs a case.",
+            f"{min(runs)} to {max(runs)} runs a case{noise}.",
         ]
     )
 

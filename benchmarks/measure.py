@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +51,7 @@ def sample_times(
     seconds: float,
     same: list[str],
     tolerance: float,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+) -> tuple[dict[str, list[float]], dict[str, str], float | None]:
     """Times the peers of a case in turn, round after round, so that noise of the machine hits all of them alike.
 
     Args:
@@ -64,7 +65,8 @@ def sample_times(
         tolerance: largest difference between these results, relative to the largest value.
 
     Returns:
-        For each peer the seconds of a call in each round, and for those that are unavailable the reason.
+        For each peer the seconds of a call in each round; for those that are unavailable the reason; and how many CPUs
+        other processes kept busy meanwhile, or None where the system does not tell.
 
     Raises:
         AssertionError: two of `same` do not compute the same.
@@ -88,14 +90,27 @@ def sample_times(
     counts = {peer: max(1, math.ceil(_SAMPLE_SECONDS / _time(call, 1, place))) for peer, call in calls.items()}
 
     samples: dict[str, list[float]] = {peer: [] for peer in calls}
-    begin = time.perf_counter()
+    busy = _busy_seconds()
+    begin, own = time.perf_counter(), time.process_time()
     for done in range(repeats):
         if done >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         for peer, call in calls.items():
             time.sleep(_PAUSE_SECONDS)
             samples[peer].append(_time(call, counts[peer], place))
-    return samples, reasons
+    others = None
+    if busy is not None:
+        others = (_busy_seconds() - busy - (time.process_time() - own)) / (time.perf_counter() - begin)
+    return samples, reasons, others
+
+
+def wait_for_rest(seconds: float) -> None:
+    """Waits until all processes together keep less than a tenth of a CPU busy, at most `seconds`."""
+    end = time.perf_counter() + seconds
+    while (busy := _busy_seconds()) is not None and (begin := time.perf_counter()) < end:
+        time.sleep(2)
+        if _busy_seconds() - busy < 0.1 * (time.perf_counter() - begin):
+            return
 
 
 def peak_memory(build: Build, case: Any, peer: str, warm: Any, *, device: str, threads: int) -> float | None:
@@ -143,6 +158,16 @@ def _time(call: Callable[[], Any], count: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / count
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of all processes since the system started, where Linux tells."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, interrupts, soft, steal = map(int, file.readline().split()[1:9])
+    except OSError:
+        return None
+    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _arrays(result: Any) -> list[np.ndarray]:

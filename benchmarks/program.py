@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Build, in_fresh_process, peak_memory, sample_times, summary
+from benchmarks.measure import Build, in_fresh_process, peak_memory, sample_times, summary, wait_for_rest
 from dyhead import info
 from dyhead.evaluation import describe_machine
 
@@ -62,6 +62,9 @@ def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads PyTorch computes with")
     result.add_argument("--repeats", type=int, default=25, help="rounds of a case, at most")
     result.add_argument("--seconds", type=float, default=60, help="no new round of a case after this time (but three)")
+    result.add_argument(
+        "--wait", type=float, default=0, help="seconds to wait, at most, before each case for other processes to rest"
+    )
     result.add_argument("--no-memory", dest="memory", action="store_false", help="measure time only")
     result.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: does it run?")
     result.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/NAME-MACHINE.json)")
@@ -111,7 +114,6 @@ def run(
         | {
             "threads": options.threads,
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "load": os.getloadavg()[0],
             "operator": {key.strip(): text for key, text in info.collect().items() if key.strip() in _OPERATOR},
             "packages": {name: _version(name) for name in _PACKAGES},
         },
@@ -141,7 +143,8 @@ _OPERATOR = ("CPU operator", "built by", "instructions", "CUDA operator")
 def _measure(benchmark: Benchmark, case: Any, options: argparse.Namespace) -> tuple[dict, dict]:
     shown = {peer for peers in benchmark.columns.values() for peer in peers}
     place = {"device": options.device, "threads": case.threads}
-    samples, skipped = in_fresh_process(
+    wait_for_rest(options.wait)
+    samples, skipped, others = in_fresh_process(
         sample_times,
         benchmark.build,
         case,
@@ -172,7 +175,8 @@ def _measure(benchmark: Benchmark, case: Any, options: argparse.Namespace) -> tu
             if measured[a].get("mib") is not None and measured[b].get("mib"):
                 ratio["memory"] = measured[a]["mib"] / measured[b]["mib"]
             ratios[f"{top} / {bottom}"] = ratio
-    return {"case": asdict(case), "measured": measured, "fastest": fastest, "ratios": ratios}, skipped
+    row = {"case": asdict(case), "measured": measured, "fastest": fastest, "ratios": ratios, "others": others}
+    return row, skipped
 
 
 def tables(result: dict[str, Any]) -> str:

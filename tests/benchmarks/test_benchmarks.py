@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def read(path, peers, cases):
     result = json.loads(path.read_text())
     assert len(result["cases"]) == cases
     assert result["command"].startswith(f"python -m benchmarks.{result['benchmark']} --threads 1")
-    assert {"device", "threads", "torch", "cpus", "load", "operator", "packages"} <= result["machine"].keys()
+    assert {"device", "threads", "torch", "cpus", "operator", "packages"} <= result["machine"].keys()
     for row in result["cases"]:
         assert set(peers) <= row["measured"].keys()
         for values in row["measured"].values():
@@ -107,11 +108,12 @@ def test_peers_take_turns():
         return lambda: order.append(peer)
 
     threads = torch.get_num_threads()
-    samples, reasons = measure.sample_times(
+    samples, reasons, others = measure.sample_times(
         build, "case", ["a", "absent", "b"], device="cpu", threads=threads, repeats=4, seconds=60, same=[], tolerance=0
     )
     assert {peer: len(values) for peer, values in samples.items()} == {"a": 4, "b": 4}
     assert reasons == {"absent": "not here"}
+    assert others is None or -0.5 < others <= os.cpu_count() + 0.5
     turns = [peer for i, peer in enumerate(order) if i == 0 or peer != order[i - 1]]
     assert turns == ["a", "b"] * 6  # warm-up, how long a call takes, four rounds
 
