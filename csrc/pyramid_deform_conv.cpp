@@ -38,7 +38,7 @@ pybind11::dict build_info() {
                             TORCH_VERSION_MINOR) "." DYHEAD_TEXT(TORCH_VERSION_PATCH),
                         "torch_minimum"_a = std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff),
 #if defined(__x86_64__)
-                        "cpu_paths"_a = pybind11::make_tuple("default", "avx2", "avx512"),
+                        "cpu_paths"_a = pybind11::make_tuple("default", "avx2", "avx512", "avx512_bf16"),
 #else
                         "cpu_paths"_a = pybind11::make_tuple("default"),
 #endif

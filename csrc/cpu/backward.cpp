@@ -1,11 +1,10 @@
 // The backward pass on the CPU: two passes that need no atomic operations and give the same result for any number of
 // threads.
 //
-//     scatter   a worker owns a block of channels of an image. It multiplies the output's gradient with the weights of
-//     a
-//               tap into a panel, the gradient of the samples, and spreads that over the features' gradient. Gradients
-//               of offset, mask and level weight are sums over channels: every block adds into a plane of its own, and
-//               the planes of a group are summed at the end, in their order.
+//     scatter   a worker owns a block of channels of an image. It multiplies the output's gradient with a tap's weights
+//               into a panel, the gradient of the samples, and spreads that over the features' gradient. Gradients of
+//               offset, mask and level weight are sums over channels: every block adds into a plane of its own, and the
+//               planes of a group are summed at the end, in their order.
 //     weights   a worker owns a tap, level and block of input channels, samples it again over all pixels, and
 //               multiplies the samples with the output's gradient.
 
@@ -22,35 +21,57 @@ constexpr int64_t kScatterChannels = 64;  // channels of a block of the scatter 
 constexpr int64_t kWeightChannels = 96;   // input channels of a block of the weights pass
 
 // The output's gradient as (image, pixel, group, output channel of the group), every group padded to whole blocks of
-// columns and the pixels to a whole block of rows.
-template <typename T>
+// columns, the pixels of an image to whole units, and all pixels to a whole block of rows.
+template <typename T, typename P>
 struct OutputGradient {
-  using A = Accumulator<T>;
-
-  OutputGradient(const Problem& problem, const Tensor& gradient, const Kernels<T>& kernel)
+  OutputGradient(const Problem& problem, const Tensor& gradient, const Kernels<T, P>& kernel)
       : group_stride(round_up(problem.group_out_channels(), kernel.columns)),
         stride(problem.groups * group_stride),
-        packed(volume(problem.batch * problem.pixels() + kernel.rows, stride)) {
+        image_stride(round_up(problem.pixels(), kUnit<P>) * stride),
+        rows(problem.batch * image_stride + kernel.rows * stride),
+        pairs(kUnit<P> == 1 ? 0 : problem.batch * image_stride) {
     const Tensor source = as_channels_last(gradient);
     const T* from = static_cast<const T*>(source.const_data_ptr());
-    const int64_t pixels = problem.batch * problem.pixels(), channels = problem.group_out_channels();
-    const int64_t units = blocks(pixels, kTile);
-    std::fill(packed.get() + pixels * stride, packed.get() + (pixels + kernel.rows) * stride, A(0));
+    const int64_t pixels = problem.pixels(), tiles = blocks(pixels, kTile), units = problem.batch * tiles;
+    std::fill(rows.get() + problem.batch * image_stride,
+              rows.get() + problem.batch * image_stride + kernel.rows * stride, P(0));
     parallel_units(units, worker_count(units, static_cast<double>(kTile * stride) / 4), [&](int64_t unit, int64_t) {
-      for (int64_t p = unit * kTile; p < std::min(pixels, (unit + 1) * kTile); ++p) {
-        for (int64_t group = 0; group < problem.groups; ++group) {
-          A* to = packed.get() + p * stride + group * group_stride;
-          for (int64_t o = 0; o < channels; ++o) {
-            to[o] = static_cast<A>(from[p * problem.out_channels + group * channels + o]);
+      const int64_t n = unit / tiles, begin = unit % tiles * kTile, end = std::min(pixels, begin + kTile);
+      const int64_t padded = round_up(end, kUnit<P>);
+      for (int64_t p = begin; p < end; ++p)
+        pack_row(problem, from + (n * pixels + p) * problem.out_channels, row(n, p));
+      std::fill(row(n, end), row(n, padded), P(0));
+      if constexpr (kUnit<P> > 1) {
+        for (int64_t p = begin; p < padded; p += kUnit<P>) {
+          P* const to = pairs.get() + n * image_stride + p * stride;
+          const P *first = row(n, p), *second = row(n, p + 1);
+          for (int64_t o = 0; o < stride; ++o) {
+            to[2 * o] = first[o];
+            to[2 * o + 1] = second[o];
           }
-          std::fill(to + channels, to + group_stride, A(0));
         }
       }
     });
   }
 
-  int64_t group_stride, stride;
-  Buffer<A> packed;
+  // A pixel, for products over output channels.
+  P* row(int64_t n, int64_t pixel) const { return rows.get() + n * image_stride + pixel * stride; }
+  // The unit that begins with a pixel, for products over pixels.
+  const P* unit(int64_t n, int64_t pixel) const {
+    return (kUnit<P> == 1 ? rows : pairs).get() + n * image_stride + pixel * stride;
+  }
+
+  int64_t group_stride, stride, image_stride;
+  Buffer<P> rows, pairs;
+
+ private:
+  void pack_row(const Problem& problem, const T* from, P* to) const {
+    const int64_t channels = problem.group_out_channels();
+    for (int64_t group = 0; group < problem.groups; ++group, from += channels, to += group_stride) {
+      for (int64_t o = 0; o < channels; ++o) to[o] = static_cast<P>(from[o]);
+      std::fill(to + channels, to + group_stride, P(0));
+    }
+  }
 };
 
 // A block of channels in one offset group, what a worker of the scatter pass owns of an image.
@@ -79,53 +100,56 @@ std::vector<ChannelBlock> channel_blocks(const Problem& problem, int64_t columns
   return result;
 }
 
-// Weights of one block of channels as (level, segment, tap, block of columns, output channel, channel of the block).
-template <typename T>
+// Weights of one block of channels as (level, segment, tap, block of columns, unit of output channels, channel of the
+// block, output channel of the unit).
+template <typename T, typename P>
 struct ScatterWeights {
-  using A = Accumulator<T>;
-
   ScatterWeights(const Inputs<T>& inputs, const std::vector<ChannelBlock>& channel_blocks, int64_t columns)
-      : problem(inputs.problem), columns(columns) {
-    const int64_t depth = problem.group_out_channels(), taps = problem.taps(), channels = problem.group_channels();
+      : problem(inputs.problem), columns(columns), depth(round_up(problem.group_out_channels(), kUnit<P>)) {
+    const int64_t taps = problem.taps(), channels = problem.group_channels();
     for (const ChannelBlock& block : channel_blocks) {
       starts.push_back(size);
       size += volume(problem.levels.size(), taps, block.panel_width, depth);
     }
-    packed = Buffer<A>(size);
+    packed = Buffer<P>(size);
     const int64_t levels = static_cast<int64_t>(problem.levels.size());
     const int64_t units = levels * static_cast<int64_t>(channel_blocks.size());
     parallel_units(
         units, worker_count(units, static_cast<double>(size) / static_cast<double>(units)), [&](int64_t unit, int64_t) {
-          const int64_t level = unit % levels, b = unit / levels;
+          const int64_t level = unit % levels, b = unit / levels, outs = problem.group_out_channels();
           const ChannelBlock& block = channel_blocks[b];
           for (size_t s = 0; s < block.segments.size(); ++s) {
             const Segment& segment = block.segments[s];
             const int64_t padded = round_up(segment.width, columns), first = segment.begin % channels;
-            A* to = const_cast<A*>(at(b, block, level, static_cast<int64_t>(s), 0));
-            if (padded != segment.width) std::fill(to, to + taps * padded * depth, A(0));
-            for (int64_t o = 0; o < depth; ++o) {
+            P* to = const_cast<P*>(at(b, block, level, static_cast<int64_t>(s), 0));
+            if (padded != segment.width || depth != outs) std::fill(to, to + taps * padded * depth, P(0));
+            for (int64_t o = 0; o < outs; ++o) {
               const T* from =
-                  inputs.weight + (((level * problem.groups + segment.group) * depth + o) * channels + first) * taps;
-              for (int64_t c = 0; c < segment.width; ++c) {
-                A* column = to + (c / columns * depth + o) * columns + c % columns;
-                for (int64_t k = 0; k < taps; ++k) column[k * padded * depth] = static_cast<A>(from[c * taps + k]);
+                  inputs.weight + (((level * problem.groups + segment.group) * outs + o) * channels + first) * taps;
+              P* const row = to + o / kUnit<P> * kUnit<P> * columns + o % kUnit<P>;
+              for (int64_t k = 0; k < taps; ++k) {
+                for (int64_t begin = 0; begin < segment.width; begin += columns) {
+                  P* const column = row + (k * padded + begin) * depth;
+                  for (int64_t c = 0; c < std::min(columns, segment.width - begin); ++c) {
+                    column[c * kUnit<P>] = static_cast<P>(from[(begin + c) * taps + k]);
+                  }
+                }
               }
             }
           }
         });
   }
 
-  const A* at(int64_t b, const ChannelBlock& block, int64_t level, int64_t segment, int64_t tap) const {
-    const int64_t depth = problem.group_out_channels();
+  const P* at(int64_t b, const ChannelBlock& block, int64_t level, int64_t segment, int64_t tap) const {
     const int64_t padded = round_up(block.segments[segment].width, columns);
     return packed.get() + starts[b] +
            ((level * block.panel_width + block.columns[segment]) * problem.taps() + tap * padded) * depth;
   }
 
   const Problem& problem;
-  int64_t columns, size = 0;
+  int64_t columns, depth, size = 0;
   std::vector<int64_t> starts;
-  Buffer<A> packed;
+  Buffer<P> packed;
 };
 
 // Which gradients are asked for.
@@ -140,9 +164,9 @@ struct Gradients {
 };
 
 // Gradients of features, offset, mask and level weight.
-template <typename T>
-void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, const Needs& needs,
-                  const Kernels<T>& kernel, Gradients& gradients) {
+template <typename T, typename P>
+void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient, const Needs& needs,
+                  const Kernels<T, P>& kernel, Gradients& gradients) {
   using A = Accumulator<T>;
   const Problem& problem = inputs.problem;
   const int64_t levels = static_cast<int64_t>(problem.levels.size());
@@ -166,7 +190,7 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
   }
 
   const std::vector<ChannelBlock> all = channel_blocks(problem, kernel.columns);
-  const ScatterWeights<T> weights(inputs, all, kernel.columns);
+  const ScatterWeights<T, P> weights(inputs, all, kernel.columns);
   const int64_t block_count = static_cast<int64_t>(all.size()), group_blocks = block_count / problem.offset_groups;
   int64_t panel_width = 0;
   for (const ChannelBlock& block : all) panel_width = std::max(panel_width, block.panel_width);
@@ -239,12 +263,11 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
           std::fill(dots, dots + 4 * count, A(0));
           for (size_t s = 0; s < block.segments.size(); ++s) {
             const Segment& segment = block.segments[s];
-            const int64_t depth = problem.group_out_channels(), to = block.columns[s];
-            const A* rows =
-                gradient.packed.get() + (n * pixels + begin) * gradient.stride + segment.group * gradient.group_stride;
-            kernel.product(blocks(count, kernel.rows), blocks(segment.width, kernel.columns), depth,
-                           {rows, gradient.stride, 1}, weights.at(b, block, level, static_cast<int64_t>(s), tap),
-                           depth * kernel.columns, kernel.columns, panel + to, block.panel_width);
+            const int64_t to = block.columns[s];
+            kernel.product(blocks(count, kernel.rows), blocks(segment.width, kernel.columns), weights.depth / kUnit<P>,
+                           {gradient.row(n, begin) + segment.group * gradient.group_stride, gradient.stride, kUnit<P>},
+                           weights.at(b, block, level, static_cast<int64_t>(s), tap), weights.depth * kernel.columns,
+                           kernel.columns * kUnit<P>, panel + to, block.panel_width);
             const int64_t from = segment.begin - block.begin;
             kernel.scatter(scratch.samples.get(), count, segment.width, panel + to, block.panel_width, features + from,
                            needs.positions() ? dots : nullptr, feature_sum ? feature_sum + from : nullptr);
@@ -303,8 +326,8 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
 }
 
 // The gradient of the weight.
-template <typename T>
-void weights_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, const Kernels<T>& kernel,
+template <typename T, typename P>
+void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient, const Kernels<T, P>& kernel,
                   Tensor& result) {
   using A = Accumulator<T>;
   const Problem& problem = inputs.problem;
@@ -328,14 +351,15 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
   const int64_t block_count = static_cast<int64_t>(all.size()), units = levels * taps * block_count;
   const int64_t workers = worker_count(units, product_cost(problem, problem.batch * pixels, width, 1));
   struct Scratch {
-    Buffer<A> sums, panel;
+    Buffer<A> sums;
+    Buffer<P> panel;
     Buffer<Sample<T>> samples;
   };
   std::vector<Scratch> scratches;
   for (int64_t worker = 0; worker < workers; ++worker) {
-    scratches.push_back({Buffer<A>(volume(width, sums_stride)), Buffer<A>(kTile * width), Buffer<Sample<T>>(kTile)});
+    scratches.push_back({Buffer<A>(volume(width, sums_stride)), Buffer<P>(kTile * width), Buffer<Sample<T>>(kTile)});
     // Columns beyond a block's channels are multiplied, too, into sums that nobody reads.
-    std::fill(scratches.back().panel.get(), scratches.back().panel.get() + kTile * width, A(0));
+    std::fill(scratches.back().panel.get(), scratches.back().panel.get() + kTile * width, P(0));
   }
 
   parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
@@ -351,12 +375,13 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
         const int64_t count = std::min(kTile, pixels - begin);
         for (const Segment& segment : block) {
           inputs.samples(n, level, segment.offset_group, tap, begin, count, outside.get(), scratch.samples.get());
-          kernel.sample(scratch.samples.get(), count, segment.begin, segment.width,
-                        scratch.panel.get() + segment.begin - begin_channel, width);
+          kernel.sample_units(scratch.samples.get(), count, segment.begin, segment.width,
+                              scratch.panel.get() + (segment.begin - begin_channel) * kUnit<P>, width * kUnit<P>);
         }
-        kernel.product(blocks(size, kernel.rows), sums_stride / kernel.columns, count, {scratch.panel.get(), 1, width},
-                       gradient.packed.get() + (n * pixels + begin) * gradient.stride + group * gradient.group_stride,
-                       kernel.columns, gradient.stride, sums, sums_stride);
+        kernel.product(blocks(size, kernel.rows), sums_stride / kernel.columns, blocks(count, kUnit<P>),
+                       {scratch.panel.get(), kUnit<P>, width * kUnit<P>},
+                       gradient.unit(n, begin) + group * gradient.group_stride * kUnit<P>, kernel.columns * kUnit<P>,
+                       gradient.stride * kUnit<P>, sums, sums_stride);
       }
     }
     for (int64_t o = 0; o < out_channels; ++o) {
@@ -367,14 +392,16 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T>& gradient, co
   });
 }
 
-template <typename T>
-void bias_pass(const Problem& problem, const OutputGradient<T>& gradient, Tensor& result) {
+template <typename T, typename P>
+void bias_pass(const Problem& problem, const OutputGradient<T, P>& gradient, Tensor& result) {
   T* to = static_cast<T*>(result.mutable_data_ptr());
-  const int64_t channels = problem.group_out_channels(), pixels = problem.batch * problem.pixels();
+  const int64_t channels = problem.group_out_channels();
   std::vector<double> sums(static_cast<size_t>(gradient.stride), 0.0);
-  for (int64_t p = 0; p < pixels; ++p) {
-    const Accumulator<T>* row = gradient.packed.get() + p * gradient.stride;
-    for (int64_t o = 0; o < gradient.stride; ++o) sums[o] += row[o];
+  for (int64_t n = 0; n < problem.batch; ++n) {
+    for (int64_t p = 0; p < problem.pixels(); ++p) {
+      const P* row = gradient.row(n, p);
+      for (int64_t o = 0; o < gradient.stride; ++o) sums[o] += static_cast<Accumulator<T>>(row[o]);
+    }
   }
   for (int64_t o = 0; o < problem.out_channels; ++o) {
     const double sum = sums[o / channels * gradient.group_stride + o % channels];
@@ -382,15 +409,15 @@ void bias_pass(const Problem& problem, const OutputGradient<T>& gradient, Tensor
   }
 }
 
-template <typename T>
+template <typename T, typename P>
 void backward(const Tensor& gradient, const Arguments& arguments, const Problem& problem, const Needs& needs,
               Gradients& gradients) {
-  const Kernels<T>& kernel = kernels<T>();
+  const Kernels<T, P>& kernel = kernels<T, P>();
   const Inputs<T> inputs(arguments, problem);
-  const OutputGradient<T> packed(problem, gradient, kernel);
-  if (needs.features || needs.positions()) scatter_pass<T>(inputs, packed, needs, kernel, gradients);
-  if (needs.weight) weights_pass<T>(inputs, packed, kernel, gradients.weight);
-  if (needs.bias) bias_pass<T>(problem, packed, gradients.bias);
+  const OutputGradient<T, P> packed(problem, gradient, kernel);
+  if (needs.features || needs.positions()) scatter_pass<T, P>(inputs, packed, needs, kernel, gradients);
+  if (needs.weight) weights_pass<T, P>(inputs, packed, kernel, gradients.weight);
+  if (needs.bias) bias_pass<T, P>(problem, packed, gradients.bias);
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> pyramid_deform_conv2d_backward(
@@ -431,7 +458,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> pyramid_
       gradients.features.push_back(new_tensor(feature, sizes, problem.dtype, is_channels_last(feature)));
     }
   }
-  dispatch(problem.dtype, [&](auto value) { backward<decltype(value)>(grad, arguments, problem, needs, gradients); });
+  dispatch(problem.dtype, [&](auto value, auto operand) {
+    backward<decltype(value), decltype(operand)>(grad, arguments, problem, needs, gradients);
+  });
   return {gradients.features, gradients.offset, gradients.mask,
           gradients.weight,   gradients.bias,   gradients.level_weight};
 }

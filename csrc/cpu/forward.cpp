@@ -13,43 +13,45 @@ namespace {
 
 constexpr int64_t kPanelDepth = 320;  // channels times taps that a panel holds per group, about
 
-// Weights as (level, group, block of output channels, tap, input channel, output channel of the block).
-template <typename T>
+// Weights as (level, group, block of output channels, tap, unit of input channels, output channel of the block, input
+// channel of the unit).
+template <typename T, typename P>
 struct ForwardWeights {
-  using A = Accumulator<T>;
-
   ForwardWeights(const Inputs<T>& inputs, int64_t columns)
       : problem(inputs.problem),
         columns(columns),
         column_blocks(blocks(problem.group_out_channels(), columns)),
-        block_size(problem.taps() * problem.group_channels() * columns),
-        packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), problem.group_channels(),
-                      columns)) {
+        depth(round_up(problem.group_channels(), kUnit<P>)),
+        block_size(problem.taps() * depth * columns),
+        packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), depth, columns)) {
     const int64_t units = static_cast<int64_t>(problem.levels.size()) * problem.groups * column_blocks;
     parallel_units(units, worker_count(units, static_cast<double>(block_size)), [&](int64_t unit, int64_t) {
       const int64_t first = unit % column_blocks * columns, run = unit / column_blocks;
       const int64_t taps = problem.taps(), channels = problem.group_channels();
       const int64_t width = std::min(columns, problem.group_out_channels() - first);
       const T* from = inputs.weight + (run * problem.group_out_channels() + first) * channels * taps;
-      A* to = packed.get() + unit * block_size;
-      if (width < columns) std::fill(to, to + block_size, A(0));
-      for (int64_t c = 0; c < channels; ++c) {
+      P* to = packed.get() + unit * block_size;
+      if (width < columns || depth > channels) std::fill(to, to + block_size, P(0));
+      // A few channels at a time, whose weights stay in the cache until all taps are read.
+      constexpr int64_t some = 8;
+      for (int64_t begin = 0; begin < channels; begin += some) {
         for (int64_t k = 0; k < taps; ++k) {
-          A* row = to + (k * channels + c) * columns;
-          for (int64_t o = 0; o < width; ++o) row[o] = static_cast<A>(from[(o * channels + c) * taps + k]);
+          for (int64_t c = begin; c < std::min(begin + some, channels); ++c) {
+            P* row = to + (k * depth + c / kUnit<P> * kUnit<P>)*columns + c % kUnit<P>;
+            for (int64_t o = 0; o < width; ++o) row[o * kUnit<P>] = static_cast<P>(from[(o * channels + c) * taps + k]);
+          }
         }
       }
     });
   }
 
-  const A* at(int64_t level, int64_t group, int64_t tap) const {
-    return packed.get() + (level * problem.groups + group) * column_blocks * block_size +
-           tap * problem.group_channels() * columns;
+  const P* at(int64_t level, int64_t group, int64_t tap) const {
+    return packed.get() + (level * problem.groups + group) * column_blocks * block_size + tap * depth * columns;
   }
 
   const Problem& problem;
-  int64_t columns, column_blocks, block_size;
-  Buffer<A> packed;
+  int64_t columns, column_blocks, depth, block_size;
+  Buffer<P> packed;
 };
 
 // Writes the sums of a tile, (pixel, group, output channel of the group padded to `group_stride`).
@@ -75,40 +77,45 @@ void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t grou
   }
 }
 
-template <typename T>
+template <typename T, typename P>
 void forward(const Arguments& arguments, const Problem& problem, Tensor& result, bool channels_last) {
   using A = Accumulator<T>;
-  const Kernels<T>& kernel = kernels<T>();
+  const Kernels<T, P>& kernel = kernels<T, P>();
   const Inputs<T> inputs(arguments, problem);
   T* out = static_cast<T*>(result.mutable_data_ptr());
   std::optional<Tensor> bias_tensor;
   if (arguments.bias) bias_tensor = as_contiguous(*arguments.bias);
   const T* bias = bias_tensor ? static_cast<const T*>(bias_tensor->const_data_ptr()) : nullptr;
 
-  const int64_t taps = problem.taps(), depth = problem.group_channels(), pixels = problem.pixels();
+  const ForwardWeights<T, P> weights(inputs, kernel.columns);
+  const int64_t taps = problem.taps(), depth = weights.depth, pixels = problem.pixels();
   const int64_t panel_taps =
       blocks(taps, blocks(taps, std::clamp<int64_t>(kPanelDepth / depth, 1, taps)));  // of equal size
-  const ForwardWeights<T> weights(inputs, kernel.columns);
   const Buffer<T> outside = zeros<T>(problem.channels);
   const std::vector<Segment> all = segments(problem, 0, problem.channels);
 
-  // A pixel's result does not depend on its tile, so small maps may be cut to occupy all threads.
-  const int64_t share = blocks(problem.batch * pixels, 4 * static_cast<int64_t>(torch::stable::get_num_threads()));
+  // A pixel's result does not depend on its tile, so tiles are cut to give all threads the same number of pixels.
+  const int64_t threads = torch::stable::get_num_threads(), rounds = blocks(problem.batch * pixels, threads * kTile);
+  const int64_t share = rounds > 0 ? blocks(problem.batch * pixels, threads * rounds) : 1;
   const int64_t tile = std::min(kTile, round_up(std::clamp<int64_t>(share, 1, pixels), kernel.rows));
   const int64_t tiles = blocks(pixels, tile), units = problem.batch * tiles;
   const int64_t levels = static_cast<int64_t>(problem.levels.size());
   const int64_t workers = worker_count(units, product_cost(problem, tile, problem.channels, levels * taps));
   const int64_t group_stride = weights.column_blocks * kernel.columns, sums_stride = problem.groups * group_stride;
-  const int64_t panel_stride = panel_taps * problem.channels;
+  const int64_t group_depth = panel_taps * depth, panel_stride = problem.groups * group_depth;
 
   struct Scratch {
-    Buffer<A> sums, panel;
+    Buffer<A> sums;
+    Buffer<P> panel;
     Buffer<Sample<T>> samples;
   };
   std::vector<Scratch> scratches;
   for (int64_t worker = 0; worker < workers; ++worker) {
-    scratches.push_back({Buffer<A>(volume(tile, sums_stride)), Buffer<A>(volume(tile, panel_stride)),
+    scratches.push_back({Buffer<A>(volume(tile, sums_stride)), Buffer<P>(volume(tile, panel_stride)),
                          Buffer<Sample<T>>(volume(problem.offset_groups, tile))});
+    // A channel that only completes a unit is never written.
+    P* const panel = scratches.back().panel.get();
+    if (depth > problem.group_channels()) std::fill(panel, panel + tile * panel_stride, P(0));
   }
 
   parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
@@ -133,15 +140,17 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
             inputs.samples(n, level, g, tap, begin, count, outside.get(), scratch.samples.get() + g * tile);
           }
           for (const Segment& segment : all) {
-            A* to = scratch.panel.get() + (segment.group * some + tap - first) * depth + segment.begin % depth;
+            P* to = scratch.panel.get() + segment.group * group_depth + (tap - first) * depth +
+                    segment.begin % problem.group_channels();
             kernel.sample(scratch.samples.get() + segment.offset_group * tile, count, segment.begin, segment.width, to,
                           panel_stride);
           }
         }
         for (int64_t group = 0; group < problem.groups; ++group) {
-          kernel.product(blocks(count, kernel.rows), weights.column_blocks, some * depth,
-                         {scratch.panel.get() + group * some * depth, panel_stride, 1}, weights.at(level, group, first),
-                         weights.block_size, kernel.columns, sums + group * group_stride, sums_stride);
+          kernel.product(blocks(count, kernel.rows), weights.column_blocks, some * depth / kUnit<P>,
+                         {scratch.panel.get() + group * group_depth, panel_stride, kUnit<P>},
+                         weights.at(level, group, first), weights.block_size, kernel.columns * kUnit<P>,
+                         sums + group * group_stride, sums_stride);
         }
       }
     }
@@ -159,7 +168,9 @@ Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::o
   const bool last = is_channels_last(features[0]);
   Tensor result = new_tensor(features[0], {problem.batch, problem.out_channels, problem.height, problem.width},
                              problem.dtype, last);
-  dispatch(problem.dtype, [&](auto value) { forward<decltype(value)>(arguments, problem, result, last); });
+  dispatch(problem.dtype, [&](auto value, auto operand) {
+    forward<decltype(value), decltype(operand)>(arguments, problem, result, last);
+  });
   return result;
 }
 

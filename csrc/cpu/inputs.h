@@ -26,13 +26,19 @@ inline double product_cost(const Problem& problem, int64_t rows, int64_t channel
          static_cast<double>(problem.group_out_channels()) / lanes;
 }
 
-template <typename T>
-const Kernels<T>& kernels() {
+template <typename T, typename P>
+const Kernels<T, P>& kernels() {
 #if defined(__x86_64__)
-  if (path() == Path::kAvx512) return avx512_path::kernels<T>();
-  if (path() == Path::kAvx2) return avx2_path::kernels<T>();
-#endif
+  if constexpr (std::is_same_v<P, BFloat16>) {
+    return avx512_bf16_path::kernels();
+  } else {
+    if (path() >= Path::kAvx512) return avx512_path::kernels<T>();
+    if (path() == Path::kAvx2) return avx2_path::kernels<T>();
+    return default_path::kernels<T>();
+  }
+#else
   return default_path::kernels<T>();
+#endif
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {
@@ -156,18 +162,21 @@ Buffer<T> zeros(int64_t count) {
   return result;
 }
 
-// Calls visit with a value of the C++ type of `dtype`, which was checked.
+// Calls visit with values of the C++ type of `dtype`, which was checked, and of the type of a product's operands.
 template <typename Visit>
 void dispatch(ScalarType dtype, const Visit& visit) {
   switch (dtype) {
     case ScalarType::Double:
-      return visit(double());
+      return visit(double(), double());
     case ScalarType::Float:
-      return visit(float());
+      return visit(float(), float());
     case ScalarType::BFloat16:
-      return visit(BFloat16());
+#if defined(__x86_64__)
+      if (path() == Path::kAvx512Bf16) return visit(BFloat16(), BFloat16());
+#endif
+      return visit(BFloat16(), float());
     default:
-      return visit(Half());
+      return visit(Half(), float());
   }
 }
 

@@ -16,9 +16,21 @@ namespace dyhead::cpu {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// T is the type of features; sums, positions and panels have the accumulation type.
+// T is the type of features; positions and sums have the accumulation type.
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Both operands of a product have elements of type P: the accumulation type or, where the machine multiplies and adds
+// pairs of them, BFloat16. So many elements that follow each other along the depth make a unit:
+template <typename P>
+constexpr int64_t kUnit = std::is_same_v<P, BFloat16> ? 2 : 1;
+
+// The left operand: element (i, d) is at data[i * row + d / kUnit * depth + d % kUnit].
+template <typename P>
+struct Operand {
+  const P* data;
+  int64_t row, depth;  // one of them is kUnit
+};
 
 // One sample of the forward pass: four rows of channels and what each counts, mask and level weight included.
 template <typename T>
@@ -34,26 +46,25 @@ struct SampleGradient {
   A share[4];  // mask and level weight included
 };
 
-// An operand of the product: element (i, d) is at data[i * row + d * depth].
-template <typename A>
-struct Operand {
-  const A* data;
-  int64_t row, depth;
-};
-
-template <typename T>
+template <typename T, typename P>
 struct Kernels {
   using A = Accumulator<T>;
 
-  // The product works on blocks of so many rows and columns.
+  // The product writes to whole blocks of so many rows and columns.
   int rows, columns;
 
   // panel[p * stride + c] = sum_i share_i * corner_i[channel + c], for `width` channels of `count` samples.
-  void (*sample)(const Sample<T>* samples, int64_t count, int64_t channel, int64_t width, A* panel, int64_t stride);
+  void (*sample)(const Sample<T>* samples, int64_t count, int64_t channel, int64_t width, P* panel, int64_t stride);
 
-  // sums[r * stride + c] += sum_{d < depth} left(r, d) * right[(c / columns) * right_block + d * right_depth + c %
-  // columns] for whole blocks: row_blocks * rows by column_blocks * columns elements. One stride of `left` is 1.
-  void (*product)(int64_t row_blocks, int64_t column_blocks, int64_t depth, Operand<A> left, const A* right,
+  // The same for a product over samples: at panel[p / kUnit * stride + c * kUnit + p % kUnit]. A sample that is missing
+  // from the last unit is 0.
+  void (*sample_units)(const Sample<T>* samples, int64_t count, int64_t channel, int64_t width, P* panel,
+                       int64_t stride);
+
+  // sums[r * stride + c] += sum_d left(r, d) * right(d, c) for `units` units of d and whole blocks: row_blocks * rows
+  // by column_blocks * columns elements. right(d, c) is at
+  //     right[c / columns * right_block + d / kUnit * right_depth + c % columns * kUnit + d % kUnit].
+  void (*product)(int64_t row_blocks, int64_t column_blocks, int64_t units, Operand<P> left, const P* right,
                   int64_t right_block, int64_t right_depth, A* sums, int64_t stride);
 
   // With g = panel[p * stride + c], the gradient of a sample's channel, adds for every corner i inside the map
@@ -66,16 +77,20 @@ struct Kernels {
 // The instruction sets, in the words of PyTorch's environment variable ATEN_CPU_CAPABILITY.
 namespace default_path {
 template <typename T>
-const Kernels<T>& kernels();
+const Kernels<T, Accumulator<T>>& kernels();
 }
 #if defined(__x86_64__)
 namespace avx2_path {
 template <typename T>
-const Kernels<T>& kernels();
+const Kernels<T, Accumulator<T>>& kernels();
 }
 namespace avx512_path {
 template <typename T>
-const Kernels<T>& kernels();
+const Kernels<T, Accumulator<T>>& kernels();
+}
+// What AVX512-BF16 does better than AVX-512: products of bfloat16.
+namespace avx512_bf16_path {
+const Kernels<BFloat16, BFloat16>& kernels();
 }
 #endif
 

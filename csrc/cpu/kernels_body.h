@@ -3,9 +3,14 @@
 //     DYHEAD_TARGET  the attribute that makes the compiler use it, on functions of this file only: no other function
 //                    may come out of such a file using instructions that the machine at hand lacks
 //     DYHEAD_BYTES   the width of a vector
-//     DYHEAD_ROWS    rows of a block of the product; it has two vectors of columns
+//     DYHEAD_ROWS    rows of a block of the product, a multiple of 3; it has two vectors of columns
+//     DYHEAD_PAIRS   where the instruction set multiplies pairs of bfloat16 (AVX512-BF16)
 
 #include <cstring>
+
+#if defined(DYHEAD_PAIRS)
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -24,6 +29,12 @@ template <>
 struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(DYHEAD_BYTES)));
 };
+#if defined(DYHEAD_PAIRS)
+template <>
+struct Lanes<BFloat16> {
+  typedef __m512bh Vector;
+};
+#endif
 
 template <typename A>
 using Vector = typename Lanes<A>::Vector;
@@ -83,57 +94,152 @@ DYHEAD_INLINE float single(float value) { return value; }
 DYHEAD_INLINE double single(double value) { return value; }
 
 template <typename T>
+DYHEAD_INLINE Vector<Accumulator<T>> interpolate(const Sample<T>& sample, int64_t c) {
+  return sample.share[0] * load(sample.corner[0] + c) + sample.share[1] * load(sample.corner[1] + c) +
+         sample.share[2] * load(sample.corner[2] + c) + sample.share[3] * load(sample.corner[3] + c);
+}
+
+template <typename T>
+DYHEAD_INLINE Accumulator<T> interpolate_one(const Sample<T>& sample, int64_t c) {
+  return sample.share[0] * single(sample.corner[0][c]) + sample.share[1] * single(sample.corner[1][c]) +
+         sample.share[2] * single(sample.corner[2][c]) + sample.share[3] * single(sample.corner[3][c]);
+}
+
+template <typename T>
 DYHEAD_TARGET void sample(const Sample<T>* samples, int64_t count, int64_t channel, int64_t width,
                           Accumulator<T>* panel, int64_t stride) {
   using A = Accumulator<T>;
   for (int64_t p = 0; p < count; ++p, panel += stride) {
-    const T *c0 = samples[p].corner[0] + channel, *c1 = samples[p].corner[1] + channel;
-    const T *c2 = samples[p].corner[2] + channel, *c3 = samples[p].corner[3] + channel;
-    const A s0 = samples[p].share[0], s1 = samples[p].share[1], s2 = samples[p].share[2], s3 = samples[p].share[3];
+    const Sample<T> s = samples[p];
     int64_t c = 0;
-    for (; c + kLanes<A> <= width; c += kLanes<A>) {
-      store(panel + c, s0 * load(c0 + c) + s1 * load(c1 + c) + s2 * load(c2 + c) + s3 * load(c3 + c));
+    for (; c + kLanes<A> <= width; c += kLanes<A>) store(panel + c, interpolate(s, channel + c));
+    for (; c < width; ++c) panel[c] = interpolate_one(s, channel + c);
+  }
+}
+
+// One step along the depth: total += left * right, where the left operand is the same for all columns.
+template <typename A>
+DYHEAD_INLINE Vector<A> load_operand(const A* from) {
+  return load(from);
+}
+template <typename A>
+DYHEAD_INLINE void multiply_add(Vector<A>& total, const A* left, Vector<A> right) {
+  total += *left * right;
+}
+
+#if defined(DYHEAD_PAIRS)
+
+DYHEAD_INLINE Vector<BFloat16> load_operand(const BFloat16* from) { return (Vector<BFloat16>)_mm512_loadu_si512(from); }
+DYHEAD_INLINE void multiply_add(Vector<float>& total, const BFloat16* left, Vector<BFloat16> right) {
+  int pair;
+  std::memcpy(&pair, left, sizeof(pair));
+  total = (Vector<float>)_mm512_dpbf16_ps((__m512)total, right, (Vector<BFloat16>)_mm512_set1_epi32(pair));
+}
+
+// Rounds both to bfloat16 and lays them out as low0, high0, low1, high1, ...
+DYHEAD_INLINE void store_pairs(BFloat16* to, Vector<float> low, Vector<float> high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+}
+
+DYHEAD_INLINE BFloat16 rounded(float value) {
+  const __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_set1_ps(value));
+  return BFloat16(static_cast<uint16_t>(_mm256_extract_epi16(bits, 0)), BFloat16::from_bits());
+}
+
+// The even ones of channels c, c + 1, ... are the upper halves of words that have been shifted up, the odd ones those
+// of words as they are.
+DYHEAD_TARGET void sample(const Sample<BFloat16>* samples, int64_t count, int64_t channel, int64_t width,
+                          BFloat16* panel, int64_t stride) {
+  constexpr int64_t kStep = 2 * kLanes<float>;
+  for (int64_t p = 0; p < count; ++p, panel += stride) {
+    const Sample<BFloat16> s = samples[p];
+    int64_t c = 0;
+    for (; c + kStep <= width; c += kStep) {
+      Vector<float> even = {}, odd = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        Bits both;
+        std::memcpy(&both, s.corner[i] + channel + c, sizeof(both));
+        even += s.share[i] * (Vector<float>)(both << 16);
+        odd += s.share[i] * (Vector<float>)(both & 0xffff0000);
+      }
+      store_pairs(panel + c, even, odd);
+    }
+    for (; c < width; ++c) panel[c] = rounded(interpolate_one(s, channel + c));
+  }
+}
+
+DYHEAD_TARGET void sample_units(const Sample<BFloat16>* samples, int64_t count, int64_t channel, int64_t width,
+                                BFloat16* panel, int64_t stride) {
+  for (int64_t p = 0; p < count; p += 2, panel += stride) {
+    const bool pair = p + 1 < count;
+    const Sample<BFloat16> s0 = samples[p], s1 = samples[pair ? p + 1 : p];
+    int64_t c = 0;
+    for (; c + kLanes<float> <= width; c += kLanes<float>) {
+      store_pairs(panel + 2 * c, interpolate(s0, channel + c), pair ? interpolate(s1, channel + c) : Vector<float>{});
     }
     for (; c < width; ++c) {
-      panel[c] = s0 * single(c0[c]) + s1 * single(c1[c]) + s2 * single(c2[c]) + s3 * single(c3[c]);
+      panel[2 * c] = rounded(interpolate_one(s0, channel + c));
+      panel[2 * c + 1] = rounded(pair ? interpolate_one(s1, channel + c) : 0.0f);
     }
   }
 }
 
+#endif
+
 // One block: its sums stay in registers over the whole depth and are added to memory once.
-template <typename A>
-DYHEAD_INLINE void product_block(int64_t depth, const A* left, int64_t left_row, int64_t left_depth, const A* right,
+template <int kRows, typename P, typename A>
+DYHEAD_INLINE void product_block(int64_t units, const P* left, int64_t left_row, int64_t left_depth, const P* right,
                                  int64_t right_depth, A* sums, int64_t stride) {
-  Vector<A> total[DYHEAD_ROWS][2] = {};
-  for (int64_t d = 0; d < depth; ++d, left += left_depth, right += right_depth) {
-    const Vector<A> right0 = load(right), right1 = load(right + kLanes<A>);
+  constexpr int64_t kVector = kLanes<A> * kUnit<P>;
+  Vector<A> total[kRows][2] = {};
+  for (int64_t d = 0; d < units; ++d, left += left_depth, right += right_depth) {
+    const Vector<P> right0 = load_operand(right), right1 = load_operand(right + kVector);
 #pragma GCC unroll 16
-    for (int r = 0; r < DYHEAD_ROWS; ++r) {
-      total[r][0] += left[r * left_row] * right0;
-      total[r][1] += left[r * left_row] * right1;
+    for (int r = 0; r < kRows; ++r) {
+      multiply_add(total[r][0], left + r * left_row, right0);
+      multiply_add(total[r][1], left + r * left_row, right1);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < DYHEAD_ROWS; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     A* row = sums + r * stride;
     store(row, load(row) + total[r][0]);
     store(row + kLanes<A>, load(row + kLanes<A>) + total[r][1]);
   }
 }
 
-template <typename A>
-DYHEAD_TARGET void product(int64_t row_blocks, int64_t column_blocks, int64_t depth, Operand<A> left, const A* right,
+template <int kRows, typename P, typename A>
+DYHEAD_INLINE void product_rows(int64_t units, const P* left, Operand<P> strides, const P* right, int64_t right_depth,
+                                A* sums, int64_t stride) {
+  // A constant stride makes for shorter addresses.
+  if (strides.row == kUnit<P>) {
+    product_block<kRows>(units, left, kUnit<P>, strides.depth, right, right_depth, sums, stride);
+  } else {
+    product_block<kRows>(units, left, strides.row, kUnit<P>, right, right_depth, sums, stride);
+  }
+}
+
+constexpr int kRowStep = DYHEAD_ROWS / 3;
+
+template <typename P, typename A>
+DYHEAD_TARGET void product(int64_t row_blocks, int64_t column_blocks, int64_t units, Operand<P> left, const P* right,
                            int64_t right_block, int64_t right_depth, A* sums, int64_t stride) {
-  for (int64_t column = 0; column < column_blocks; ++column) {
-    for (int64_t row = 0; row < row_blocks; ++row) {
-      const A* rows = left.data + row * DYHEAD_ROWS * left.row;
-      A* block = sums + row * DYHEAD_ROWS * stride + column * 2 * kLanes<A>;
-      // A unit stride is a constant to the compiler, which makes for shorter addresses.
-      if (left.row == 1) {
-        product_block<A>(depth, rows, 1, left.depth, right + column * right_block, right_depth, block, stride);
-      } else {
-        product_block<A>(depth, rows, left.row, 1, right + column * right_block, right_depth, block, stride);
-      }
+  const int64_t rows = row_blocks * kRowStep;
+  for (int64_t column = 0; column < column_blocks; ++column, right += right_block, sums += 2 * kLanes<A>) {
+    int64_t row = 0;
+    for (; row + DYHEAD_ROWS <= rows; row += DYHEAD_ROWS) {
+      product_rows<DYHEAD_ROWS>(units, left.data + row * left.row, left, right, right_depth, sums + row * stride,
+                                stride);
+    }
+    if (rows - row == 2 * kRowStep) {
+      product_rows<2 * kRowStep>(units, left.data + row * left.row, left, right, right_depth, sums + row * stride,
+                                 stride);
+    } else if (rows - row == kRowStep) {
+      product_rows<kRowStep>(units, left.data + row * left.row, left, right, right_depth, sums + row * stride, stride);
     }
   }
 }
@@ -194,16 +300,28 @@ DYHEAD_TARGET void scatter(const SampleGradient<Accumulator<T>>* samples, int64_
 
 }  // namespace
 
-template <typename T>
-const Kernels<T>& kernels() {
-  using A = Accumulator<T>;
-  static constexpr Kernels<T> table{DYHEAD_ROWS, 2 * kLanes<A>, sample<T>, product<A>, scatter<T>};
+#if defined(DYHEAD_PAIRS)
+
+const Kernels<BFloat16, BFloat16>& kernels() {
+  static constexpr Kernels<BFloat16, BFloat16> table{kRowStep,     2 * kLanes<float>,        sample,
+                                                     sample_units, product<BFloat16, float>, scatter<BFloat16>};
   return table;
 }
 
-template const Kernels<double>& kernels<double>();
-template const Kernels<float>& kernels<float>();
-template const Kernels<BFloat16>& kernels<BFloat16>();
-template const Kernels<Half>& kernels<Half>();
+#else
+
+template <typename T>
+const Kernels<T, Accumulator<T>>& kernels() {
+  using A = Accumulator<T>;
+  static constexpr Kernels<T, A> table{kRowStep, 2 * kLanes<A>, sample<T>, sample<T>, product<A, A>, scatter<T>};
+  return table;
+}
+
+template const Kernels<double, double>& kernels<double>();
+template const Kernels<float, float>& kernels<float>();
+template const Kernels<BFloat16, float>& kernels<BFloat16>();
+template const Kernels<Half, float>& kernels<Half>();
+
+#endif
 
 }  // namespace dyhead::cpu::DYHEAD_PATH

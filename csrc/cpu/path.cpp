@@ -12,7 +12,7 @@ Path best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Path::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Path::kAvx512Bf16 : Path::kAvx512;
   }
   if (avx2) return Path::kAvx2;
 #endif
@@ -22,7 +22,10 @@ Path best() {
 Path choose() {
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string wish = variable == nullptr ? "" : variable;
-  const Path limit = wish == "default" ? Path::kDefault : wish == "avx2" ? Path::kAvx2 : Path::kAvx512;
+  const Path limit = wish == "default"  ? Path::kDefault
+                     : wish == "avx2"   ? Path::kAvx2
+                     : wish == "avx512" ? Path::kAvx512
+                                        : Path::kAvx512Bf16;
   return static_cast<int>(limit) < static_cast<int>(best()) ? limit : best();
 }
 
@@ -35,6 +38,8 @@ Path path() {
 
 const char* path_name(Path path) {
   switch (path) {
+    case Path::kAvx512Bf16:
+      return "avx512_bf16";
     case Path::kAvx512:
       return "avx512";
     case Path::kAvx2:

@@ -51,19 +51,36 @@ def test_result_and_gradients_are_the_references(options, dtype, make_case):
         torch.testing.assert_close(grad / scale, expected_grad / scale, **tolerance)
 
 
+# Products of bfloat16 as the instruction set has them need samples rounded to it, and take subnormal values for 0.
+PRODUCTS_OF_BFLOAT16 = _C.build_info()["cpu_path"] == "avx512_bf16"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [SHAPES[1], SHAPES[4], SHAPES[7]], ids=str)
-def test_half_types_round_the_result_once(options, dtype, make_case):
-    """The error is that of rounding the exact result, which any half-precision run has at least."""
+@pytest.mark.parametrize("options", [SHAPES[1], SHAPES[4], SHAPES[5], SHAPES[6], SHAPES[7]], ids=str)
+def test_half_types_round_once(options, dtype, make_case):
+    """The error is that of rounding the exact result, which any half-precision run has at least.
+
+    Where samples are rounded, too, the result and the gradient of the weight have more: at most half a unit in the last
+    place of every sample, which is 2^-9 of the sum of all terms without their signs.
+    """
     case = make_case(**options, dtype=dtype)
     result, grads = case.run(operator)
     exact, exact_grads = case.map(torch.Tensor.double).run(pyramid_deform_conv)
-    names = [*(f"features[{i}]" for i in range(len(case.features))), "offset", "mask", "weight", "bias", "level_weight"]
-    for name, got, best in [("result", result, exact), *zip(names, grads, exact_grads, strict=False)]:
+    unsigned = case.map(torch.Tensor.double)
+    unsigned.features = [feature.detach().abs().requires_grad_() for feature in unsigned.features]
+    unsigned.weight, unsigned.grad = unsigned.weight.detach().abs().requires_grad_(), unsigned.grad.abs()
+    terms, term_grads = unsigned.run(pyramid_deform_conv)
+    names = [f"features[{i}]" for i in range(len(case.features))] + [
+        name for name in ("offset", "mask", "weight", "bias", "level_weight") if getattr(case, name) is not None
+    ]
+    everything = zip(["result", *names], [result, *grads], [exact, *exact_grads], [terms, *term_grads], strict=True)
+    for name, got, best, total in everything:
         wanted = dtype if got.dtype == dtype else torch.float32
         rounding = (best.to(wanted).double() - best).abs().max()
         noise = 1e-5 * best.abs().max()  # of float32 sums
-        assert (got.double() - best).abs().max() <= 1.01 * rounding + noise, name
+        if PRODUCTS_OF_BFLOAT16 and dtype == torch.bfloat16 and name in ("result", "weight"):
+            rounding = rounding + 2**-9 * total.abs()
+        assert ((got.double() - best).abs() <= 1.01 * rounding + noise).all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -77,6 +94,8 @@ def test_half_values_are_read_exactly(channels, dtype):
     weight = torch.eye(channels).to(dtype).view(1, channels, channels, 1, 1)
     offset = torch.zeros(len(feature), 2, 1, 1)
     result = operator([feature], offset, None, weight, None, None, True, None, [1, 1], [0, 0], [1, 1])
+    if PRODUCTS_OF_BFLOAT16 and dtype == torch.bfloat16:
+        feature = torch.where(feature.abs() < torch.finfo(dtype).tiny, 0, feature)
     assert torch.equal(result, feature)
 
 
@@ -199,7 +218,7 @@ def test_lesser_instruction_sets_give_the_same(path):
     order = _C.build_info()["cpu_paths"]
     if order.index(path) > order.index(_C.build_info()["cpu_path"]):
         pytest.skip(f"this machine has no {path}")
-    names = "(references and float32) or asked_for"
+    names = "(references and float32) or half or asked_for"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": path, "DYHEAD_EXPECTED_PATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
