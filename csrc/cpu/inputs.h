@@ -17,7 +17,7 @@ namespace dyhead::cpu {
 
 using torch::headeronly::MemoryFormat;
 
-constexpr int64_t kTile = 96;  // output pixels of a tile, a multiple of every Kernels::rows
+constexpr int64_t kTile = 144;  // output pixels of a tile, a multiple of every Kernels::rows
 
 // Vector instructions of the product of `rows` samples of `channels` channels with the weights of `taps` taps.
 inline double product_cost(const Problem& problem, int64_t rows, int64_t channels, int64_t taps) {

@@ -195,6 +195,11 @@ template <int kRows, typename P, typename A>
 DYHEAD_INLINE void product_block(int64_t units, const P* left, int64_t left_row, int64_t left_depth, const P* right,
                                  int64_t right_depth, A* sums, int64_t stride) {
   constexpr int64_t kVector = kLanes<A> * kUnit<P>;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {  // needed at the end
+    __builtin_prefetch(sums + r * stride, 1);
+    __builtin_prefetch(sums + r * stride + kLanes<A>, 1);
+  }
   Vector<A> total[kRows][2] = {};
   for (int64_t d = 0; d < units; ++d, left += left_depth, right += right_depth) {
     const Vector<P> right0 = load_operand(right), right1 = load_operand(right + kVector);
@@ -244,43 +249,59 @@ DYHEAD_TARGET void product(int64_t row_blocks, int64_t column_blocks, int64_t un
   }
 }
 
+// The sum of all lanes, halves added to halves.
 template <typename A>
 DYHEAD_INLINE A sum(Vector<A> value) {
-  A result = 0;
-  for (int i = 0; i < kLanes<A>; ++i) result += value[i];
-  return result;
+  A lanes[kLanes<A>];
+  store(lanes, value);
+#pragma GCC unroll 4
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
-template <typename T, bool kDots, bool kGradient>
-DYHEAD_INLINE void scatter_corner(int64_t width, const Accumulator<T>* panel, const T* feature, Accumulator<T>* dot,
-                                  Accumulator<T> share, Accumulator<T>* gradient) {
+// One sample with all corners inside the map, or, with kCorners = 1, one corner.
+template <typename T, int kCorners, bool kDots, bool kGradient>
+DYHEAD_INLINE void scatter_corners(int64_t width, const Accumulator<T>* panel, const int64_t* corner,
+                                   const Accumulator<T>* share, const T* features, Accumulator<T>* dots,
+                                   Accumulator<T>* gradient) {
   using A = Accumulator<T>;
-  Vector<A> total = {};
+  Vector<A> total[kCorners] = {};
   int64_t c = 0;
   for (; c + kLanes<A> <= width; c += kLanes<A>) {
     const Vector<A> g = load(panel + c);
-    if constexpr (kDots) total += g * load(feature + c);
-    if constexpr (kGradient) store(gradient + c, load(gradient + c) + share * g);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCorners; ++i) {
+      if constexpr (kDots) total[i] += g * load(features + corner[i] + c);
+      if constexpr (kGradient) store(gradient + corner[i] + c, load(gradient + corner[i] + c) + share[i] * g);
+    }
   }
-  A rest = 0;
+  A rest[kCorners] = {};
   for (; c < width; ++c) {
-    if constexpr (kDots) rest += panel[c] * single(feature[c]);
-    if constexpr (kGradient) gradient[c] += share * panel[c];
+    for (int i = 0; i < kCorners; ++i) {
+      if constexpr (kDots) rest[i] += panel[c] * single(features[corner[i] + c]);
+      if constexpr (kGradient) gradient[corner[i] + c] += share[i] * panel[c];
+    }
   }
-  if constexpr (kDots) *dot += sum<A>(total) + rest;
+  if constexpr (kDots) {
+    for (int i = 0; i < kCorners; ++i) dots[i] += sum<A>(total[i]) + rest[i];
+  }
 }
 
 template <typename T, bool kDots, bool kGradient>
 DYHEAD_INLINE void scatter_all(const SampleGradient<Accumulator<T>>* samples, int64_t count, int64_t width,
                                const Accumulator<T>* panel, int64_t stride, const T* features, Accumulator<T>* dots,
                                Accumulator<T>* gradient) {
-  for (int64_t p = 0; p < count; ++p, panel += stride) {
+  for (int64_t p = 0; p < count; ++p, panel += stride, dots += kDots ? 4 : 0) {
+    const SampleGradient<Accumulator<T>>& s = samples[p];
+    if (s.corner[0] >= 0 && s.corner[3] >= 0) {
+      scatter_corners<T, 4, kDots, kGradient>(width, panel, s.corner, s.share, features, dots, gradient);
+      continue;
+    }
     for (int i = 0; i < 4; ++i) {
-      const int64_t corner = samples[p].corner[i];
-      if (corner < 0) continue;
-      scatter_corner<T, kDots, kGradient>(width, panel, kDots ? features + corner : nullptr,
-                                          kDots ? dots + 4 * p + i : nullptr, samples[p].share[i],
-                                          kGradient ? gradient + corner : nullptr);
+      if (s.corner[i] < 0) continue;
+      scatter_corners<T, 1, kDots, kGradient>(width, panel, s.corner + i, s.share + i, features, dots + i, gradient);
     }
   }
 }

@@ -57,7 +57,7 @@ def pyramid_deform_conv2d(
     Positions and sums are float32 (float64 for float64). Half types round values that are read and written, and, for
     bfloat16 on a processor with AVX512-BF16, every sample once before it is multiplied with the weights (subnormal ones
     to 0). An offset may have any value: NaN, infinite and far positions read 0 and have a zero gradient. The result and
-    all gradients are the same for any number of threads. Under autocast, features, weight and bias are cast to its type.
+    all gradients are the same for any number of threads. Autocast casts features, weight and bias to its type.
 
     Gradients exist for every tensor, once: for second derivatives use `dyhead.ops.reference`, as the error says.
 
