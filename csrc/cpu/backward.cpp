@@ -123,15 +123,16 @@ struct ScatterWeights {
             const int64_t padded = round_up(segment.width, columns), first = segment.begin % channels;
             P* to = const_cast<P*>(at(b, block, level, static_cast<int64_t>(s), 0));
             if (padded != segment.width || depth != outs) std::fill(to, to + taps * padded * depth, P(0));
-            for (int64_t o = 0; o < outs; ++o) {
-              const T* from =
-                  inputs.weight + (((level * problem.groups + segment.group) * outs + o) * channels + first) * taps;
-              P* const row = to + o / kUnit<P> * kUnit<P> * columns + o % kUnit<P>;
+            const T* from = inputs.weight + ((level * problem.groups + segment.group) * outs * channels + first) * taps;
+            constexpr int64_t some = 8;  // output channels at a time, which stay in the cache until all taps are read
+            for (int64_t out = 0; out < outs; out += some) {
               for (int64_t k = 0; k < taps; ++k) {
                 for (int64_t begin = 0; begin < segment.width; begin += columns) {
-                  P* const column = row + (k * padded + begin) * depth;
-                  for (int64_t c = 0; c < std::min(columns, segment.width - begin); ++c) {
-                    column[c * kUnit<P>] = static_cast<P>(from[(begin + c) * taps + k]);
+                  const int64_t width = std::min(columns, segment.width - begin);
+                  for (int64_t o = out; o < std::min(out + some, outs); ++o) {
+                    const T* run = from + (o * channels + begin) * taps + k;
+                    P* const row = to + (k * padded + begin) * depth + o / kUnit<P> * kUnit<P> * columns + o % kUnit<P>;
+                    for (int64_t c = 0; c < width; ++c) row[c * kUnit<P>] = static_cast<P>(run[c * taps]);
                   }
                 }
               }

@@ -32,13 +32,17 @@ struct ForwardWeights {
       const T* from = inputs.weight + (run * problem.group_out_channels() + first) * channels * taps;
       P* to = packed.get() + unit * block_size;
       if (width < columns || depth > channels) std::fill(to, to + block_size, P(0));
-      // A few channels at a time, whose weights stay in the cache until all taps are read.
-      constexpr int64_t some = 8;
-      for (int64_t begin = 0; begin < channels; begin += some) {
-        for (int64_t k = 0; k < taps; ++k) {
-          for (int64_t c = begin; c < std::min(begin + some, channels); ++c) {
-            P* row = to + (k * depth + c / kUnit<P> * kUnit<P>)*columns + c % kUnit<P>;
-            for (int64_t o = 0; o < width; ++o) row[o * kUnit<P>] = static_cast<P>(from[(o * channels + c) * taps + k]);
+      // A few rows at a time, which stay in the cache until all taps are read.
+      constexpr int64_t some_outs = 8, some_channels = 8;
+      for (int64_t out = 0; out < width; out += some_outs) {
+        const int64_t outs = std::min(some_outs, width - out);
+        for (int64_t begin = 0; begin < channels; begin += some_channels) {
+          for (int64_t k = 0; k < taps; ++k) {
+            for (int64_t c = begin; c < std::min(begin + some_channels, channels); ++c) {
+              P* row = to + (k * depth + c / kUnit<P> * kUnit<P>)*columns + out * kUnit<P> + c % kUnit<P>;
+              const T* column = from + (out * channels + c) * taps + k;
+              for (int64_t o = 0; o < outs; ++o) row[o * kUnit<P>] = static_cast<P>(column[o * channels * taps]);
+            }
           }
         }
       }
