@@ -57,7 +57,7 @@ def cpu_extension() -> Extension:
 
     return Extension(
         "dyhead._C",
-        ["csrc/pyramid_deform_conv.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         depends=glob.glob("csrc/**/*.h", recursive=True),
         include_dirs=[pybind11.get_include(), *include_paths()],
         library_dirs=library_paths(),

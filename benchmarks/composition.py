@@ -12,6 +12,7 @@ from torch.nn import functional
 from torchvision.ops import deform_conv2d
 
 from dyhead.layers import released, spatial_attention
+from dyhead.ops import channelwise
 
 
 def pyramid_deform_conv2d(
@@ -60,4 +61,5 @@ def composition(enabled: bool = True) -> Iterator[None]:
         if enabled:
             stack.enter_context(patch.object(spatial_attention, "pyramid_deform_conv2d", pyramid_deform_conv2d))
             stack.enter_context(patch.object(released, "deform_conv2d", convolve))
+            stack.enter_context(patch.object(channelwise, "_is_compiled_for", lambda x: False))
         yield

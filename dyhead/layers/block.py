@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from dyhead.layers.group_norm import affine_of_group_norm
 from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
+from dyhead.ops.channelwise import channel_statistics
 
 
 class DyHeadBlock(nn.Module):
@@ -67,10 +70,16 @@ class DyHeadBlock(nn.Module):
         """
         levels = split_pyramid(pyramid, self.channels)
         weight = None if self.scale_attention is None else self.scale_attention(levels)
-        if self.spatial_attention is not None:
+        norm = None
+        if self.spatial_attention is not None and self.task_attention is not None:
+            # The norm between the two joins the activation: one pass for its statistics, one for both.
+            levels = self.spatial_attention.aggregate(levels, weight)
+            statistics = torch.stack([channel_statistics(level) for level in levels], dim=1)
+            norm = affine_of_group_norm(self.spatial_attention.norm, statistics)
+        elif self.spatial_attention is not None:
             levels = self.spatial_attention(levels, weight)
         elif weight is not None:
             levels = [level * weight[:, i, None, None, None] for i, level in enumerate(levels)]
         if self.task_attention is not None:
-            levels = self.task_attention(levels)
+            levels = self.task_attention(levels, norm)
         return join_pyramid(levels, pyramid)

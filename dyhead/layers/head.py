@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import nn
 
 from dyhead.layers.block import DyHeadBlock
-from dyhead.layers.levels import Pyramid
+from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid
 from dyhead.layers.released import ReleasedDyHeadBlock
 
 
@@ -84,10 +85,18 @@ class DyHead(nn.Module):
             pyramid: levels (N, C, H_l, W_l), each half the size of the one before it; an odd size is rounded either
                 way ("released" and "mmdetection": up).
 
+        Returns:
+            Levels with channels last in memory, whatever the input's layout (0 blocks: the input itself).
+
         Raises:
             TypeError, ValueError: a pyramid that is none (no levels, wrong order, sizes, channels, ...), naming the
                 level, what was expected and what came.
         """
+        if self.blocks:
+            # The operator's own layout: converted once, here, if at all.
+            levels = split_pyramid(pyramid, self.channels)
+            levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
+            pyramid = join_pyramid(levels, pyramid)
         for block in self.blocks:
             pyramid = block(pyramid)
         return pyramid

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dyhead.layers.group_norm import affine_of_group_norm
 from dyhead.layers.levels import Pyramid, check_groups, in_memory_format_of, join_pyramid, split_pyramid
 from dyhead.ops import deform_conv2d
+from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
 TAPS = 9
 
 
 class DeformConvNorm(nn.Module):
-    """A modulated deformable 3x3 convolution (padding 1) with bias, then GroupNorm with 16 groups."""
+    """A modulated deformable 3x3 convolution (padding 1) with bias. The block applies its GroupNorm of 16 groups."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -27,8 +29,7 @@ class DeformConvNorm(nn.Module):
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """(N, C, H, W), offsets (N, 18, H', W') in pixels of ``x`` and importances (N, 9, H', W') -> (N, C, H', W')."""
-        x = deform_conv2d(x, offset, self.weight, self.bias, stride=self.stride, padding=1, mask=mask)
-        return self.norm(x)
+        return deform_conv2d(x, offset, self.weight, self.bias, stride=self.stride, padding=1, mask=mask)
 
 
 class ReleasedDyHeadBlock(nn.Module):
@@ -95,27 +96,47 @@ class ReleasedDyHeadBlock(nn.Module):
             logits = self.offset(level)
             offset, mask_logits = logits[:, : 2 * TAPS], logits[:, 2 * TAPS :]
             mask = mask_logits.sigmoid()
-            branches = [self.same(level, offset, mask)]
+            branches = [(self.same, self.same(level, offset, mask))]
             if m > 0:
-                branches.append(self.finer(levels[m - 1], offset, mask))
+                branches.append((self.finer, self.finer(levels[m - 1], offset, mask)))
             if m + 1 < len(levels):
                 coarse = levels[m + 1]
                 size = coarse.shape[2:]
                 coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else _flat(mask, size)
-                x = self.coarser(coarse, _flat(offset, size), coarse_mask)
-                branches.append(functional.interpolate(x, level.shape[2:], mode="bilinear", align_corners=True))
-            x = sum(branch * self._gate(branch) for branch in branches) / len(branches)
-            out.append(in_memory_format_of(self._dynamic_relu(x), level))
+                branches.append((self.coarser, self.coarser(coarse, _flat(offset, size), coarse_mask)))
+            out.append(in_memory_format_of(self._combine(branches, level.shape[2:]), level))
         return join_pyramid(out, pyramid)
 
-    def _gate(self, branch: Tensor) -> Tensor:
-        """Scale-aware weight of a branch, (N, 1, 1, 1)."""
-        return _hard_sigmoid(self.scale(branch.mean(dim=(2, 3), keepdim=True)).relu())
+    def _combine(self, branches: list[tuple[DeformConvNorm, Tensor]], size: torch.Size) -> Tensor:
+        """The branches normalised, resized, weighed, averaged and activated, (N, C, *size).
 
-    def _dynamic_relu(self, x: Tensor) -> Tensor:
-        y = _hard_sigmoid(self.theta(x.mean(dim=(2, 3))))[:, :, None, None] - 0.5
-        a1, b1, a2, b2 = y.chunk(4, dim=1)
-        return torch.maximum((2 * a1 + 1) * x + b1, 2 * a2 * x + b2)
+        Norms, weights and both sides of the activation are affine maps of every channel, and an affine map of a resized
+        branch is the resized map of it: one such map takes their place (:mod:`dyhead.ops.channelwise`).
+        """
+        maps, slopes, intercepts, means = [], [], [], []
+        for branch, x in branches:
+            statistics = channel_statistics(x)
+            slope, intercept, mean = (value[:, 0] for value in affine_of_group_norm(branch.norm, statistics[:, None]))
+            if x.shape[2:] != size:
+                x = functional.interpolate(x, size, mode="bilinear", align_corners=True)
+                mean = slope * x.mean(dim=(2, 3)) + intercept
+            weight = self._gate(mean) / len(branches)
+            maps.append(x)
+            slopes.append(slope * weight)
+            intercepts.append(intercept * weight)
+            means.append(mean * weight)
+        a1, b1, a2, b2 = (_hard_sigmoid(self.theta(sum(means).to(self.scale.weight.dtype)).to(mean.dtype)) - 0.5).chunk(
+            4, dim=1
+        )
+        a = torch.stack([2 * a1 + 1, 2 * a2], dim=1)
+        b = torch.stack([b1, b2], dim=1)
+        slopes = a[:, :, None] * torch.stack(slopes, dim=1)[:, None]
+        return affine_maximum(maps, slopes, a * sum(intercepts)[:, None] + b)
+
+    def _gate(self, mean: Tensor) -> Tensor:
+        """Scale-aware weight of a branch, (N, 1), from the means of its channels (N, C)."""
+        logit = self.scale(mean[:, :, None, None].to(self.scale.weight.dtype)).flatten(1)
+        return _hard_sigmoid(logit.to(mean.dtype).relu())
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ class SpatialAwareAttention(nn.Module):
             level_weight: (N, L), the scale-aware attention (Eq. 3). The result is the one for levels multiplied by
                 it, without that product in memory.
         """
+        # Autocast runs the norm in float32; what follows needs no more than the operator's own type.
+        return [self.norm(x).to(x.dtype) for x in self.aggregate(levels, level_weight)]
+
+    def aggregate(self, levels: Sequence[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
+        """What :meth:`forward` normalises: the sums over levels and taps."""
         out = []
         for m, level in enumerate(levels):
             first, last = self._window_of(m, len(levels))
@@ -100,8 +105,7 @@ class SpatialAwareAttention(nn.Module):
                 level_weight=window_weight,
                 scales=[2.0 ** (m - source) for source in range(first, last + 1)],
             )
-            # Autocast runs the norm in float32; what follows needs no more than the operator's own type.
-            out.append(in_memory_format_of(self.norm(x).to(x.dtype), level))
+            out.append(in_memory_format_of(x, level))
         return out
 
     def _window_of(self, m: int, num_levels: int) -> tuple[int, int]:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dyhead.layers.levels import check_groups, in_memory_format_of, mean_of_levels
+from dyhead.layers.group_norm import ChannelAffine
+from dyhead.layers.levels import check_groups, mean_of_levels
+from dyhead.ops.channelwise import affine_maximum
 
 
 class TaskAwareAttention(nn.Module):
@@ -48,9 +50,21 @@ class TaskAwareAttention(nn.Module):
         )
         nn.init.constant_(self.theta[3].weight, self.INITIAL_GAIN)
 
-    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Each level (N, C, H_l, W_l) through the activation; one set of coefficients per image for all its levels."""
-        t = 2 * self.theta(mean_of_levels(levels).mean(dim=1)).sigmoid() - 1
-        a1, a2, b1, b2 = t[:, :, None, None].chunk(4, dim=1)
-        a1, b1, b2 = 1 + a1, b1 / 2, b2 / 2
-        return [in_memory_format_of(torch.maximum(a1 * x + b1, a2 * x + b2), x) for x in levels]
+    def forward(self, levels: Sequence[Tensor], affine: ChannelAffine | None = None) -> list[Tensor]:
+        """Each level (N, C, H_l, W_l) through the activation; one set of coefficients per image for all its levels.
+
+        Args:
+            levels: the levels.
+            affine: a map that they still have to go through, such as a norm. The result is that for mapped levels,
+                without them in memory.
+        """
+        mean = mean_of_levels(levels) if affine is None else affine.mean
+        t = self.theta(mean.mean(dim=1).to(self.theta[0].weight.dtype)).to(mean.dtype)
+        t = 2 * t.sigmoid() - 1
+        a1, a2, b1, b2 = t.chunk(4, dim=1)
+        slopes = torch.stack([1 + a1, a2], dim=1)[:, None].expand(-1, len(levels), -1, -1)  # (N, L, 2, C)
+        intercepts = torch.stack([b1 / 2, b2 / 2], dim=1)[:, None].expand_as(slopes)
+        if affine is not None:
+            intercepts = intercepts + slopes * affine.intercept[:, :, None]
+            slopes = slopes * affine.slope[:, :, None]
+        return [affine_maximum([x], slopes[:, i, :, None], intercepts[:, i]) for i, x in enumerate(levels)]

@@ -1,4 +1,4 @@
-// The operator's schema, and the Python module that loads it and says what was built.
+// The operators' schemas, and the Python module that loads them and says what was built.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
@@ -17,6 +17,12 @@ STABLE_TORCH_LIBRARY(dyhead, library) {
       "Tensor? bias, Tensor? level_weight, bool aligned, float[]? scales, int[] stride, int[] padding, int[] dilation, "
       "bool[] needs_grad) -> (Tensor[] features, Tensor offset, Tensor mask, Tensor weight, Tensor bias, "
       "Tensor level_weight)");
+  // dyhead/ops/channelwise.py documents these.
+  library.def("channel_statistics(Tensor x) -> Tensor");
+  library.def("affine_maximum(Tensor[] xs, Tensor slopes, Tensor intercepts) -> Tensor");
+  library.def(
+      "_affine_maximum_backward(Tensor grad, Tensor[] xs, Tensor slopes, Tensor intercepts) -> "
+      "(Tensor[] xs, Tensor slopes, Tensor intercepts)");
 }
 
 namespace {

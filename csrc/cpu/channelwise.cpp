@@ -1,0 +1,284 @@
+// Channel-wise maps on the CPU: statistics of channels, and the maximum of two affine maps. One pass over memory each.
+//
+// Pixels are read with their channels last; others are copied once per call. Sums over pixels are made of the sums of
+// chunks of a fixed size, added in their order, so that they are the same for any number of threads.
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "inputs.h"
+
+namespace dyhead::cpu {
+namespace {
+
+constexpr int64_t kChunk = 256;    // pixels
+constexpr int64_t kChannels = 64;  // channels at a time, whose intermediate results stay in the first-level cache
+
+// Calls work(n, first, last, unit) for every chunk of pixels [first, last) of every image.
+template <typename Work>
+void for_chunks(int64_t batch, int64_t pixels, int64_t channels, const Work& work) {
+  const int64_t chunks = blocks(pixels, kChunk), units = batch * chunks;
+  parallel_units(units, worker_count(units, static_cast<double>(kChunk * channels) / 4), [&](int64_t unit, int64_t) {
+    const int64_t first = unit % chunks * kChunk;
+    work(unit / chunks, first, std::min(pixels, first + kChunk), unit);
+  });
+}
+
+// result[n * size + i] = sum over the chunks of image n of partial[unit * size + i].
+template <typename A, typename Partial>
+void sum_chunks(const Partial* partial, int64_t batch, int64_t pixels, int64_t size, A* result) {
+  const int64_t chunks = blocks(pixels, kChunk);
+  std::vector<double> total(static_cast<size_t>(size));
+  for (int64_t n = 0; n < batch; ++n) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (int64_t i = 0; i < size; ++i) total[i] += static_cast<double>(partial[(n * chunks + chunk) * size + i]);
+    }
+    for (int64_t i = 0; i < size; ++i) result[n * size + i] = static_cast<A>(total[i]);
+  }
+}
+
+void check_map(const std::string& name, const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  if (dtype != ScalarType::Double && dtype != ScalarType::Float && dtype != ScalarType::BFloat16 &&
+      dtype != ScalarType::Half) {
+    detail::fail(name, "float64, float32, bfloat16 or float16", detail::dtype_text(dtype));
+  }
+  if (x.dim() != 4 || x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
+    detail::fail(name, "(N, C, H, W) with at least one channel and one pixel", detail::shape_text(x));
+  }
+}
+
+// Mean and variance by two passes over a chunk that is in the cache, then joined (Chan et al., 1983): no difference of
+// large numbers.
+template <typename T>
+void statistics(const Tensor& x, Tensor& result) {
+  using A = Accumulator<T>;
+  const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+  const T* const data = static_cast<const T*>(x.const_data_ptr());
+  const int64_t chunks = blocks(pixels, kChunk);
+  const Buffer<A> partial(volume(batch * chunks, 2, channels));
+  for_chunks(batch, pixels, channels, [&](int64_t n, int64_t first, int64_t last, int64_t unit) {
+    A* const mean = partial.get() + unit * 2 * channels;
+    A* const squares = mean + channels;
+    std::fill(mean, mean + 2 * channels, A(0));
+    const T* const from = data + (n * pixels + first) * channels;
+    const int64_t count = last - first;
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t c = 0; c < channels; ++c) mean[c] += static_cast<A>(from[p * channels + c]);
+    }
+    for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<A>(count);
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const A difference = static_cast<A>(from[p * channels + c]) - mean[c];
+        squares[c] += difference * difference;
+      }
+    }
+  });
+  A* const to = static_cast<A*>(result.mutable_data_ptr());
+  for (int64_t n = 0; n < batch; ++n) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double mean = 0, squares = 0, seen = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const A* const own = partial.get() + (n * chunks + chunk) * 2 * channels + c;
+        const double count = static_cast<double>(std::min(kChunk, pixels - chunk * kChunk));
+        const double difference = static_cast<double>(own[0]) - mean, share = count / (seen + count);
+        mean += difference * share;
+        squares += static_cast<double>(own[channels]) + difference * difference * seen * share;
+        seen += count;
+      }
+      to[n * 2 * channels + c] = static_cast<A>(mean);
+      to[(n * 2 + 1) * channels + c] = static_cast<A>(squares / seen);
+    }
+  }
+}
+
+Tensor channel_statistics(Tensor x) {
+  check_map("x", x);
+  const Tensor last = as_channels_last(x);
+  Tensor result = new_tensor(x, {x.size(0), 2, x.size(1)}, accumulation_dtype(x.scalar_type()), false);
+  dispatch(x.scalar_type(), [&](auto value, auto) { statistics<decltype(value)>(last, result); });
+  return result;
+}
+
+// The arguments of affine_maximum, checked.
+template <typename T>
+struct Maps {
+  using A = Accumulator<T>;
+
+  Maps(const std::vector<Tensor>& xs, const Tensor& slopes, const Tensor& intercepts)
+      : terms(static_cast<int64_t>(xs.size())),
+        batch(xs[0].size(0)),
+        channels(xs[0].size(1)),
+        pixels(xs[0].size(2) * xs[0].size(3)),
+        slopes_tensor(as_contiguous(slopes)),
+        intercepts_tensor(as_contiguous(intercepts)),
+        slopes(static_cast<const A*>(slopes_tensor.const_data_ptr())),
+        intercepts(static_cast<const A*>(intercepts_tensor.const_data_ptr())) {
+    for (const Tensor& x : xs) {
+      tensors.push_back(as_channels_last(x));
+      data.push_back(static_cast<const T*>(tensors.back().const_data_ptr()));
+    }
+  }
+
+  const A* slope(int64_t n, int64_t j, int64_t term) const { return slopes + ((n * 2 + j) * terms + term) * channels; }
+
+  // The two maps' values at `width` channels of a pixel, from `channel` on.
+  void evaluate(int64_t n, int64_t pixel, int64_t channel, int64_t width, A* first, A* second) const {
+    const A* const intercept = intercepts + n * 2 * channels + channel;
+    for (int64_t c = 0; c < width; ++c) first[c] = intercept[c];
+    for (int64_t c = 0; c < width; ++c) second[c] = intercept[channels + c];
+    for (int64_t term = 0; term < terms; ++term) {
+      const T* const x = data[term] + (n * pixels + pixel) * channels + channel;
+      const A *slope1 = slope(n, 0, term) + channel, *slope2 = slope(n, 1, term) + channel;
+      for (int64_t c = 0; c < width; ++c) {
+        const A value = static_cast<A>(x[c]);
+        first[c] += slope1[c] * value;
+        second[c] += slope2[c] * value;
+      }
+    }
+  }
+
+  int64_t terms, batch, channels, pixels;
+  Tensor slopes_tensor, intercepts_tensor;
+  const A *slopes, *intercepts;
+  std::vector<Tensor> tensors;
+  std::vector<const T*> data;
+};
+
+void check_maps(const std::vector<Tensor>& xs, const Tensor& slopes, const Tensor& intercepts) {
+  if (xs.empty()) detail::fail("xs", "at least one map", "an empty list");
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const std::string name = detail::text("xs[", i, "]");
+    check_map(name, xs[i]);
+    detail::expect_like(name, xs[i], xs[0].scalar_type(), xs[0]);
+    detail::expect_shape(name, xs[i], {xs[0].size(0), xs[0].size(1), xs[0].size(2), xs[0].size(3)});
+  }
+  const ScalarType dtype = accumulation_dtype(xs[0].scalar_type());
+  detail::expect_like("slopes", slopes, dtype, xs[0]);
+  detail::expect_like("intercepts", intercepts, dtype, xs[0]);
+  detail::expect_shape("slopes", slopes, {xs[0].size(0), 2, static_cast<int64_t>(xs.size()), xs[0].size(1)});
+  detail::expect_shape("intercepts", intercepts, {xs[0].size(0), 2, xs[0].size(1)});
+}
+
+template <typename T>
+void forward(const Maps<T>& maps, Tensor& result) {
+  using A = Accumulator<T>;
+  T* const out = static_cast<T*>(result.mutable_data_ptr());
+  for_chunks(maps.batch, maps.pixels, maps.channels, [&](int64_t n, int64_t first, int64_t last, int64_t) {
+    A u[kChannels], v[kChannels];
+    for (int64_t p = first; p < last; ++p) {
+      T* const to = out + (n * maps.pixels + p) * maps.channels;
+      for (int64_t channel = 0; channel < maps.channels; channel += kChannels) {
+        const int64_t width = std::min(kChannels, maps.channels - channel);
+        maps.evaluate(n, p, channel, width, u, v);
+        // NaN in either is NaN, as in torch.maximum.
+        for (int64_t c = 0; c < width; ++c) to[channel + c] = static_cast<T>(u[c] > v[c] || u[c] != u[c] ? u[c] : v[c]);
+      }
+    }
+  });
+}
+
+// A map to be written with its channels last; where x has the other layout, copy_back gives the result that.
+Tensor new_map(const Tensor& x) {
+  const bool last = is_channels_last(x) || !has_channels_last_strides(x);
+  return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), last);
+}
+Tensor copy_back(const Tensor& written, const Tensor& x) {
+  return has_channels_last_strides(x) ? written : torch::stable::contiguous(written);
+}
+
+Tensor affine_maximum(std::vector<Tensor> xs, Tensor slopes, Tensor intercepts) {
+  check_maps(xs, slopes, intercepts);
+  const Tensor& x = xs[0];
+  Tensor result = new_map(x);
+  dispatch(x.scalar_type(), [&](auto value, auto) { forward(Maps<decltype(value)>(xs, slopes, intercepts), result); });
+  return copy_back(result, x);
+}
+
+// The gradient goes to the larger map, half to each where they are equal, as in torch.maximum.
+template <typename T>
+void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& xs, Tensor& slopes,
+              Tensor& intercepts) {
+  using A = Accumulator<T>;
+  const int64_t channels = maps.channels, terms = maps.terms;
+  const T* const grad = static_cast<const T*>(gradient.const_data_ptr());
+  std::vector<T*> results;
+  for (Tensor& x : xs) results.push_back(static_cast<T*>(x.mutable_data_ptr()));
+
+  // Sums of a chunk as (map, [terms..., 1], channel).
+  const int64_t map_size = (terms + 1) * channels, size = 2 * map_size;
+  const Buffer<A> partial(volume(maps.batch * blocks(maps.pixels, kChunk), size));
+  for_chunks(maps.batch, maps.pixels, channels, [&](int64_t n, int64_t first, int64_t last, int64_t unit) {
+    A u[kChannels], v[kChannels];
+    A* const sums = partial.get() + unit * size;
+    std::fill(sums, sums + size, A(0));
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t at = (n * maps.pixels + p) * channels;
+      for (int64_t channel = 0; channel < channels; channel += kChannels) {
+        const int64_t width = std::min(kChannels, channels - channel);
+        maps.evaluate(n, p, channel, width, u, v);
+        A *sum1 = sums + terms * channels + channel, *sum2 = sum1 + map_size;
+        for (int64_t c = 0; c < width; ++c) {
+          const A g = static_cast<A>(grad[at + channel + c]), half = g / 2, a = u[c], b = v[c];
+          u[c] = a < b ? A(0) : a == b ? half : g;
+          v[c] = a > b ? A(0) : a == b ? half : g;
+          sum1[c] += u[c];
+          sum2[c] += v[c];
+        }
+        for (int64_t term = 0; term < terms; ++term) {
+          const T* const x = maps.data[term] + at + channel;
+          T* const to = results[term] + at + channel;
+          const A *slope1 = maps.slope(n, 0, term) + channel, *slope2 = maps.slope(n, 1, term) + channel;
+          sum1 = sums + term * channels + channel, sum2 = sum1 + map_size;
+          for (int64_t c = 0; c < width; ++c) {
+            const A value = static_cast<A>(x[c]);
+            to[c] = static_cast<T>(u[c] * slope1[c] + v[c] * slope2[c]);
+            sum1[c] += u[c] * value;
+            sum2[c] += v[c] * value;
+          }
+        }
+      }
+    }
+  });
+
+  std::vector<A> totals(static_cast<size_t>(maps.batch * size));
+  sum_chunks(partial.get(), maps.batch, maps.pixels, size, totals.data());
+  A* const to_slopes = static_cast<A*>(slopes.mutable_data_ptr());
+  A* const to_intercepts = static_cast<A*>(intercepts.mutable_data_ptr());
+  for (int64_t row = 0; row < 2 * maps.batch; ++row) {
+    const A* const from = totals.data() + row * map_size;
+    std::copy(from, from + terms * channels, to_slopes + row * terms * channels);
+    std::copy(from + terms * channels, from + map_size, to_intercepts + row * channels);
+  }
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> affine_maximum_backward(Tensor grad, std::vector<Tensor> xs,
+                                                                        Tensor slopes, Tensor intercepts) {
+  check_maps(xs, slopes, intercepts);
+  const Tensor& first = xs[0];
+  const std::vector<int64_t> sizes{first.size(0), first.size(1), first.size(2), first.size(3)};
+  detail::expect_like("grad", grad, first.scalar_type(), first);
+  detail::expect_shape("grad", grad, sizes);
+  const ScalarType dtype = accumulation_dtype(first.scalar_type());
+  std::vector<Tensor> results;
+  for (const Tensor& x : xs) results.push_back(new_map(x));
+  Tensor slopes_grad = new_tensor(first, {sizes[0], 2, static_cast<int64_t>(xs.size()), sizes[1]}, dtype, false);
+  Tensor intercepts_grad = new_tensor(first, {sizes[0], 2, sizes[1]}, dtype, false);
+  const Tensor last = as_channels_last(grad);
+  dispatch(first.scalar_type(), [&](auto value, auto) {
+    backward(Maps<decltype(value)>(xs, slopes, intercepts), last, results, slopes_grad, intercepts_grad);
+  });
+  for (size_t i = 0; i < xs.size(); ++i) results[i] = copy_back(results[i], xs[i]);
+  return {results, slopes_grad, intercepts_grad};
+}
+
+}  // namespace
+}  // namespace dyhead::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) {
+  library.impl("channel_statistics", TORCH_BOX(&dyhead::cpu::channel_statistics));
+  library.impl("affine_maximum", TORCH_BOX(&dyhead::cpu::affine_maximum));
+  library.impl("_affine_maximum_backward", TORCH_BOX(&dyhead::cpu::affine_maximum_backward));
+}

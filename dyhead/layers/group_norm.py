@@ -1,0 +1,32 @@
+"""GroupNorm without a pass over memory: as the affine map of every channel that it is once statistics are known."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelAffine(NamedTuple):
+    """What levels are to be multiplied with and added to, and the means that they then have: each (N, L, C)."""
+
+    slope: Tensor
+    intercept: Tensor
+    mean: Tensor
+
+
+def affine_of_group_norm(norm: nn.GroupNorm, statistics: Tensor) -> ChannelAffine:
+    """The map that ``norm`` is on maps with these channel statistics.
+
+    Args:
+        norm: with weight and bias.
+        statistics: (N, L, 2, C), mean and variance of every channel of L maps (`dyhead.ops.channelwise`).
+    """
+    mean, variance = (value.unflatten(-1, (norm.num_groups, -1)) for value in statistics.unbind(-2))
+    group_mean = mean.mean(-1, keepdim=True)
+    # A group's variance is that within its channels and that between them.
+    group_variance = (variance + (mean - group_mean).square()).mean(-1, keepdim=True)
+    slope = norm.weight * torch.rsqrt(group_variance + norm.eps).expand_as(mean).flatten(-2)
+    intercept = norm.bias - slope * group_mean.expand_as(mean).flatten(-2)
+    return ChannelAffine(slope, intercept, slope * mean.flatten(-2) + intercept)

@@ -1,0 +1,156 @@
+"""Statistics of channels and the maximum of two affine maps, compiled, against NumPy and plain PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+
+from dyhead.ops import channelwise
+from dyhead.ops.channelwise import affine_maximum, channel_statistics
+
+
+def make_maps(count=2, *, batch=2, channels=5, size=(4, 7), dtype=torch.float64, last=True, seed=0):
+    torch.manual_seed(seed)
+    layout = torch.channels_last if last else torch.contiguous_format
+    xs = [torch.randn(batch, channels, *size).to(dtype).contiguous(memory_format=layout) for _ in range(count)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    slopes, intercepts = torch.randn(batch, 2, count, channels), torch.randn(batch, 2, channels)
+    return [x.requires_grad_() for x in xs], slopes.to(wide).requires_grad_(), intercepts.to(wide).requires_grad_()
+
+
+# Beyond one chunk of pixels and one block of channels, and neither whole.
+SHAPES = [
+    {},
+    {"last": False},
+    {"count": 1, "channels": 130, "size": (20, 33)},
+    {"count": 3, "channels": 1, "size": (1, 600)},
+    {"batch": 1, "channels": 64, "size": (1, 1)},
+    {"batch": 0},
+]
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_statistics_are_mean_and_variance(options):
+    x = make_maps(**{**options, "count": 1})[0][0]
+    values = x.detach().numpy()
+    expected = np.stack([values.mean((2, 3)), values.var((2, 3))], axis=1)
+    np.testing.assert_allclose(channel_statistics(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_variance_is_exact_beside_a_large_mean():
+    """The mean of squares minus the square of the mean would lose all digits in float32."""
+    x = torch.randn(1, 3, 40, 50) + torch.tensor([0.0, 1e3, 1e4])[:, None, None]
+    expected = x.double().var(dim=(2, 3), correction=0)
+    torch.testing.assert_close(channel_statistics(x)[:, 1].double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_maximum_and_gradients_are_the_definitions(options):
+    xs, slopes, intercepts = make_maps(**options)
+    inputs = [*xs, slopes, intercepts]
+    result, expected = (f(xs, slopes, intercepts) for f in (affine_maximum, channelwise.define_affine_maximum))
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(result)
+    grads, expected_grads = (torch.autograd.grad(out, inputs, grad) for out in (result, expected))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-11, atol=1e-11)
+
+
+def test_maximum_is_the_larger_map():
+    x = torch.tensor([-2.0, 3.0]).view(1, 1, 1, 2)
+    slopes, intercepts = torch.tensor([[[[1.0]], [[-2.0]]]]), torch.tensor([[[0.5], [1.0]]])
+    assert affine_maximum([x], slopes, intercepts).flatten().tolist() == [5.0, 3.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_rounded_once(dtype):
+    xs, slopes, intercepts = make_maps(3, channels=70, dtype=dtype)
+    wide = [x.detach().double() for x in xs]
+    expected = channelwise.define_affine_maximum(wide, slopes.double(), intercepts.double())
+    result = affine_maximum(xs, slopes, intercepts)
+    assert result.dtype == dtype
+    half_unit = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(result.double(), expected, rtol=1.01 * half_unit, atol=2e-6)
+    statistics = channel_statistics(xs[0])
+    assert statistics.dtype == torch.float32
+    torch.testing.assert_close(statistics.double(), channel_statistics(wide[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck():
+    xs, slopes, intercepts = make_maps(2, size=(2, 3))
+    assert torch.autograd.gradcheck(lambda *t: affine_maximum(t[:2], *t[2:]), (*xs, slopes, intercepts))
+    assert torch.autograd.gradcheck(channel_statistics, xs[:1])
+
+
+def test_nan_and_ties_are_those_of_torch_maximum():
+    x = torch.tensor([float("nan"), 0.0, 1.0, -1.0, float("inf")]).view(1, 1, 1, 5).requires_grad_()
+    slopes, intercepts = torch.tensor([[[[1.0]], [[-1.0]]]]), torch.zeros(1, 2, 1)
+    result, expected = affine_maximum([x], slopes, intercepts), torch.maximum(x, -x)
+    torch.testing.assert_close(result, expected, equal_nan=True)
+    for out in (result, expected):
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert grad.flatten().tolist() == [0.0, 0.0, 1.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_results_have_the_inputs_layout(last):
+    xs, slopes, intercepts = make_maps(2, last=last)
+    result = affine_maximum(xs, slopes, intercepts)
+    grads = torch.autograd.grad(result.sum(), xs)
+    for tensor in (result, *grads):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == last
+        assert tensor.is_contiguous() == (not last)
+
+
+def test_same_bits_for_any_number_of_threads():
+    xs, slopes, intercepts = make_maps(2, channels=96, size=(40, 50), dtype=torch.float32)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            result = affine_maximum(xs, slopes, intercepts)
+            grads = torch.autograd.grad(result.square().sum(), [*xs, slopes, intercepts])
+            runs.append([result, *grads, channel_statistics(xs[0])])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("options", [*SHAPES[:2], {"dtype": torch.bfloat16, "size": (1, 1)}], ids=str)
+def test_opcheck(options):
+    xs, slopes, intercepts = make_maps(**options)
+    torch.library.opcheck(torch.ops.dyhead.affine_maximum.default, (xs, slopes, intercepts))
+    torch.library.opcheck(torch.ops.dyhead.channel_statistics.default, (xs[0],))
+
+
+def test_compiles():
+    xs, slopes, intercepts = make_maps(1, dtype=torch.float32)
+
+    def function(x):
+        return affine_maximum([x * 2], slopes, intercepts) * channel_statistics(x)[:, 0, :, None, None]
+
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(xs[0]), function(xs[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda xs, s, i: ([], s, i), "xs: expected at least one map, got an empty list"),
+        (lambda xs, s, i: ([xs[0], xs[1][..., :3]], s, i), r"xs\[1\]: expected \(2, 5, 4, 7\), got \(2, 5, 4, 3\)"),
+        (lambda xs, s, i: ([xs[0], xs[1].float()], s, i), r"xs\[1\]: expected torch.float64, got torch.float32"),
+        (lambda xs, s, i: ([x[0] for x in xs], s, i), r"xs\[0\]: expected \(N, C, H, W\)"),
+        (lambda xs, s, i: (xs, s[:, :, :1], i), r"slopes: expected \(2, 2, 2, 5\), got \(2, 2, 1, 5\)"),
+        (lambda xs, s, i: (xs, s, i[:1]), r"intercepts: expected \(2, 2, 5\), got \(1, 2, 5\)"),
+        (lambda xs, s, i: (xs, s.float(), i), "slopes: expected torch.float64, got torch.float32"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    xs, slopes, intercepts = make_maps()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dyhead.affine_maximum(*change([x.detach() for x in xs], slopes.detach(), intercepts.detach()))
+
+
+def test_second_derivatives_say_what_has_them():
+    xs, slopes, intercepts = make_maps(1)
+    (grad,) = torch.autograd.grad(affine_maximum(xs, slopes, intercepts).square().sum(), xs, create_graph=True)
+    with pytest.raises(RuntimeError, match="define_affine_maximum"):
+        grad.sum().backward()
