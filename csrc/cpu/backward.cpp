@@ -398,12 +398,18 @@ void bias_pass(const Problem& problem, const OutputGradient<T, P>& gradient, Ten
   T* to = static_cast<T*>(result.mutable_data_ptr());
   const int64_t channels = problem.group_out_channels();
   std::vector<double> sums(static_cast<size_t>(gradient.stride), 0.0);
-  for (int64_t n = 0; n < problem.batch; ++n) {
-    for (int64_t p = 0; p < problem.pixels(); ++p) {
-      const P* row = gradient.row(n, p);
-      for (int64_t o = 0; o < gradient.stride; ++o) sums[o] += static_cast<Accumulator<T>>(row[o]);
+  constexpr int64_t width = 64;  // columns of a worker
+  const int64_t units = blocks(gradient.stride, width), pixels = problem.pixels();
+  const double cost = static_cast<double>(problem.batch * pixels * width) / 4;
+  parallel_units(units, worker_count(units, cost), [&](int64_t unit, int64_t) {
+    const int64_t begin = unit * width, end = std::min(begin + width, gradient.stride);
+    for (int64_t n = 0; n < problem.batch; ++n) {
+      for (int64_t p = 0; p < pixels; ++p) {
+        const P* row = gradient.row(n, p);
+        for (int64_t o = begin; o < end; ++o) sums[o] += static_cast<Accumulator<T>>(row[o]);
+      }
     }
-  }
+  });
   for (int64_t o = 0; o < problem.out_channels; ++o) {
     const double sum = sums[o / channels * gradient.group_stride + o % channels];
     to[o] = static_cast<T>(static_cast<Accumulator<T>>(sum));
