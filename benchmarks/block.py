@@ -19,7 +19,7 @@ COMPILED = {"ours, compiled": ("ours, compiled",), "composition, compiled": ("co
 RATIOS = (("ours, compiled", "ours"), ("composition, compiled", "ours, compiled"), ("composition", "ours"))
 PEERS = {
     "ours": "dyhead.layers as they are, levels in channels_last",
-    "composition": "the same modules on torchvision.ops.deform_conv2d, levels in NCHW",
+    "composition": "the same modules on torchvision.ops.deform_conv2d and plain PyTorch, levels in NCHW",
     "ours, compiled": "ours under torch.compile",
     "composition, compiled": "the composition under torch.compile",
 }

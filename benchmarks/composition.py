@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import deform_conv2d
 
-from dyhead.layers import released, spatial_attention
+from dyhead.layers import head, released, spatial_attention
 from dyhead.ops import channelwise
 
 
@@ -56,10 +56,12 @@ def convolve(input: Tensor, offset: Tensor, weight: Tensor, bias=None, stride=1,
 
 @contextmanager
 def composition(enabled: bool = True) -> Iterator[None]:
-    """Within it the modules of `dyhead.layers` compute with torchvision, if `enabled`."""
+    """Within it the modules of `dyhead.layers` compute with torchvision and plain PyTorch, in NCHW, if `enabled`."""
     with ExitStack() as stack:
         if enabled:
             stack.enter_context(patch.object(spatial_attention, "pyramid_deform_conv2d", pyramid_deform_conv2d))
             stack.enter_context(patch.object(released, "deform_conv2d", convolve))
             stack.enter_context(patch.object(channelwise, "_is_compiled_for", lambda x: False))
+            # torchvision's operator works on NCHW and would copy other layouts at every call.
+            stack.enter_context(patch.object(head, "to_channels_last", lambda level: level))
         yield

@@ -132,7 +132,7 @@ def run(
                 result["skipped"].setdefault(peer, []).append(reason)
         result["cases"].append(row)
         _write(result, output)
-    print(tables(result))
+    print(tables(_rounded(result)))  # as a reader of the file would make them
     print(f"Written to {output}")
     return result
 

@@ -28,8 +28,8 @@ struct OutputGradient {
       : group_stride(round_up(problem.group_out_channels(), kernel.columns)),
         stride(problem.groups * group_stride),
         image_stride(round_up(problem.pixels(), kUnit<P>) * stride),
-        rows(problem.batch * image_stride + kernel.rows * stride),
-        pairs(kUnit<P> == 1 ? 0 : problem.batch * image_stride) {
+        rows(volume(problem.batch, image_stride) + kernel.rows * stride),
+        pairs(kUnit<P> == 1 ? 0 : volume(problem.batch, image_stride)) {
     const Tensor source = as_channels_last(gradient);
     const T* from = static_cast<const T*>(source.const_data_ptr());
     const int64_t pixels = problem.pixels(), tiles = blocks(pixels, kTile), units = problem.batch * tiles;

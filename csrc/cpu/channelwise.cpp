@@ -1,4 +1,5 @@
-// Channel-wise maps on the CPU: statistics of channels, and the maximum of two affine maps. One pass over memory each.
+// Channel-wise maps on the CPU: statistics of channels, and the maximum of two affine maps. One pass over memory each;
+// what is read twice is a chunk that is in the cache.
 //
 // Pixels are read with their channels last; others are copied once per call. Sums over pixels are made of the sums of
 // chunks of a fixed size, added in their order, so that they are the same for any number of threads.
@@ -182,11 +183,11 @@ void forward(const Maps<T>& maps, Tensor& result) {
 
 // A map to be written with its channels last; where x has the other layout, copy_back gives the result that.
 Tensor new_map(const Tensor& x) {
-  const bool last = is_channels_last(x) || !has_channels_last_strides(x);
+  const bool last = is_channels_last(x) || (x.numel() > 0 && !has_channels_last_strides(x));
   return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), last);
 }
 Tensor copy_back(const Tensor& written, const Tensor& x) {
-  return has_channels_last_strides(x) ? written : torch::stable::contiguous(written);
+  return x.numel() == 0 || has_channels_last_strides(x) ? written : torch::stable::contiguous(written);
 }
 
 Tensor affine_maximum(std::vector<Tensor> xs, Tensor slopes, Tensor intercepts) {

@@ -301,7 +301,8 @@ DYHEAD_INLINE void scatter_all(const SampleGradient<Accumulator<T>>* samples, in
     }
     for (int i = 0; i < 4; ++i) {
       if (s.corner[i] < 0) continue;
-      scatter_corners<T, 1, kDots, kGradient>(width, panel, s.corner + i, s.share + i, features, dots + i, gradient);
+      scatter_corners<T, 1, kDots, kGradient>(width, panel, s.corner + i, s.share + i, features,
+                                              kDots ? dots + i : nullptr, gradient);
     }
   }
 }

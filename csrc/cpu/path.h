@@ -7,7 +7,7 @@ namespace dyhead::cpu {
 enum class Path { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best that the machine has, chosen once. As for PyTorch's own kernels, the environment variable
-// ATEN_CPU_CAPABILITY (default, avx2 or avx512) asks for a lesser one. AVX512-BF16 is AVX-512 with products of
+// ATEN_CPU_CAPABILITY (default, avx2 or avx512) asks for a lesser one; avx512 is that without AVX512-BF16's products of
 // bfloat16.
 Path path();
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import nn
 
 from dyhead.layers.block import DyHeadBlock
-from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid
+from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid, to_channels_last
 from dyhead.layers.released import ReleasedDyHeadBlock
 
 
@@ -95,8 +94,7 @@ class DyHead(nn.Module):
         if self.blocks:
             # The operator's own layout: converted once, here, if at all.
             levels = split_pyramid(pyramid, self.channels)
-            levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
-            pyramid = join_pyramid(levels, pyramid)
+            pyramid = join_pyramid([to_channels_last(level) for level in levels], pyramid)
         for block in self.blocks:
             pyramid = block(pyramid)
         return pyramid

@@ -80,6 +80,11 @@ def mean_of_levels(levels: Iterable[Tensor]) -> Tensor:
     return torch.stack([level.mean(dim=(2, 3)) for level in levels], dim=1)
 
 
+def to_channels_last(level: Tensor) -> Tensor:
+    """``level`` with channels last in memory; without a copy where it is so."""
+    return level.contiguous(memory_format=torch.channels_last)
+
+
 def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
     """``x`` (N, C, H, W), in channels_last if that is what ``like`` is in; without a copy where it is already."""
     if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():

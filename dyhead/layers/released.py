@@ -118,16 +118,17 @@ class ReleasedDyHeadBlock(nn.Module):
             statistics = channel_statistics(x)
             slope, intercept, mean = (value[:, 0] for value in affine_of_group_norm(branch.norm, statistics[:, None]))
             if x.shape[2:] != size:
-                x = functional.interpolate(x, size, mode="bilinear", align_corners=True)
-                mean = slope * x.mean(dim=(2, 3)) + intercept
+                # Autocast resizes in float32 on CUDA.
+                x = functional.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
+                mean = slope * channel_statistics(x)[:, 0] + intercept
             weight = self._gate(mean) / len(branches)
             maps.append(x)
             slopes.append(slope * weight)
             intercepts.append(intercept * weight)
             means.append(mean * weight)
-        a1, b1, a2, b2 = (_hard_sigmoid(self.theta(sum(means).to(self.scale.weight.dtype)).to(mean.dtype)) - 0.5).chunk(
-            4, dim=1
-        )
+        mean = sum(means)
+        coefficients = self.theta(mean.to(self.scale.weight.dtype)).to(mean.dtype)
+        a1, b1, a2, b2 = (_hard_sigmoid(coefficients) - 0.5).chunk(4, dim=1)
         a = torch.stack([2 * a1 + 1, 2 * a2], dim=1)
         b = torch.stack([b1, b2], dim=1)
         slopes = a[:, :, None] * torch.stack(slopes, dim=1)[:, None]

@@ -84,7 +84,7 @@ class SpatialAwareAttention(nn.Module):
                 it, without that product in memory.
         """
         # Autocast runs the norm in float32; what follows needs no more than the operator's own type.
-        return [self.norm(x).to(x.dtype) for x in self.aggregate(levels, level_weight)]
+        return [in_memory_format_of(self.norm(x).to(x.dtype), x) for x in self.aggregate(levels, level_weight)]
 
     def aggregate(self, levels: Sequence[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
         """What :meth:`forward` normalises: the sums over levels and taps."""

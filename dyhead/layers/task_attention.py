@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dyhead.layers.group_norm import ChannelAffine
-from dyhead.layers.levels import check_groups, mean_of_levels
-from dyhead.ops.channelwise import affine_maximum
+from dyhead.layers.levels import check_groups
+from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
 
 class TaskAwareAttention(nn.Module):
@@ -54,12 +54,12 @@ class TaskAwareAttention(nn.Module):
         """Each level (N, C, H_l, W_l) through the activation; one set of coefficients per image for all its levels.
 
         Args:
-            levels: the levels.
+            levels: L levels (N, C, H_l, W_l).
             affine: a map that they still have to go through, such as a norm. The result is that for mapped levels,
                 without them in memory.
         """
-        mean = mean_of_levels(levels) if affine is None else affine.mean
-        t = self.theta(mean.mean(dim=1).to(self.theta[0].weight.dtype)).to(mean.dtype)
+        mean = torch.stack([channel_statistics(x)[:, 0] for x in levels], dim=1) if affine is None else affine.mean
+        t = self.theta(mean.mean(dim=1).to(self.theta[3].weight.dtype)).to(mean.dtype)
         t = 2 * t.sigmoid() - 1
         a1, a2, b1, b2 = t.chunk(4, dim=1)
         slopes = torch.stack([1 + a1, a2], dim=1)[:, None].expand(-1, len(levels), -1, -1)  # (N, L, 2, C)

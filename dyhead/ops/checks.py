@@ -108,6 +108,20 @@ def check_arguments(
             _fail(f"scales[{level}]", "a positive finite number", f"{scale:g}")
 
 
+def check_maps(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> None:
+    """The arguments of `dyhead.ops.channelwise.affine_maximum`; the compiled operator makes the same checks."""
+    if not xs:
+        _fail("xs", "at least one map", "an empty list")
+    first = xs[0]
+    for i, x in enumerate(xs):
+        if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
+            _fail(f"xs[{i}]", "(N, C, H, W) with at least one channel and one pixel", _text(x.shape))
+        _expect_like(f"xs[{i}]", x, first.dtype, first)
+        _expect_shape(f"xs[{i}]", x, first.shape)
+    _expect_shape("slopes", slopes, (first.shape[0], 2, len(xs), first.shape[1]))
+    _expect_shape("intercepts", intercepts, (first.shape[0], 2, first.shape[1]))
+
+
 def _fail(argument: str, expected: object, got: object) -> None:
     raise RuntimeError(f"{argument}: expected {expected}, got {got}")
 

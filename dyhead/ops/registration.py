@@ -1,4 +1,4 @@
-"""What PyTorch is told about the compiled operator: shapes without data, gradients, autocast and flops."""
+"""What PyTorch is told about the compiled operators: shapes without data, gradients, autocast and flops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import accumulation_dtype, check_arguments
+from .checks import accumulation_dtype, check_arguments, check_maps
 from .reference import autocast_values
 
 FORWARD, BACKWARD = "dyhead::pyramid_deform_conv2d", "dyhead::_pyramid_deform_conv2d_backward"
@@ -68,8 +68,8 @@ torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "dyhead's compiled operator has no second derivatives: expected the functions of dyhead.ops.reference, which "
-        "have, where gradients are differentiated again"
+        "dyhead's compiled operators have no second derivatives: expected the functions of dyhead.ops.reference (or "
+        "the definitions in dyhead.ops.channelwise), which have, where gradients are differentiated again"
     )
 
 
@@ -103,3 +103,57 @@ def _backward_flops(grad, features, offset, mask, weight, *others, **unused) -> 
     needs_features, needs_offset, needs_mask, needs_weight, _, needs_level_weight = others[-1]
     samples = needs_features or needs_offset or needs_mask or needs_level_weight
     return (bool(samples) + bool(needs_weight)) * _flops(features, offset, mask, weight)
+
+
+STATISTICS, MAXIMUM, MAXIMUM_BACKWARD = (
+    f"dyhead::{name}" for name in ("channel_statistics", "affine_maximum", "_affine_maximum_backward")
+)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+@torch.library.register_fake(STATISTICS)
+def _statistics_fake(x):
+    return x.new_empty((x.shape[0], 2, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.register_fake(MAXIMUM)
+def _maximum_fake(xs, slopes, intercepts):
+    check_maps(xs, slopes, intercepts)
+    return _empty_like(xs[0])
+
+
+@torch.library.register_fake(MAXIMUM_BACKWARD)
+def _maximum_backward_fake(grad, xs, slopes, intercepts):
+    check_maps(xs, slopes, intercepts)
+    return [_empty_like(x) for x in xs], slopes.new_empty(slopes.shape), intercepts.new_empty(intercepts.shape)
+
+
+def _save_map(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _differentiate_statistics(ctx, grad):
+    x, statistics = ctx.saved_tensors
+    mean_grad, variance_grad = (grad / (x.shape[2] * x.shape[3]))[..., None, None].unbind(1)
+    slope = 2 * variance_grad
+    intercept = mean_grad - slope * statistics[:, 0, :, None, None]
+    # Rounded after the sum only: its terms cancel where the mean is large.
+    return torch.addcmul(intercept, slope, x.to(slope.dtype)).to(x.dtype)
+
+
+def _save_maps(ctx, inputs, output):
+    xs, slopes, intercepts = inputs
+    ctx.save_for_backward(*xs, slopes, intercepts)
+
+
+def _differentiate_maximum(ctx, grad):
+    *xs, slopes, intercepts = ctx.saved_tensors
+    return torch.ops.dyhead._affine_maximum_backward(grad, xs, slopes, intercepts)
+
+
+torch.library.register_autograd(STATISTICS, _differentiate_statistics, setup_context=_save_map)
+torch.library.register_autograd(MAXIMUM, _differentiate_maximum, setup_context=_save_maps)
+torch.library.register_autograd(MAXIMUM_BACKWARD, _no_second_derivative)
