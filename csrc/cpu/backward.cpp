@@ -20,11 +20,11 @@ namespace {
 constexpr int64_t kScatterChannels = 64;  // channels of a block of the scatter pass
 constexpr int64_t kWeightChannels = 96;   // input channels of a block of the weights pass
 
-// The output's gradient as (image, pixel, group, output channel of the group), every group padded to whole blocks of
-// columns, the pixels of an image to whole units, and all pixels to a whole block of rows.
+// The output's gradient as (image, pixel in the tiles' order, group, output channel of the group), every group padded
+// to whole blocks of columns, the pixels of an image to whole units, and all pixels to a whole block of rows.
 template <typename T, typename P>
 struct OutputGradient {
-  OutputGradient(const Problem& problem, const Tensor& gradient, const Kernels<T, P>& kernel)
+  OutputGradient(const Problem& problem, const PixelOrder& order, const Tensor& gradient, const Kernels<T, P>& kernel)
       : group_stride(round_up(problem.group_out_channels(), kernel.columns)),
         stride(problem.groups * group_stride),
         image_stride(round_up(problem.pixels(), kUnit<P>) * stride),
@@ -38,8 +38,11 @@ struct OutputGradient {
     parallel_units(units, worker_count(units, static_cast<double>(kTile * stride) / 4), [&](int64_t unit, int64_t) {
       const int64_t n = unit / tiles, begin = unit % tiles * kTile, end = std::min(pixels, begin + kTile);
       const int64_t padded = round_up(end, kUnit<P>);
-      for (int64_t p = begin; p < end; ++p)
-        pack_row(problem, from + (n * pixels + p) * problem.out_channels, row(n, p));
+      Pixel list[kTile];
+      order.list(begin, end - begin, list);
+      for (int64_t p = begin; p < end; ++p) {
+        pack_row(problem, from + (n * pixels + list[p - begin].index) * problem.out_channels, row(n, p));
+      }
       std::fill(row(n, end), row(n, padded), P(0));
       if constexpr (kUnit<P> > 1) {
         for (int64_t p = begin; p < padded; p += kUnit<P>) {
@@ -54,9 +57,9 @@ struct OutputGradient {
     });
   }
 
-  // A pixel, for products over output channels.
+  // The pixel at a place of the order, for products over output channels.
   P* row(int64_t n, int64_t pixel) const { return rows.get() + n * image_stride + pixel * stride; }
-  // The unit that begins with a pixel, for products over pixels.
+  // The unit that begins there, for products over pixels.
   const P* unit(int64_t n, int64_t pixel) const {
     return (kUnit<P> == 1 ? rows : pairs).get() + n * image_stride + pixel * stride;
   }
@@ -215,20 +218,21 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
   const int64_t workers = worker_count(units, 2 * product_cost(problem, pixels, all[0].width, levels * taps));
   struct Scratch {
     Buffer<A> panel, dots;
-    Buffer<SampleGradient<A>> samples;
-    Buffer<Cell<A>> cells;
-    Buffer<A> masks;
+    Buffer<Pixel> pixels;
+    Buffer<Sample<A>> samples;
   };
   std::vector<Scratch> scratches;
   for (int64_t worker = 0; worker < workers; ++worker) {
-    scratches.push_back({Buffer<A>(kTile * panel_width), Buffer<A>(4 * kTile), Buffer<SampleGradient<A>>(kTile),
-                         Buffer<Cell<A>>(kTile), Buffer<A>(kTile)});
+    scratches.push_back(
+        {Buffer<A>(kTile * panel_width), Buffer<A>(4 * kTile), Buffer<Pixel>(kTile), Buffer<Sample<A>>(kTile)});
   }
 
   parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
     const Scratch& scratch = scratches[worker];
     A* const panel = scratch.panel.get();
     A* const dots = scratch.dots.get();
+    Pixel* const list = scratch.pixels.get();
+    Sample<A>* const samples = scratch.samples.get();
     const int64_t n = unit / block_count, b = unit % block_count;
     const ChannelBlock& block = all[b];
     const int64_t g = block.offset_group, own = b % group_blocks;
@@ -236,7 +240,6 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
       const A factor = inputs.level_factor(n, level);
       const A step_y = static_cast<A>(problem.levels[level].rows.shift);
       const A step_x = static_cast<A>(problem.levels[level].columns.shift);
-      const T* features = inputs.image(n, level) + block.begin;
       A* feature_sum = nullptr;
       if (needs.features) {
         feature_sum = feature_sums[level] + n * inputs.image_size(level) + block.begin;
@@ -248,18 +251,9 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
       double level_sum = 0;
       for (int64_t begin = 0; begin < pixels; begin += kTile) {
         const int64_t count = std::min(kTile, pixels - begin);
+        inputs.order.list(begin, count, list);
         for (int64_t tap = 0; tap < taps; ++tap) {
-          inputs.locate_tile(n, level, g, tap, begin, count, [&](int64_t p, const Cell<A>& cell, A mask) {
-            SampleGradient<A>& sample = scratch.samples.get()[p];
-            corner_shares(cell, sample.share);
-            for (int i = 0; i < 4; ++i) {
-              sample.share[i] *= mask * factor;
-              sample.corner[i] = cell.corner[i] < 0 ? -1 : cell.corner[i] * problem.channels;
-            }
-            scratch.cells.get()[p] = cell;
-            scratch.masks.get()[p] = mask;
-          });
-
+          kernel.locate(inputs.tap(n, level, g, tap), list, count, samples);
           std::fill(panel, panel + round_up(count, kernel.rows) * block.panel_width, A(0));
           std::fill(dots, dots + 4 * count, A(0));
           for (size_t s = 0; s < block.segments.size(); ++s) {
@@ -270,26 +264,27 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
                            weights.at(b, block, level, static_cast<int64_t>(s), tap), weights.depth * kernel.columns,
                            kernel.columns * kUnit<P>, panel + to, block.panel_width);
             const int64_t from = segment.begin - block.begin;
-            kernel.scatter(scratch.samples.get(), count, segment.width, panel + to, block.panel_width, features + from,
-                           needs.positions() ? dots : nullptr, feature_sum ? feature_sum + from : nullptr);
+            kernel.scatter(samples, count, inputs.channels(n, level, segment.begin), segment.width, panel + to,
+                           block.panel_width, needs.positions() ? dots : nullptr,
+                           feature_sum ? feature_sum + from : nullptr);
           }
           if (!needs.positions()) continue;
 
           const int64_t at = inputs.plane(n, g, tap);
           for (int64_t p = 0; p < count; ++p) {
-            const Cell<A>& cell = scratch.cells.get()[p];
-            const A mask = scratch.masks.get()[p], *values = dots + 4 * p;
+            const Cell<A>& cell = samples[p].cell;
+            const A mask = samples[p].mask, *values = dots + 4 * p;
             A share[4];
             corner_shares(cell, share);
             const A value = share[0] * values[0] + share[1] * values[1] + share[2] * values[2] + share[3] * values[3];
             // Levels add up; the first one sets.
             const auto add = [&](A* to, A more) { *to = level == 0 ? more : *to + more; };
             if (needs.offset) {
-              A* to = offset_planes[own] + 2 * at + begin + p;
+              A* to = offset_planes[own] + 2 * at + list[p].index;
               add(to, mask * factor * step_y * derivative_y(cell, values));
               add(to + pixels, mask * factor * step_x * derivative_x(cell, values));
             }
-            if (needs.mask) add(mask_planes[own] + at + begin + p, factor * value);
+            if (needs.mask) add(mask_planes[own] + at + list[p].index, factor * value);
             level_sum += static_cast<double>(mask * value);
           }
         }
@@ -336,7 +331,6 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
   const int64_t taps = problem.taps(), pixels = problem.pixels(), channels = problem.group_channels();
   const int64_t out_channels = problem.group_out_channels(), sums_stride = gradient.group_stride;
   T* to = static_cast<T*>(result.mutable_data_ptr());
-  const Buffer<T> outside = zeros<T>(problem.channels);
 
   // Blocks of channels within one convolution group.
   std::vector<std::vector<Segment>> all;
@@ -354,11 +348,13 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
   struct Scratch {
     Buffer<A> sums;
     Buffer<P> panel;
-    Buffer<Sample<T>> samples;
+    Buffer<Pixel> pixels;
+    Buffer<Sample<A>> samples;
   };
   std::vector<Scratch> scratches;
   for (int64_t worker = 0; worker < workers; ++worker) {
-    scratches.push_back({Buffer<A>(volume(width, sums_stride)), Buffer<P>(kTile * width), Buffer<Sample<T>>(kTile)});
+    scratches.push_back({Buffer<A>(volume(width, sums_stride)), Buffer<P>(kTile * width), Buffer<Pixel>(kTile),
+                         Buffer<Sample<A>>(kTile)});
     // Columns beyond a block's channels are multiplied, too, into sums that nobody reads.
     std::fill(scratches.back().panel.get(), scratches.back().panel.get() + kTile * width, P(0));
   }
@@ -374,9 +370,11 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
     for (int64_t n = 0; n < problem.batch; ++n) {
       for (int64_t begin = 0; begin < pixels; begin += kTile) {
         const int64_t count = std::min(kTile, pixels - begin);
+        inputs.order.list(begin, count, scratch.pixels.get());
         for (const Segment& segment : block) {
-          inputs.samples(n, level, segment.offset_group, tap, begin, count, outside.get(), scratch.samples.get());
-          kernel.sample_units(scratch.samples.get(), count, segment.begin, segment.width,
+          kernel.locate(inputs.tap(n, level, segment.offset_group, tap), scratch.pixels.get(), count,
+                        scratch.samples.get());
+          kernel.sample_units(scratch.samples.get(), count, inputs.channels(n, level, segment.begin), segment.width,
                               scratch.panel.get() + (segment.begin - begin_channel) * kUnit<P>, width * kUnit<P>);
         }
         kernel.product(blocks(size, kernel.rows), sums_stride / kernel.columns, blocks(count, kUnit<P>),
@@ -421,7 +419,7 @@ void backward(const Tensor& gradient, const Arguments& arguments, const Problem&
               Gradients& gradients) {
   const Kernels<T, P>& kernel = kernels<T, P>();
   const Inputs<T> inputs(arguments, problem);
-  const OutputGradient<T, P> packed(problem, gradient, kernel);
+  const OutputGradient<T, P> packed(problem, inputs.order, gradient, kernel);
   if (needs.features || needs.positions()) scatter_pass<T, P>(inputs, packed, needs, kernel, gradients);
   if (needs.weight) weights_pass<T, P>(inputs, packed, kernel, gradients.weight);
   if (needs.bias) bias_pass<T, P>(problem, packed, gradients.bias);

@@ -60,22 +60,24 @@ struct ForwardWeights {
 
 // Writes the sums of a tile, (pixel, group, output channel of the group padded to `group_stride`).
 template <typename T>
-void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t group_stride, int64_t n, int64_t begin,
-                int64_t count, bool channels_last, T* out) {
-  const int64_t stride = problem.groups * group_stride, group_channels = problem.group_out_channels();
+void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t group_stride, const Pixel* pixels,
+                int64_t count, bool channels_last, T* image) {
+  const int64_t stride = problem.groups * group_stride, channels = problem.group_out_channels();
+  const int64_t pixel_stride = channels_last ? problem.out_channels : 1;
+  const int64_t channel_stride = channels_last ? 1 : problem.pixels();
   for (int64_t group = 0; group < problem.groups; ++group) {
-    const Accumulator<T>* from = sums + group * group_stride;
+    const Accumulator<T>* const from = sums + group * group_stride;
+    T* const to = image + group * channels * channel_stride;
     if (channels_last) {
-      T* to = out + (n * problem.pixels() + begin) * problem.out_channels + group * group_channels;
       for (int64_t p = 0; p < count; ++p) {
-        for (int64_t o = 0; o < group_channels; ++o) {
-          to[p * problem.out_channels + o] = static_cast<T>(from[p * stride + o]);
-        }
+        const Accumulator<T>* const row = from + p * stride;
+        T* const pixel = to + pixels[p].index * pixel_stride;
+        for (int64_t o = 0; o < channels; ++o) pixel[o] = static_cast<T>(row[o]);
       }
     } else {
-      T* to = out + (n * problem.out_channels + group * group_channels) * problem.pixels() + begin;
-      for (int64_t o = 0; o < group_channels; ++o) {
-        for (int64_t p = 0; p < count; ++p) to[o * problem.pixels() + p] = static_cast<T>(from[p * stride + o]);
+      for (int64_t o = 0; o < channels; ++o) {
+        T* const plane = to + o * channel_stride;
+        for (int64_t p = 0; p < count; ++p) plane[pixels[p].index] = static_cast<T>(from[p * stride + o]);
       }
     }
   }
@@ -95,7 +97,6 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   const int64_t taps = problem.taps(), depth = weights.depth, pixels = problem.pixels();
   const int64_t panel_taps =
       blocks(taps, blocks(taps, std::clamp<int64_t>(kPanelDepth / depth, 1, taps)));  // of equal size
-  const Buffer<T> outside = zeros<T>(problem.channels);
   const std::vector<Segment> all = segments(problem, 0, problem.channels);
 
   // A pixel's result does not depend on its tile, so tiles are cut to give all threads the same number of pixels.
@@ -111,12 +112,13 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   struct Scratch {
     Buffer<A> sums;
     Buffer<P> panel;
-    Buffer<Sample<T>> samples;
+    Buffer<Pixel> pixels;
+    Buffer<Sample<A>> samples;
   };
   std::vector<Scratch> scratches;
   for (int64_t worker = 0; worker < workers; ++worker) {
     scratches.push_back({Buffer<A>(volume(tile, sums_stride)), Buffer<P>(volume(tile, panel_stride)),
-                         Buffer<Sample<T>>(volume(problem.offset_groups, tile))});
+                         Buffer<Pixel>(tile), Buffer<Sample<A>>(volume(problem.offset_groups, tile))});
     // A channel that only completes a unit is never written.
     P* const panel = scratches.back().panel.get();
     if (depth > problem.group_channels()) std::fill(panel, panel + tile * panel_stride, P(0));
@@ -125,7 +127,9 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
     const Scratch& scratch = scratches[worker];
     const int64_t n = unit / tiles, begin = unit % tiles * tile, count = std::min(tile, pixels - begin);
-    A* sums = scratch.sums.get();
+    Pixel* const list = scratch.pixels.get();
+    inputs.order.list(begin, count, list);
+    A* const sums = scratch.sums.get();
     std::fill(sums, sums + tile * sums_stride, A(0));
     if (bias != nullptr) {
       for (int64_t p = 0; p < count; ++p) {
@@ -141,13 +145,13 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
         const int64_t some = std::min(panel_taps, taps - first);
         for (int64_t tap = first; tap < first + some; ++tap) {
           for (int64_t g = 0; g < problem.offset_groups; ++g) {
-            inputs.samples(n, level, g, tap, begin, count, outside.get(), scratch.samples.get() + g * tile);
+            kernel.locate(inputs.tap(n, level, g, tap), list, count, scratch.samples.get() + g * tile);
           }
           for (const Segment& segment : all) {
             P* to = scratch.panel.get() + segment.group * group_depth + (tap - first) * depth +
                     segment.begin % problem.group_channels();
-            kernel.sample(scratch.samples.get() + segment.offset_group * tile, count, segment.begin, segment.width, to,
-                          panel_stride);
+            kernel.sample(scratch.samples.get() + segment.offset_group * tile, count,
+                          inputs.channels(n, level, segment.begin), segment.width, to, panel_stride);
           }
         }
         for (int64_t group = 0; group < problem.groups; ++group) {
@@ -158,7 +162,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
         }
       }
     }
-    write_tile<T>(problem, sums, group_stride, n, begin, count, channels_last, out);
+    write_tile<T>(problem, sums, group_stride, list, count, channels_last, out + n * problem.out_channels * pixels);
   });
 }
 

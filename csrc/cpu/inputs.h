@@ -54,6 +54,35 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// The order in which tiles take up the pixels of the output: strips of columns from left to right, each of them row by
+// row. A tile is then about as high as it is wide, and what its taps read is little and stays in the cache.
+class PixelOrder {
+ public:
+  PixelOrder(int64_t height, int64_t width)
+      : height_(height), width_(width), strip_(blocks(width, blocks(width, kStrip))) {}
+
+  // Writes `count` pixels of the order from the one at `begin` on.
+  void list(int64_t begin, int64_t count, Pixel* pixels) const {
+    int64_t first = begin / (strip_ * height_) * strip_, last = std::min(first + strip_, width_);
+    const int64_t rest = begin - first * height_;
+    int64_t row = rest / (last - first), column = first + rest % (last - first);
+    for (int64_t p = 0; p < count; ++p) {
+      pixels[p] = {row, column, row * width_ + column};
+      if (++column < last) continue;
+      if (++row == height_) {
+        row = 0;
+        first = last;
+        last = std::min(first + strip_, width_);
+      }
+      column = first;
+    }
+  }
+
+ private:
+  static constexpr int64_t kStrip = 12;
+  int64_t height_, width_, strip_;
+};
+
 // A run of channels that one convolution group and one offset group share.
 struct Segment {
   int64_t begin, width, group, offset_group;
@@ -79,10 +108,13 @@ struct Inputs {
 
   Inputs(const Arguments& arguments, const Problem& problem)
       : problem(problem),
+        order(problem.height, problem.width),
+        outside(problem.channels),
         offset_tensor(as_contiguous(arguments.offset)),
         weight_tensor(as_contiguous(arguments.weight)),
         offset(static_cast<const A*>(offset_tensor.const_data_ptr())),
         weight(static_cast<const T*>(weight_tensor.const_data_ptr())) {
+    std::fill(outside.get(), outside.get() + problem.channels, T(0));
     for (const Tensor& feature : arguments.features) {
       feature_tensors.push_back(as_channels_last(feature));
       features.push_back(static_cast<const T*>(feature_tensors.back().const_data_ptr()));
@@ -97,8 +129,10 @@ struct Inputs {
     }
   }
 
-  // The features of an image on a level.
-  const T* image(int64_t n, int64_t level) const { return features[level] + n * image_size(level); }
+  // The features of an image on a level, from a channel on.
+  Channels<T> channels(int64_t n, int64_t level, int64_t channel) const {
+    return {features[level] + n * image_size(level) + channel, problem.channels, outside.get()};
+  }
   int64_t image_size(int64_t level) const {
     return problem.levels[level].height * problem.levels[level].width * problem.channels;
   }
@@ -111,39 +145,25 @@ struct Inputs {
     return ((n * problem.offset_groups + offset_group) * problem.taps() + tap) * problem.pixels();
   }
 
-  // Calls visit(p, cell, mask) for the `count` pixels of a tile.
-  template <typename Visit>
-  void locate_tile(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
-                   const Visit& visit) const {
+  Tap<A> tap(int64_t n, int64_t level, int64_t offset_group, int64_t tap) const {
     const Level& map = problem.levels[level];
-    const int64_t tap_row = tap / problem.kernel_width, tap_column = tap % problem.kernel_width;
-    const int64_t at = plane(n, offset_group, tap) + begin;
-    const A* dy = offset + at + plane(n, offset_group, tap);
-    const A* dx = dy + problem.pixels();
-    int64_t row = begin / problem.width, column = begin % problem.width;
-    for (int64_t p = 0; p < count; ++p) {
-      const A y = position<A>(map.rows, row, tap_row, dy[p]);
-      const A x = position<A>(map.columns, column, tap_column, dx[p]);
-      visit(p, locate<A>(y, x, map.height, map.width), mask ? mask[at + p] : A(1));
-      if (++column == problem.width) column = 0, ++row;
-    }
-  }
-
-  // The samples of a tile for one tap and offset group.
-  void samples(int64_t n, int64_t level, int64_t offset_group, int64_t tap, int64_t begin, int64_t count,
-               const T* outside, Sample<T>* result) const {
-    const T* base = image(n, level);
-    const A factor = level_factor(n, level);
-    locate_tile(n, level, offset_group, tap, begin, count, [&](int64_t p, const Cell<A>& cell, A mask) {
-      corner_shares(cell, result[p].share);
-      for (int i = 0; i < 4; ++i) {
-        result[p].share[i] *= mask * factor;
-        result[p].corner[i] = cell.corner[i] < 0 ? outside : base + cell.corner[i] * problem.channels;
-      }
-    });
+    const int64_t at = plane(n, offset_group, tap);
+    const A* const dy = offset + 2 * at;
+    return {map.rows,
+            map.columns,
+            map.height,
+            map.width,
+            tap / problem.kernel_width,
+            tap % problem.kernel_width,
+            dy,
+            dy + problem.pixels(),
+            mask ? mask + at : nullptr,
+            level_factor(n, level)};
   }
 
   const Problem& problem;
+  const PixelOrder order;
+  Buffer<T> outside;
   Tensor offset_tensor, weight_tensor;
   std::optional<Tensor> mask_tensor, level_weight_tensor;
   std::vector<Tensor> feature_tensors;
@@ -153,14 +173,6 @@ struct Inputs {
   const A* mask = nullptr;
   const A* level_weight = nullptr;
 };
-
-// A row of zeros, which corners outside the map are read from.
-template <typename T>
-Buffer<T> zeros(int64_t count) {
-  Buffer<T> result(count);
-  std::fill(result.get(), result.get() + count, T(0));
-  return result;
-}
 
 // Calls visit with values of the C++ type of `dtype`, which was checked, and of the type of a product's operands.
 template <typename Visit>

@@ -1,4 +1,4 @@
-// The three inner loops of the CPU operator. Each exists once per instruction set (kernels_*.cpp, all compiled from
+// The inner loops of the CPU operator. Each exists once per instruction set (kernels_*.cpp, all compiled from
 // kernels_body.h) and is chosen at run time; everything around them, in forward.cpp and backward.cpp, is compiled once.
 
 #pragma once
@@ -32,18 +32,38 @@ struct Operand {
   int64_t row, depth;  // one of them is kUnit
 };
 
-// One sample of the forward pass: four rows of channels and what each counts, mask and level weight included.
-template <typename T>
-struct Sample {
-  const T* corner[4];
-  Accumulator<T> share[4];
+// A pixel of the output grid; `index` is row * width + column.
+struct Pixel {
+  int64_t row, column, index;
 };
 
-// One sample of the backward pass. Offsets count elements from the first channel of an image; -1 is a corner outside.
+// A tap on a level, with the planes of offset and mask (null: none) that belong to it.
 template <typename A>
-struct SampleGradient {
-  int64_t corner[4];
-  A share[4];  // mask and level weight included
+struct Tap {
+  const AxisMap& rows;
+  const AxisMap& columns;
+  int64_t height, width;  // of the level
+  int64_t row, column;    // of the tap in its kernel
+  const A *dy, *dx, *mask;
+  A factor;  // the level's weight
+};
+
+// Where a tap reads for one pixel, and what each corner counts, mask and level weight included.
+template <typename A>
+struct Sample {
+  Cell<A> cell;
+  A share[4], mask;
+};
+
+// Channels of a level's map: those of pixel i are at data[i * stride]. `outside` is a row of zeros, which stands for
+// the pixels outside the map.
+template <typename T>
+struct Channels {
+  const T* data;
+  int64_t stride;
+  const T* outside;
+
+  const T* at(int64_t pixel) const { return pixel < 0 ? outside : data + pixel * stride; }
 };
 
 template <typename T, typename P>
@@ -53,12 +73,15 @@ struct Kernels {
   // The product writes to whole blocks of so many rows and columns.
   int rows, columns;
 
-  // panel[p * stride + c] = sum_i share_i * corner_i[channel + c], for `width` channels of `count` samples.
-  void (*sample)(const Sample<T>* samples, int64_t count, int64_t channel, int64_t width, P* panel, int64_t stride);
+  void (*locate)(const Tap<A>& tap, const Pixel* pixels, int64_t count, Sample<A>* samples);
+
+  // panel[p * stride + c] = sum_i share_i * from.at(corner_i)[c], for `width` channels of `count` samples.
+  void (*sample)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, P* panel,
+                 int64_t stride);
 
   // The same for a product over samples: at panel[p / kUnit * stride + c * kUnit + p % kUnit]. A sample that is missing
   // from the last unit is 0.
-  void (*sample_units)(const Sample<T>* samples, int64_t count, int64_t channel, int64_t width, P* panel,
+  void (*sample_units)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, P* panel,
                        int64_t stride);
 
   // sums[r * stride + c] += sum_d left(r, d) * right(d, c) for `units` units of d and whole blocks: row_blocks * rows
@@ -68,10 +91,10 @@ struct Kernels {
                   int64_t right_block, int64_t right_depth, A* sums, int64_t stride);
 
   // With g = panel[p * stride + c], the gradient of a sample's channel, adds for every corner i inside the map
-  //     dots[4 * p + i] += sum_c g * features[corner_i + c]        (unless dots is null)
-  //     gradient[corner_i + c] += share_i * g                      (unless gradient is null).
-  void (*scatter)(const SampleGradient<A>* samples, int64_t count, int64_t width, const A* panel, int64_t stride,
-                  const T* features, A* dots, A* gradient);
+  //     dots[4 * p + i] += sum_c g * from.at(corner_i)[c]           (unless dots is null)
+  //     gradient[corner_i * from.stride + c] += share_i * g         (unless gradient is null).
+  void (*scatter)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, const A* panel,
+                  int64_t stride, A* dots, A* gradient);
 };
 
 // The instruction sets, in the words of PyTorch's environment variable ATEN_CPU_CAPABILITY.

@@ -6,6 +6,7 @@
 //     DYHEAD_ROWS    rows of a block of the product, a multiple of 3; it has two vectors of columns
 //     DYHEAD_PAIRS   where the instruction set multiplies pairs of bfloat16 (AVX512-BF16)
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(DYHEAD_PAIRS)
@@ -93,27 +94,70 @@ DYHEAD_INLINE float single(Half value) {
 DYHEAD_INLINE float single(float value) { return value; }
 DYHEAD_INLINE double single(double value) { return value; }
 
+template <typename A>
+DYHEAD_TARGET void locate(const Tap<A>& tap, const Pixel* pixels, int64_t count, Sample<A>* samples) {
+  for (int64_t p = 0; p < count; ++p) {
+    const Pixel& pixel = pixels[p];
+    const A y = position<A>(tap.rows, pixel.row, tap.row, tap.dy[pixel.index]);
+    const A x = position<A>(tap.columns, pixel.column, tap.column, tap.dx[pixel.index]);
+    Sample<A>& sample = samples[p];
+    sample.cell = dyhead::locate<A>(y, x, tap.height, tap.width);
+    sample.mask = tap.mask == nullptr ? A(1) : tap.mask[pixel.index];
+    corner_shares(sample.cell, sample.share);
+    for (A& share : sample.share) share *= sample.mask * tap.factor;
+  }
+}
+
+// The rows that a sample interpolates between, and what each counts.
 template <typename T>
-DYHEAD_INLINE Vector<Accumulator<T>> interpolate(const Sample<T>& sample, int64_t c) {
-  return sample.share[0] * load(sample.corner[0] + c) + sample.share[1] * load(sample.corner[1] + c) +
-         sample.share[2] * load(sample.corner[2] + c) + sample.share[3] * load(sample.corner[3] + c);
+struct Corners {
+  const T* row[4];
+  Accumulator<T> share[4];
+};
+
+template <typename T>
+DYHEAD_INLINE Corners<T> corners(const Sample<Accumulator<T>>& sample, const Channels<T>& from) {
+  Corners<T> result;
+  for (int i = 0; i < 4; ++i) {
+    result.row[i] = from.at(sample.cell.corner[i]);
+    result.share[i] = sample.share[i];
+  }
+  return result;
 }
 
 template <typename T>
-DYHEAD_INLINE Accumulator<T> interpolate_one(const Sample<T>& sample, int64_t c) {
-  return sample.share[0] * single(sample.corner[0][c]) + sample.share[1] * single(sample.corner[1][c]) +
-         sample.share[2] * single(sample.corner[2][c]) + sample.share[3] * single(sample.corner[3][c]);
+DYHEAD_INLINE Vector<Accumulator<T>> interpolate(const Corners<T>& s, int64_t c) {
+  return s.share[0] * load(s.row[0] + c) + s.share[1] * load(s.row[1] + c) + s.share[2] * load(s.row[2] + c) +
+         s.share[3] * load(s.row[3] + c);
 }
 
 template <typename T>
-DYHEAD_TARGET void sample(const Sample<T>* samples, int64_t count, int64_t channel, int64_t width,
+DYHEAD_INLINE Accumulator<T> interpolate_one(const Corners<T>& s, int64_t c) {
+  return s.share[0] * single(s.row[0][c]) + s.share[1] * single(s.row[1][c]) + s.share[2] * single(s.row[2][c]) +
+         s.share[3] * single(s.row[3][c]);
+}
+
+// Samples so far ahead are fetched into the first-level cache: the processor itself looks less far.
+constexpr int64_t kAhead = 2;
+
+template <typename T>
+DYHEAD_INLINE void prefetch(const T* const row[4], int64_t c) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) __builtin_prefetch(row[i] + c);
+}
+
+template <typename T>
+DYHEAD_TARGET void sample(const Sample<Accumulator<T>>* samples, int64_t count, const Channels<T>& from, int64_t width,
                           Accumulator<T>* panel, int64_t stride) {
   using A = Accumulator<T>;
   for (int64_t p = 0; p < count; ++p, panel += stride) {
-    const Sample<T> s = samples[p];
+    const Corners<T> s = corners(samples[p], from), next = corners(samples[std::min(p + kAhead, count - 1)], from);
     int64_t c = 0;
-    for (; c + kLanes<A> <= width; c += kLanes<A>) store(panel + c, interpolate(s, channel + c));
-    for (; c < width; ++c) panel[c] = interpolate_one(s, channel + c);
+    for (; c + kLanes<A> <= width; c += kLanes<A>) {
+      prefetch(next.row, c);
+      store(panel + c, interpolate(s, c));
+    }
+    for (; c < width; ++c) panel[c] = interpolate_one(s, c);
   }
 }
 
@@ -151,39 +195,41 @@ DYHEAD_INLINE BFloat16 rounded(float value) {
 
 // The even ones of channels c, c + 1, ... are the upper halves of words that have been shifted up, the odd ones those
 // of words as they are.
-DYHEAD_TARGET void sample(const Sample<BFloat16>* samples, int64_t count, int64_t channel, int64_t width,
+DYHEAD_TARGET void sample(const Sample<float>* samples, int64_t count, const Channels<BFloat16>& from, int64_t width,
                           BFloat16* panel, int64_t stride) {
   constexpr int64_t kStep = 2 * kLanes<float>;
   for (int64_t p = 0; p < count; ++p, panel += stride) {
-    const Sample<BFloat16> s = samples[p];
+    const Corners<BFloat16> s = corners(samples[p], from);
+    const Corners<BFloat16> next = corners(samples[std::min(p + kAhead, count - 1)], from);
     int64_t c = 0;
     for (; c + kStep <= width; c += kStep) {
+      prefetch(next.row, c);
       Vector<float> even = {}, odd = {};
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         Bits both;
-        std::memcpy(&both, s.corner[i] + channel + c, sizeof(both));
+        std::memcpy(&both, s.row[i] + c, sizeof(both));
         even += s.share[i] * (Vector<float>)(both << 16);
         odd += s.share[i] * (Vector<float>)(both & 0xffff0000);
       }
       store_pairs(panel + c, even, odd);
     }
-    for (; c < width; ++c) panel[c] = rounded(interpolate_one(s, channel + c));
+    for (; c < width; ++c) panel[c] = rounded(interpolate_one(s, c));
   }
 }
 
-DYHEAD_TARGET void sample_units(const Sample<BFloat16>* samples, int64_t count, int64_t channel, int64_t width,
-                                BFloat16* panel, int64_t stride) {
+DYHEAD_TARGET void sample_units(const Sample<float>* samples, int64_t count, const Channels<BFloat16>& from,
+                                int64_t width, BFloat16* panel, int64_t stride) {
   for (int64_t p = 0; p < count; p += 2, panel += stride) {
     const bool pair = p + 1 < count;
-    const Sample<BFloat16> s0 = samples[p], s1 = samples[pair ? p + 1 : p];
+    const Corners<BFloat16> s0 = corners(samples[p], from), s1 = corners(samples[pair ? p + 1 : p], from);
     int64_t c = 0;
     for (; c + kLanes<float> <= width; c += kLanes<float>) {
-      store_pairs(panel + 2 * c, interpolate(s0, channel + c), pair ? interpolate(s1, channel + c) : Vector<float>{});
+      store_pairs(panel + 2 * c, interpolate(s0, c), pair ? interpolate(s1, c) : Vector<float>{});
     }
     for (; c < width; ++c) {
-      panel[2 * c] = rounded(interpolate_one(s0, channel + c));
-      panel[2 * c + 1] = rounded(pair ? interpolate_one(s1, channel + c) : 0.0f);
+      panel[2 * c] = rounded(interpolate_one(s0, c));
+      panel[2 * c + 1] = rounded(pair ? interpolate_one(s1, c) : 0.0f);
     }
   }
 }
@@ -263,25 +309,31 @@ DYHEAD_INLINE A sum(Vector<A> value) {
 
 // One sample with all corners inside the map, or, with kCorners = 1, one corner.
 template <typename T, int kCorners, bool kDots, bool kGradient>
-DYHEAD_INLINE void scatter_corners(int64_t width, const Accumulator<T>* panel, const int64_t* corner,
-                                   const Accumulator<T>* share, const T* features, Accumulator<T>* dots,
+DYHEAD_INLINE void scatter_corners(const int64_t* corner, const Accumulator<T>* share, const Channels<T>& from,
+                                   int64_t width, const Accumulator<T>* panel, Accumulator<T>* dots,
                                    Accumulator<T>* gradient) {
   using A = Accumulator<T>;
+  const T* features[kCorners];
+  A* sums[kCorners];
+  for (int i = 0; i < kCorners; ++i) {
+    features[i] = from.data + corner[i] * from.stride;
+    if constexpr (kGradient) sums[i] = gradient + corner[i] * from.stride;
+  }
   Vector<A> total[kCorners] = {};
   int64_t c = 0;
   for (; c + kLanes<A> <= width; c += kLanes<A>) {
     const Vector<A> g = load(panel + c);
 #pragma GCC unroll 4
     for (int i = 0; i < kCorners; ++i) {
-      if constexpr (kDots) total[i] += g * load(features + corner[i] + c);
-      if constexpr (kGradient) store(gradient + corner[i] + c, load(gradient + corner[i] + c) + share[i] * g);
+      if constexpr (kDots) total[i] += g * load(features[i] + c);
+      if constexpr (kGradient) store(sums[i] + c, load(sums[i] + c) + share[i] * g);
     }
   }
   A rest[kCorners] = {};
   for (; c < width; ++c) {
     for (int i = 0; i < kCorners; ++i) {
-      if constexpr (kDots) rest[i] += panel[c] * single(features[corner[i] + c]);
-      if constexpr (kGradient) gradient[corner[i] + c] += share[i] * panel[c];
+      if constexpr (kDots) rest[i] += panel[c] * single(features[i][c]);
+      if constexpr (kGradient) sums[i][c] += share[i] * panel[c];
     }
   }
   if constexpr (kDots) {
@@ -290,33 +342,34 @@ DYHEAD_INLINE void scatter_corners(int64_t width, const Accumulator<T>* panel, c
 }
 
 template <typename T, bool kDots, bool kGradient>
-DYHEAD_INLINE void scatter_all(const SampleGradient<Accumulator<T>>* samples, int64_t count, int64_t width,
-                               const Accumulator<T>* panel, int64_t stride, const T* features, Accumulator<T>* dots,
+DYHEAD_INLINE void scatter_all(const Sample<Accumulator<T>>* samples, int64_t count, const Channels<T>& from,
+                               int64_t width, const Accumulator<T>* panel, int64_t stride, Accumulator<T>* dots,
                                Accumulator<T>* gradient) {
   for (int64_t p = 0; p < count; ++p, panel += stride, dots += kDots ? 4 : 0) {
-    const SampleGradient<Accumulator<T>>& s = samples[p];
-    if (s.corner[0] >= 0 && s.corner[3] >= 0) {
-      scatter_corners<T, 4, kDots, kGradient>(width, panel, s.corner, s.share, features, dots, gradient);
+    const Sample<Accumulator<T>>& s = samples[p];
+    const int64_t* const corner = s.cell.corner;
+    if (corner[0] >= 0 && corner[3] >= 0) {
+      scatter_corners<T, 4, kDots, kGradient>(corner, s.share, from, width, panel, dots, gradient);
       continue;
     }
     for (int i = 0; i < 4; ++i) {
-      if (s.corner[i] < 0) continue;
-      scatter_corners<T, 1, kDots, kGradient>(width, panel, s.corner + i, s.share + i, features,
-                                              kDots ? dots + i : nullptr, gradient);
+      if (corner[i] < 0) continue;
+      scatter_corners<T, 1, kDots, kGradient>(corner + i, s.share + i, from, width, panel, kDots ? dots + i : nullptr,
+                                              gradient);
     }
   }
 }
 
 template <typename T>
-DYHEAD_TARGET void scatter(const SampleGradient<Accumulator<T>>* samples, int64_t count, int64_t width,
-                           const Accumulator<T>* panel, int64_t stride, const T* features, Accumulator<T>* dots,
+DYHEAD_TARGET void scatter(const Sample<Accumulator<T>>* samples, int64_t count, const Channels<T>& from, int64_t width,
+                           const Accumulator<T>* panel, int64_t stride, Accumulator<T>* dots,
                            Accumulator<T>* gradient) {
   if (dots != nullptr && gradient != nullptr) {
-    scatter_all<T, true, true>(samples, count, width, panel, stride, features, dots, gradient);
+    scatter_all<T, true, true>(samples, count, from, width, panel, stride, dots, gradient);
   } else if (dots != nullptr) {
-    scatter_all<T, true, false>(samples, count, width, panel, stride, features, dots, gradient);
+    scatter_all<T, true, false>(samples, count, from, width, panel, stride, dots, gradient);
   } else if (gradient != nullptr) {
-    scatter_all<T, false, true>(samples, count, width, panel, stride, features, dots, gradient);
+    scatter_all<T, false, true>(samples, count, from, width, panel, stride, dots, gradient);
   }
 }
 
@@ -325,7 +378,7 @@ DYHEAD_TARGET void scatter(const SampleGradient<Accumulator<T>>* samples, int64_
 #if defined(DYHEAD_PAIRS)
 
 const Kernels<BFloat16, BFloat16>& kernels() {
-  static constexpr Kernels<BFloat16, BFloat16> table{kRowStep,     2 * kLanes<float>,        sample,
+  static constexpr Kernels<BFloat16, BFloat16> table{kRowStep,     2 * kLanes<float>,        locate<float>,    sample,
                                                      sample_units, product<BFloat16, float>, scatter<BFloat16>};
   return table;
 }
@@ -335,7 +388,8 @@ const Kernels<BFloat16, BFloat16>& kernels() {
 template <typename T>
 const Kernels<T, Accumulator<T>>& kernels() {
   using A = Accumulator<T>;
-  static constexpr Kernels<T, A> table{kRowStep, 2 * kLanes<A>, sample<T>, sample<T>, product<A, A>, scatter<T>};
+  static constexpr Kernels<T, A> table{kRowStep,  2 * kLanes<A>, locate<A>, sample<T>,
+                                       sample<T>, product<A, A>, scatter<T>};
   return table;
 }
 
