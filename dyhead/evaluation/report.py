@@ -110,9 +110,14 @@ def _jsonable(value: Any) -> Any:
 
 
 def _cpu_name() -> str:
+    """The processor's name, with the numbers that tell its generation: a virtual machine may name many alike."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            lines = [line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line]
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        lines = []
+    facts = {key.strip(): value.strip() for key, value in lines}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= facts.keys():
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
