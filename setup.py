@@ -97,8 +97,8 @@ def cuda_runtime(folders: list[str]) -> str:
 
 
 def cuda_kernels() -> list[str]:
-    """The CUDA sources of the operator. build_probe.cu is none: it only tells whether the toolkit works."""
-    return sorted(set(glob.glob("csrc/cuda/*.cu")) - {"csrc/cuda/build_probe.cu"})
+    """The CUDA sources of the operator."""
+    return sorted(glob.glob("csrc/cuda/*.cu"))
 
 
 def with_cuda() -> bool:
@@ -136,7 +136,7 @@ class CompileCuda(Build):
         """Replaces the extensions and the folder to build into."""
         if CUDA_HOME is None:
             sys.exit("compile_cuda: expected an nvcc on PATH or CUDA_HOME, found neither")
-        self.distribution.ext_modules = [cuda_extension(sorted(glob.glob("csrc/cuda/*.cu")))]
+        self.distribution.ext_modules = [cuda_extension(cuda_kernels())]
         self.build_lib, self.build_temp, self.inplace = "build/cuda", "build/cuda/objects", False
         super().finalize_options()
 

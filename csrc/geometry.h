@@ -85,4 +85,37 @@ DYHEAD_HOST_DEVICE T derivative_x(const Cell<T>& cell, const T value[4]) {
   return (1 - cell.down) * (value[1] - value[0]) + cell.down * (value[3] - value[2]);
 }
 
+// Gradients of what one sample is made of, from the products of the output's gradient with its four corner values.
+template <typename T>
+struct SampleGradients {
+  T dy, dx, mask, level_weight;
+};
+
+template <typename T>
+DYHEAD_HOST_DEVICE SampleGradients<T> sample_gradients(const Cell<T>& cell, const T product[4], T mask, T level_weight,
+                                                       T shift_y, T shift_x) {
+  T share[4];
+  corner_shares(cell, share);
+  const T value = share[0] * product[0] + share[1] * product[1] + share[2] * product[2] + share[3] * product[3];
+  const T factor = mask * level_weight;
+  return {factor * shift_y * derivative_y(cell, product), factor * shift_x * derivative_x(cell, product),
+          level_weight * value, mask * value};
+}
+
+// Where the plane of a tap begins in a mask (N, G*K, H, W). In an offset, dy's begins at twice that, dx's follows.
+DYHEAD_HOST_DEVICE int64_t plane(int64_t n, int64_t offset_groups, int64_t offset_group, int64_t taps, int64_t tap,
+                                 int64_t pixels) {
+  return ((n * offset_groups + offset_group) * taps + tap) * pixels;
+}
+
+// The end of the longest run of channels from `begin` on, at most up to `limit`, that one convolution group and one
+// offset group share; both are given by their number of channels.
+template <typename Integer>
+DYHEAD_HOST_DEVICE Integer run_end(Integer begin, Integer limit, Integer group_channels, Integer offset_channels) {
+  const Integer group_left = group_channels - begin % group_channels;
+  const Integer offset_left = offset_channels - begin % offset_channels;
+  const Integer left = group_left < offset_left ? group_left : offset_left;
+  return left < limit - begin ? begin + left : limit;
+}
+
 }  // namespace dyhead

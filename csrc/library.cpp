@@ -1,29 +1,13 @@
-// The operators' schemas, and the Python module that loads them and says what was built.
+// Defines the operators; the Python module that loads them and says what was built.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
 #include "cpu/path.h"
+#include "schemas.h"
 
-// dyhead/ops/functional.py documents the arguments. `scales` left out mean H_l / H: computed inside, because a list of
-// floats from Python would make torch.compile specialise on every size.
-STABLE_TORCH_LIBRARY(dyhead, library) {
-  library.def(
-      "pyramid_deform_conv2d(Tensor[] features, Tensor offset, Tensor? mask, Tensor weight, Tensor? bias, "
-      "Tensor? level_weight, bool aligned, float[]? scales, int[] stride, int[] padding, int[] dilation) -> Tensor");
-  library.def(
-      "_pyramid_deform_conv2d_backward(Tensor grad, Tensor[] features, Tensor offset, Tensor? mask, Tensor weight, "
-      "Tensor? bias, Tensor? level_weight, bool aligned, float[]? scales, int[] stride, int[] padding, int[] dilation, "
-      "bool[] needs_grad) -> (Tensor[] features, Tensor offset, Tensor mask, Tensor weight, Tensor bias, "
-      "Tensor level_weight)");
-  // dyhead/ops/channelwise.py documents these.
-  library.def("channel_statistics(Tensor x) -> Tensor");
-  library.def("affine_maximum(Tensor[] xs, Tensor slopes, Tensor intercepts) -> Tensor");
-  library.def(
-      "_affine_maximum_backward(Tensor grad, Tensor[] xs, Tensor slopes, Tensor intercepts) -> "
-      "(Tensor[] xs, Tensor slopes, Tensor intercepts)");
-}
+STABLE_TORCH_LIBRARY(dyhead, library) { dyhead::define_operators(library); }
 
 namespace {
 

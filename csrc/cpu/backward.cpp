@@ -10,8 +10,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
+#include "../gradients.h"
 #include "inputs.h"
 
 namespace dyhead::cpu {
@@ -156,42 +155,19 @@ struct ScatterWeights {
   Buffer<P> packed;
 };
 
-// Which gradients are asked for.
-struct Needs {
-  bool features, offset, mask, weight, bias, level_weight;
-  bool positions() const { return offset || mask || level_weight; }
-};
-
-struct Gradients {
-  std::vector<Tensor> features;
-  Tensor offset, mask, weight, bias, level_weight;
-};
-
 // Gradients of features, offset, mask and level weight.
 template <typename T, typename P>
-void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient, const Needs& needs,
-                  const Kernels<T, P>& kernel, Gradients& gradients) {
+void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient, const Kernels<T, P>& kernel,
+                  Gradients& gradients) {
   using A = Accumulator<T>;
+  const Needs& needs = gradients.needs;
   const Problem& problem = inputs.problem;
   const int64_t levels = static_cast<int64_t>(problem.levels.size());
   const int64_t taps = problem.taps(), pixels = problem.pixels();
-  const ScalarType positions_dtype = accumulation_dtype(problem.dtype);
 
-  // The features' gradients are summed in the accumulation type with channels last: in the result where it is so.
-  std::vector<Tensor> sums;
+  const std::vector<Tensor> sums = gradients.feature_sums(problem);
   std::vector<A*> feature_sums;
-  if (needs.features) {
-    for (int64_t level = 0; level < levels; ++level) {
-      const Tensor& result = gradients.features[level];
-      const bool direct = problem.dtype == positions_dtype && has_channels_last_strides(result);
-      sums.push_back(direct ? result
-                            : new_tensor(result,
-                                         {problem.batch, problem.channels, problem.levels[level].height,
-                                          problem.levels[level].width},
-                                         positions_dtype, true));
-      feature_sums.push_back(static_cast<A*>(sums.back().mutable_data_ptr()));
-    }
-  }
+  for (const Tensor& sum : sums) feature_sums.push_back(static_cast<A*>(sum.mutable_data_ptr()));
 
   const std::vector<ChannelBlock> all = channel_blocks(problem, kernel.columns);
   const ScatterWeights<T, P> weights(inputs, all, kernel.columns);
@@ -272,20 +248,17 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
 
           const int64_t at = inputs.plane(n, g, tap);
           for (int64_t p = 0; p < count; ++p) {
-            const Cell<A>& cell = samples[p].cell;
-            const A mask = samples[p].mask, *values = dots + 4 * p;
-            A share[4];
-            corner_shares(cell, share);
-            const A value = share[0] * values[0] + share[1] * values[1] + share[2] * values[2] + share[3] * values[3];
+            const auto [dy, dx, mask, level_weight] =
+                sample_gradients(samples[p].cell, dots + 4 * p, samples[p].mask, factor, step_y, step_x);
             // Levels add up; the first one sets.
             const auto add = [&](A* to, A more) { *to = level == 0 ? more : *to + more; };
             if (needs.offset) {
               A* to = offset_planes[own] + 2 * at + list[p].index;
-              add(to, mask * factor * step_y * derivative_y(cell, values));
-              add(to + pixels, mask * factor * step_x * derivative_x(cell, values));
+              add(to, dy);
+              add(to + pixels, dx);
             }
-            if (needs.mask) add(mask_planes[own] + at + list[p].index, factor * value);
-            level_sum += static_cast<double>(mask * value);
+            if (needs.mask) add(mask_planes[own] + at + list[p].index, mask);
+            level_sum += static_cast<double>(level_weight);
           }
         }
       }
@@ -312,13 +285,7 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
       result[i] = static_cast<A>(total);
     }
   }
-  if (needs.features) {
-    for (int64_t level = 0; level < levels; ++level) {
-      if (sums[level].get() != gradients.features[level].get()) {
-        torch::stable::copy_(gradients.features[level], sums[level]);
-      }
-    }
-  }
+  gradients.finish(sums);
 }
 
 // The gradient of the weight.
@@ -415,59 +382,31 @@ void bias_pass(const Problem& problem, const OutputGradient<T, P>& gradient, Ten
 }
 
 template <typename T, typename P>
-void backward(const Tensor& gradient, const Arguments& arguments, const Problem& problem, const Needs& needs,
-              Gradients& gradients) {
+void backward(const Tensor& gradient, const Arguments& arguments, const Problem& problem, Gradients& gradients) {
+  const Needs& needs = gradients.needs;
   const Kernels<T, P>& kernel = kernels<T, P>();
   const Inputs<T> inputs(arguments, problem);
   const OutputGradient<T, P> packed(problem, inputs.order, gradient, kernel);
-  if (needs.features || needs.positions()) scatter_pass<T, P>(inputs, packed, needs, kernel, gradients);
+  if (needs.features || needs.positions()) scatter_pass<T, P>(inputs, packed, kernel, gradients);
   if (needs.weight) weights_pass<T, P>(inputs, packed, kernel, gradients.weight);
   if (needs.bias) bias_pass<T, P>(problem, packed, gradients.bias);
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> pyramid_deform_conv2d_backward(
-    Tensor grad, std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
-    std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
-    std::optional<std::vector<double>> scales, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, std::vector<bool> needs_grad) {
+GradientTuple pyramid_deform_conv2d_backward(Tensor grad, std::vector<Tensor> features, Tensor offset,
+                                             std::optional<Tensor> mask, Tensor weight, std::optional<Tensor> bias,
+                                             std::optional<Tensor> level_weight, bool aligned,
+                                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
+                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                             std::vector<bool> needs_grad, bool /*allow_tf32*/,
+                                             bool /*deterministic*/) {
   const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
                             aligned,  scales, stride, padding, dilation};
   const Problem problem = check_arguments(arguments);
-  check_gradient(grad, arguments, problem);
-  if (needs_grad.size() != 6) {
-    detail::fail("needs_grad", "6 values", std::to_string(needs_grad.size()));
-  }
-  const Needs needs{needs_grad[0],
-                    needs_grad[1],
-                    needs_grad[2] && mask.has_value(),
-                    needs_grad[3],
-                    needs_grad[4] && bias.has_value(),
-                    needs_grad[5] && level_weight.has_value()};
-
-  // A gradient that nobody asked for is an empty tensor.
-  const ScalarType positions = accumulation_dtype(problem.dtype);
-  const auto allocate = [&](bool needed, const std::optional<Tensor>& like, ScalarType dtype) {
-    std::vector<int64_t> sizes{0};
-    if (needed) sizes.assign(like->sizes().begin(), like->sizes().end());
-    return new_tensor(grad, sizes, dtype, false);
-  };
-  Gradients gradients{{},
-                      allocate(needs.offset, offset, positions),
-                      allocate(needs.mask, mask, positions),
-                      allocate(needs.weight, weight, problem.dtype),
-                      allocate(needs.bias, bias, problem.dtype),
-                      allocate(needs.level_weight, level_weight, positions)};
-  if (needs.features) {
-    for (const Tensor& feature : features) {
-      const std::vector<int64_t> sizes(feature.sizes().begin(), feature.sizes().end());
-      gradients.features.push_back(new_tensor(feature, sizes, problem.dtype, is_channels_last(feature)));
-    }
-  }
+  Gradients gradients(grad, arguments, problem, needs_grad);
   dispatch(problem.dtype, [&](auto value, auto operand) {
-    backward<decltype(value), decltype(operand)>(grad, arguments, problem, needs, gradients);
+    backward<decltype(value), decltype(operand)>(grad, arguments, problem, gradients);
   });
-  return {gradients.features, gradients.offset, gradients.mask,
-          gradients.weight,   gradients.bias,   gradients.level_weight};
+  return gradients.tuple();
 }
 
 }  // namespace

@@ -169,7 +169,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
 Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
                              std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
                              std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
-                             std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+                             std::vector<int64_t> padding, std::vector<int64_t> dilation, bool /*allow_tf32*/) {
   const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
                             aligned,  scales, stride, padding, dilation};
   const Problem problem = check_arguments(arguments);

@@ -15,8 +15,6 @@
 
 namespace dyhead::cpu {
 
-using torch::headeronly::MemoryFormat;
-
 constexpr int64_t kTile = 144;  // output pixels of a tile, a multiple of every Kernels::rows
 
 // Vector instructions of the product of `rows` samples of `channels` channels with the weights of `taps` taps.
@@ -39,19 +37,6 @@ const Kernels<T, P>& kernels() {
 #else
   return default_path::kernels<T>();
 #endif
-}
-
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline Tensor as_channels_last(const Tensor& tensor) {
-  return has_channels_last_strides(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
-}
-
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // The order in which tiles take up the pixels of the output: strips of columns from left to right, each of them row by
@@ -93,9 +78,8 @@ inline std::vector<Segment> segments(const Problem& problem, int64_t begin, int6
   const int64_t size = problem.group_channels(), offset_size = problem.channels / problem.offset_groups;
   std::vector<Segment> result;
   while (begin < end) {
-    const int64_t group = begin / size, offset_group = begin / offset_size;
-    const int64_t stop = std::min({end, (group + 1) * size, (offset_group + 1) * offset_size});
-    result.push_back({begin, stop - begin, group, offset_group});
+    const int64_t stop = run_end(begin, end, size, offset_size);
+    result.push_back({begin, stop - begin, begin / size, begin / offset_size});
     begin = stop;
   }
   return result;
@@ -142,7 +126,7 @@ struct Inputs {
   }
   // Row (n, offset_group, tap) of the mask, or of a half of the offset: planes of H * W elements.
   int64_t plane(int64_t n, int64_t offset_group, int64_t tap) const {
-    return ((n * problem.offset_groups + offset_group) * problem.taps() + tap) * problem.pixels();
+    return dyhead::plane(n, problem.offset_groups, offset_group, problem.taps(), tap, problem.pixels());
   }
 
   Tap<A> tap(int64_t n, int64_t level, int64_t offset_group, int64_t tap) const {

@@ -101,8 +101,17 @@ def deform_conv2d(
 
 def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:
     if library.runs_on(features[0].device):
-        return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, *others)
+        return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, *others, _allow_tf32(features[0]))
     return _run_reference(features, offset, *others)
+
+
+def _allow_tf32(feature: Tensor) -> bool:
+    """Whether float32 products may be rounded to TF32 on a CUDA device: as PyTorch's convolutions may."""
+    if feature.device.type != "cuda":
+        return False
+    if torch.compiler.is_compiling():
+        return torch.backends.cudnn.allow_tf32  # the compiler cannot look into the newer setting
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _run_reference(features, offset, mask, weight, bias, level_weight, *geometry) -> Tensor:

@@ -12,6 +12,8 @@ from .checks import accumulation_dtype, check_arguments, check_maps
 from .reference import autocast_values
 
 FORWARD, BACKWARD = "dyhead::pyramid_deform_conv2d", "dyhead::_pyramid_deform_conv2d_backward"
+# Arguments that say where taps read: aligned, scales, stride, padding, dilation. Settings follow them.
+GEOMETRY = 5
 _library = torch.library.Library("dyhead", "FRAGMENT")
 
 
@@ -21,17 +23,17 @@ def _memory_format(like: Tensor) -> torch.memory_format:
 
 
 @torch.library.register_fake(FORWARD)
-def _fake(features, offset, mask, weight, bias, level_weight, *geometry):
-    check_arguments(features, offset, mask, weight, bias, level_weight, *geometry)
+def _fake(features, offset, mask, weight, bias, level_weight, *geometry, allow_tf32=False):
+    check_arguments(features, offset, mask, weight, bias, level_weight, *geometry[:GEOMETRY])
     first = features[0]
     size = (first.shape[0], weight.shape[1], offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=_memory_format(first))
 
 
 @torch.library.register_fake(BACKWARD)
-def _backward_fake(grad, features, offset, mask, weight, bias, level_weight, *geometry_and_needs):
-    *geometry, needs = geometry_and_needs
-    check_arguments(features, offset, mask, weight, bias, level_weight, *geometry)
+def _backward_fake(grad, features, offset, mask, weight, bias, level_weight, *others, **settings):
+    needs = others[GEOMETRY]
+    check_arguments(features, offset, mask, weight, bias, level_weight, *others[:GEOMETRY])
     first = features[0]
 
     def empty(needed, like):
@@ -50,7 +52,7 @@ def _backward_fake(grad, features, offset, mask, weight, bias, level_weight, *ge
 
 def _save(ctx, inputs, output):
     features, *tensors = inputs[:6]
-    ctx.levels, ctx.geometry = len(features), inputs[6:]
+    ctx.levels, ctx.geometry, ctx.settings = len(features), inputs[6 : 6 + GEOMETRY], inputs[6 + GEOMETRY :]
     ctx.save_for_backward(*features, *tensors)
 
 
@@ -58,9 +60,10 @@ def _differentiate(ctx, grad):
     saved = ctx.saved_tensors
     features, tensors = list(saved[: ctx.levels]), saved[ctx.levels :]
     needs = [any(ctx.needs_input_grad[0]), *ctx.needs_input_grad[1:6]]
-    grads = torch.ops.dyhead._pyramid_deform_conv2d_backward(grad, features, *tensors, *ctx.geometry, needs)
+    settings = (*ctx.settings, torch.are_deterministic_algorithms_enabled())
+    grads = torch.ops.dyhead._pyramid_deform_conv2d_backward(grad, features, *tensors, *ctx.geometry, needs, *settings)
     returned = [grad if needed else None for grad, needed in zip(grads[1:], needs[1:], strict=True)]
-    return (grads[0] if needs[0] else [None] * ctx.levels, *returned, *[None] * len(ctx.geometry))
+    return (grads[0] if needs[0] else [None] * ctx.levels, *returned, *[None] * len(ctx.geometry + ctx.settings))
 
 
 torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
@@ -100,7 +103,8 @@ def _flops(features, offset, mask, weight, *others, **unused) -> int:
 
 @register_flop_formula(torch.ops.dyhead._pyramid_deform_conv2d_backward)
 def _backward_flops(grad, features, offset, mask, weight, *others, **unused) -> int:
-    needs_features, needs_offset, needs_mask, needs_weight, _, needs_level_weight = others[-1]
+    # After weight come bias, level_weight and the geometry.
+    needs_features, needs_offset, needs_mask, needs_weight, _, needs_level_weight = others[2 + GEOMETRY]
     samples = needs_features or needs_offset or needs_mask or needs_level_weight
     return (bool(samples) + bool(needs_weight)) * _flops(features, offset, mask, weight)
 

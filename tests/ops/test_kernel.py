@@ -10,28 +10,9 @@ import torch
 
 from dyhead import _C
 from dyhead.ops.reference import pyramid_deform_conv
+from tests.ops.shapes import SHAPES
 
 operator = torch.ops.dyhead.pyramid_deform_conv2d
-
-SHAPES = [
-    {"channels": 1, "out_channels": 1, "size": (1, 1), "levels": ((1, 1),)},
-    {"channels": 3, "out_channels": 17, "size": (7, 11), "levels": ((14, 22), (7, 11), (4, 6), (2, 3))},
-    {"channels": 37, "out_channels": 65, "size": (7, 11), "levels": ((13, 21),), "mask": False},
-    {"channels": 130, "out_channels": 7, "size": (2, 3), "levels": ((2, 3), (1, 2)), "bias": False},
-    {
-        "channels": 66,
-        "out_channels": 34,
-        "groups": 2,
-        "size": (4, 5),
-        "levels": ((8, 10), (4, 5)),
-        "level_weight": False,
-    },
-    {"channels": 24, "out_channels": 8, "groups": 4, "offset_groups": 3, "size": (3, 50), "levels": ((3, 50),)},
-    {"channels": 12, "out_channels": 12, "groups": 12, "offset_groups": 2, "size": (5, 4), "levels": ((10, 8),)},
-    {"channels": 150, "out_channels": 3, "offset_groups": 1, "size": (11, 19), "levels": ((6, 10),), "batch": 3},
-    {"kernel": (2, 5), "dilation": (3, 1), "size": (6, 6), "levels": ((12, 12), (3, 3)), "scales": [1.7, 0.61]},
-    {"batch": 0},
-]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

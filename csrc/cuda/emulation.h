@@ -1,0 +1,134 @@
+// The intrinsics of intrinsics.h on the host, for tests without a GPU. A block's threads run as fibers, one at a time,
+// each as far as it can: up to the next synchronisation of the block, or up to an instruction that the whole warp
+// executes. Which warp goes first changes from one synchronisation to the next, so that a missing one shows in the
+// result. What a GPU would leave undefined is NaN here: shared memory before it is written, and the target of an
+// asynchronous copy until it was waited for. Misuse (a misaligned vector, threads that part ways before an instruction
+// of the warp, a synchronisation that some threads never reach) ends the launch with std::runtime_error.
+
+#pragma once
+
+#if defined(__CUDACC__)
+#error "emulation.h is for the host"
+#endif
+
+#include <cstring>
+#include <functional>
+
+#include "intrinsics.h"
+
+#define DYHEAD_DEVICE inline
+
+namespace dyhead::cuda {
+
+namespace emulation {
+
+// Runs `body` as every thread of `blocks` blocks.
+void run_blocks(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body);
+
+struct Place {
+  int thread;
+  int64_t block;
+  char* shared;
+};
+extern Place here;
+
+// Every lane of a warp calls this with the same `operation`; it is called once, by the last one, with what all lanes
+// passed.
+void collective(void (*operation)(void* const lanes[kWarp]), void* own);
+
+void copy_async(void* shared, const void* global, bool valid);
+void commit_copies();
+void wait_for_copies(int pending);
+void sync_block();
+void check_alignment(const void* pointer);
+
+void load_matrices(uint32_t (&result)[4], const void* row, bool transposed);
+void multiply_add_half(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1, bool bfloat16);
+void multiply_add_tf32(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1);
+
+}  // namespace emulation
+
+inline int thread_index() { return emulation::here.thread; }
+inline int64_t block_index() { return emulation::here.block; }
+inline char* shared_memory() { return emulation::here.shared; }
+inline void sync_block() { emulation::sync_block(); }
+
+inline Vector load_vector(const void* from) {
+  emulation::check_alignment(from);
+  Vector result;
+  std::memcpy(&result, from, sizeof(result));
+  return result;
+}
+inline void store_vector(void* to, const Vector& value) {
+  emulation::check_alignment(to);
+  std::memcpy(to, &value, sizeof(value));
+}
+
+inline void copy_async(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, valid); }
+inline void commit_copies() { emulation::commit_copies(); }
+template <int kPending>
+inline void wait_for_copies() {
+  emulation::wait_for_copies(kPending);
+}
+
+inline void load_matrices(uint32_t (&result)[4], const void* row) { emulation::load_matrices(result, row, false); }
+inline void load_matrices_transposed(uint32_t (&result)[4], const void* row) {
+  emulation::load_matrices(result, row, true);
+}
+
+inline void multiply_add(BFloat16, float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  emulation::multiply_add_half(sum, left, right0, right1, true);
+}
+inline void multiply_add(Half, float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  emulation::multiply_add_half(sum, left, right0, right1, false);
+}
+inline void multiply_add(float, float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  emulation::multiply_add_tf32(sum, left, right0, right1);
+}
+
+inline uint32_t round_to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
+  return (bits + 0x1000u) & ~0x1fffu;  // ties away from zero
+}
+
+template <typename T>
+inline uint32_t pack_pair(T, float first, float second) {
+  const T values[2] = {static_cast<T>(first), static_cast<T>(second)};
+  uint32_t result;
+  std::memcpy(&result, values, sizeof(result));
+  return result;
+}
+
+template <typename T>
+inline T shuffle_xor(T value, int mask) {
+  struct Lane {
+    T value, result;
+    int mask;
+  } own{value, value, mask};
+  emulation::collective(
+      [](void* const lanes[kWarp]) {
+        for (int i = 0; i < kWarp; ++i) {
+          Lane* const lane = static_cast<Lane*>(lanes[i]);
+          lane->result = static_cast<Lane*>(lanes[i ^ lane->mask])->value;
+        }
+      },
+      &own);
+  return own.result;
+}
+
+inline void atomic_add(float* to, const float (&value)[4]) {
+  emulation::check_alignment(to);
+  for (int i = 0; i < 4; ++i) to[i] += value[i];
+}
+inline void atomic_add(double* to, const double (&value)[2]) {
+  emulation::check_alignment(to);
+  for (int i = 0; i < 2; ++i) to[i] += value[i];
+}
+template <typename A>
+inline void atomic_add(A* to, A value) {
+  *to += value;
+}
+
+}  // namespace dyhead::cuda

@@ -1,0 +1,96 @@
+// How a kernel is launched: on the device and the current stream of the tensors at hand, checked; or, where the sources
+// are compiled for the host, run by the emulation.
+//
+// A kernel is a struct with kThreads, kMinBlocks (per multiprocessor, for the compiler), Params, and run(params), which
+// every thread executes.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "../arguments.h"
+#include "intrinsics.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#endif
+
+namespace dyhead::cuda {
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+#if defined(__CUDACC__)
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    run_kernel(const __grid_constant__ typename Kernel::Params params) {
+  Kernel::run(params);
+}
+
+// The device of a tensor, current until the end of the scope.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    const int index = tensor.get_device_index();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  }
+
+  int processors() const { return processors_; }
+  int shared_limit() const { return shared_limit_; }
+
+  template <typename Kernel>
+  void run(int64_t blocks, int shared_bytes, const typename Kernel::Params& params) const {
+    constexpr int without_asking = 48 << 10;
+    if (shared_bytes > without_asking) {
+      STD_CUDA_CHECK(
+          cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    }
+    run_kernel<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, static_cast<size_t>(shared_bytes),
+                         static_cast<cudaStream_t>(stream_)>>>(params);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+  int processors_ = 0, shared_limit_ = 0;
+};
+
+#else
+
+class Device {
+ public:
+  explicit Device(const Tensor&) {}
+
+  // Few, so that small tests have work for all of them and for more.
+  int processors() const { return 4; }
+  int shared_limit() const { return 227 << 10; }
+
+  template <typename Kernel>
+  void run(int64_t blocks, int shared_bytes, const typename Kernel::Params& params) const {
+    emulation::run_blocks(blocks, Kernel::kThreads, shared_bytes, [&] { Kernel::run(params); });
+  }
+};
+
+#endif
+
+template <typename Kernel>
+void launch(const Device& device, int64_t blocks, int shared_bytes, const typename Kernel::Params& params) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (blocks == 0) return;
+  if (blocks > most) detail::fail("features", "no more work than one launch takes", detail::text(blocks, " blocks"));
+  if (shared_bytes > device.shared_limit()) {
+    detail::fail("device", detail::text(shared_bytes, " bytes of shared memory a block"),
+                 std::to_string(device.shared_limit()));
+  }
+  device.run<Kernel>(blocks, shared_bytes, params);
+}
+
+}  // namespace dyhead::cuda

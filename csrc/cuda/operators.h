@@ -1,0 +1,25 @@
+// The CUDA operators, of the schemas in csrc/schemas.h.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../arguments.h"
+
+namespace dyhead::cuda {
+
+Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
+                             std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
+                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
+                             std::vector<int64_t> padding, std::vector<int64_t> dilation, bool allow_tf32);
+
+template <typename Library>
+void implement_operators(Library& library) {
+  library.impl("pyramid_deform_conv2d", TORCH_BOX(&pyramid_deform_conv2d));
+}
+
+}  // namespace dyhead::cuda
