@@ -21,7 +21,7 @@ template <typename T, bool kTensorCores, bool kVectors, int kColumns>
 struct Forward {
   using A = Accumulator<T>;
   using Multiply = Product<T, kTensorCores>;
-  static constexpr int kThreads = 256, kMinBlocks = 1;
+  static constexpr int kThreads = 256, kMinBlocks = kTensorCores && kVectors && kColumns == 128 ? 2 : 1;
   static constexpr int kPixels = 128, kStages = 3;
   static constexpr int kWarpRows = 64, kWarpColumns = kColumns / 4;  // 2 x 4 warps
   static_assert(kPixels * kChunks == kThreads * kSteps, "a thread gathers one vector a step");
@@ -94,8 +94,8 @@ struct Forward {
     const auto patch = Patch<kPixels>::at(maps, block_index() / columns);
     const int group = static_cast<int>(column / params.blocks), block = static_cast<int>(column % params.blocks);
     const int first = group * maps.group_channels();
-    const int spots_slices = maps.runs(first, first + maps.group_channels(), kRow<T>);
-    const int total = maps.levels * maps.taps() * spots_slices;
+    const int runs = maps.runs(first, first + maps.group_channels(), kRow<T>);
+    const int total = maps.levels * maps.taps() * runs;
     const char* const weights = params.weights + column * maps.levels * maps.taps() * params.runs * Pack::kTileBytes;
 
     for (int i = 0; i < kStages - 1; ++i) {
@@ -104,12 +104,20 @@ struct Forward {
     }
 
     const int pixel = thread < kPixels ? patch.pixel(maps, thread) : -1;
-    const auto read_spot = [&](const Spot& spot) {
-      return read_offset(maps, patch.n, spot.offset_group, spot.tap, pixel);
+    // The tables' owners, a pixel each. What a table is made of is read a spot ahead of it, and tables are made before
+    // a product, when few registers are taken.
+    const bool owner = thread < kPixels;
+    Spot spot{0, 0, first / maps.offset_channels()};  // that was read
+    Reading<A> reading{A(0), A(0), A(0)};
+    const auto read = [&] {
+      if (spot.level < maps.levels) reading = read_offset(maps, patch.n, spot.offset_group, spot.tap, pixel);
     };
-    const auto fill_table = [&](const Spot& spot, const Reading<A>& reading, Table<A, kPixels>& table) {
+    const auto fill_table = [&](Table<A, kPixels>& table) {
+      if (spot.level == maps.levels) return;
       table.set(thread, locate_sample(maps, spot.level, spot.tap, pixel, reading),
                 reading.mask * maps.level_factor(patch.n, spot.level));
+      spot.next(maps, group);
+      read();
     };
     const int chunk = thread % kChunks;
     Gather<T, kTensorCores, kVectors> gather;
@@ -126,11 +134,12 @@ struct Forward {
 
     // Tables of the first two spots, and the first slice's samples.
     Slice slice = Slice::first(maps, group);
-    Spot spot{0, 0, slice.begin / maps.offset_channels()};  // the latest that has a table
-    int current = 0;                                        // the table of `slice`
-    if (thread < kPixels) fill_table(spot, read_spot(spot), shared.table[0]);
-    spot.next(maps, group);
-    if (thread < kPixels && spot.level < maps.levels) fill_table(spot, read_spot(spot), shared.table[1]);
+    int current = 0;  // the table of `slice`
+    if (owner) {
+      read();
+      fill_table(shared.table[0]);
+      fill_table(shared.table[1]);
+    }
     sync_block();
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
@@ -152,18 +161,14 @@ struct Forward {
       commit_copies();
 
       const bool more = s + 1 < total;
-      bool moved = false;
-      Reading<A> reading{A(0), A(0), A(0)};
       if (more) {
         const Slice last = slice;
         slice.next(maps, group);
-        moved = slice.level != last.level || slice.tap != last.tap ||
-                slice.begin / maps.offset_channels() != last.begin / maps.offset_channels();
-        if (moved) {
+        if (slice.level != last.level || slice.tap != last.tap ||
+            slice.begin / maps.offset_channels() != last.begin / maps.offset_channels()) {
+          // The table before was last read before this synchronisation; the one in its place is read after the next.
+          if (owner) fill_table(shared.table[current]);
           current ^= 1;
-          spot.next(maps, group);
-          moved = spot.level < maps.levels;
-          if (moved && thread < kPixels) reading = read_spot(spot);
         }
       }
       const char* const samples = shared.samples[s % 2];
@@ -173,8 +178,6 @@ struct Forward {
         Multiply::add_rows(samples, warp_row, shared.weights[stage], warp_column, step, sums);
         if (more) store(shared.table[current], step, shared.samples[(s + 1) % 2]);
       }
-      // The other table was last read before this slice's synchronisation, and is read after the next one.
-      if (moved && thread < kPixels) fill_table(spot, reading, shared.table[current ^ 1]);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 

@@ -5,10 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
-#include "../arguments.h"
+#include "../gradients.h"
 
 namespace dyhead::cuda {
 
@@ -17,9 +16,17 @@ Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::o
                              std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
                              std::vector<int64_t> padding, std::vector<int64_t> dilation, bool allow_tf32);
 
+GradientTuple pyramid_deform_conv2d_backward(Tensor grad, std::vector<Tensor> features, Tensor offset,
+                                             std::optional<Tensor> mask, Tensor weight, std::optional<Tensor> bias,
+                                             std::optional<Tensor> level_weight, bool aligned,
+                                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
+                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                             std::vector<bool> needs_grad, bool allow_tf32, bool deterministic);
+
 template <typename Library>
 void implement_operators(Library& library) {
   library.impl("pyramid_deform_conv2d", TORCH_BOX(&pyramid_deform_conv2d));
+  library.impl("_pyramid_deform_conv2d_backward", TORCH_BOX(&pyramid_deform_conv2d_backward));
 }
 
 }  // namespace dyhead::cuda

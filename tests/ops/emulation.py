@@ -1,4 +1,4 @@
-"""Builds the CUDA operators for the host: torch.ops.dyhead_emulated, on CPU tensors, without a GPU or a CUDA toolkit."""
+"""Builds the CUDA operators for the host: torch.ops.dyhead_emulated, on CPU tensors, without a GPU or CUDA toolkit."""
 
 import os
 import shlex

@@ -1,5 +1,7 @@
 """The CUDA kernels against the reference: on a GPU, and the same kernel bodies emulated on the CPU."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -28,32 +30,153 @@ def precision_fixture(request):
     return request.param
 
 
-def absolute(case):
-    """A case of absolute values: its result and gradients are sums of all terms without their signs."""
-    result = case.map(torch.Tensor.double)
-    result.features = [feature.detach().abs().requires_grad_() for feature in result.features]
-    result.weight, result.grad = result.weight.detach().abs().requires_grad_(), result.grad.abs()
-    if result.bias is not None:
-        result.bias = result.bias.detach().abs().requires_grad_()
-    return result
+def names(case):
+    """What the gradients of `Machine.backward` are of."""
+    others = ("offset", "mask", "weight", "bias", "level_weight")
+    given = [name for name in others if getattr(case, name) is not None]
+    return [*(f"features[{level}]" for level in range(len(case.features))), *given]
 
 
-def check(got, exact, terms, unit, name):
-    """Both operands and the result are rounded once: at most 2 * unit of every term, and the result's own rounding."""
-    own = torch.finfo(got.dtype).eps
-    bound = (2.1 * unit + 4 * own) * terms + 0.51 * own * exact.abs() + 1e-30
-    if got.dtype in (torch.float32, torch.float64):
-        bound = bound + 60 * own * terms  # sums in another order
-    error = (got.double() - exact).abs()
-    assert (error <= bound).all(), f"{name}: {(error / bound).max().item():.2f} times the bound"
+def check(got, exact, precision, name):
+    """Operands of products are rounded once each, and so is what is returned; sums are float32 or float64."""
+    assert got.shape == exact.shape, name
+    sums = 1e-13 if got.dtype == torch.float64 else 1e-5
+    if got.numel():
+        error = ((got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3)).item()
+        assert error <= 4 * UNIT[precision] + sums, f"{name}: {error:.1e}"
+
+
+def check_case(case, place, precision, *, deterministic=False):
+    """The result and all gradients are the reference's in float64."""
+    dtype, allow_tf32 = PRECISIONS[precision]
+    exact, exact_grads = case.map(torch.Tensor.double).run(pyramid_deform_conv)
+    result = place.forward(case, allow_tf32=allow_tf32)
+    assert result.dtype == dtype
+    check(result, exact.detach(), precision, "result")
+    grads = place.backward(case, allow_tf32=allow_tf32, deterministic=deterministic)
+    for name, tensor, grad, best in zip(names(case), case.tensors(), grads, exact_grads, strict=True):
+        assert grad.dtype == tensor.dtype, name
+        check(grad, best, precision, name)
 
 
 @pytest.mark.parametrize("options", [*SHAPES, *CUDA_SHAPES], ids=str)
-def test_result_is_the_references(options, precision, place, make_case):
+def test_result_and_gradients_are_the_references(options, precision, place, make_case):
+    check_case(make_case(**options, dtype=PRECISIONS[precision][0]), place, precision)
+
+
+@pytest.mark.parametrize("options", [*SHAPES[1:7], CUDA_SHAPES[1]], ids=str)
+def test_deterministic_gradients_are_the_references(options, precision, place, make_case):
+    check_case(make_case(**options, dtype=PRECISIONS[precision][0]), place, precision, deterministic=True)
+
+
+@pytest.mark.parametrize("channels", [6, 16], ids=["scalar", "vector"])
+def test_geometry_of_a_convolution(channels, precision, place, make_case):
+    # 9 x 12, padded by (1, 2), kernel (3, 2) dilated by (2, 1), stride (2, 3): 4 x 5.
+    dtype = PRECISIONS[precision][0]
+    case = make_case(channels=channels, kernel=(3, 2), size=(4, 5), levels=((9, 12),), level_weight=False, dtype=dtype)
+    case.geometry = (False, None, [2, 3], [1, 2], [2, 1])
+    check_case(case, place, precision)
+
+
+@pytest.mark.parametrize("channels", [6, 16], ids=["scalar", "vector"])
+def test_channels_last_in_channels_last_out(channels, precision, place, make_case):
     dtype, allow_tf32 = PRECISIONS[precision]
-    case = make_case(**options, dtype=dtype)
-    got = place.forward(case, allow_tf32=allow_tf32)
+    case = make_case(channels=channels, out_channels=24, dtype=dtype, size=(9, 17), levels=((9, 17), (5, 9)))
+    last = case.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    results = [place.forward(c, allow_tf32=allow_tf32) for c in (case, last)]
+    grads = [place.backward(c, allow_tf32=allow_tf32, deterministic=True) for c in (case, last)]
+    assert results[0].is_contiguous()
+    assert results[1].is_contiguous(memory_format=torch.channels_last)
+    assert all(grad.is_contiguous() for grad in grads[0])
+    assert all(grad.is_contiguous(memory_format=torch.channels_last) for grad in grads[1][:2])
+    torch.testing.assert_close([results[0], *grads[0]], [results[1], *grads[1]], rtol=0, atol=0)
+
+
+def test_vectors_off_their_boundary_are_read_one_by_one(precision, place, make_case):
+    dtype, allow_tf32 = PRECISIONS[precision]
+    case = make_case(channels=16, levels=((6, 5),), size=(6, 5), dtype=dtype)
+
+    def shift(tensor):
+        if tensor.dim() != 4 or tensor.shape[1] != 16:
+            return tensor
+        last = tensor.permute(0, 2, 3, 1)
+        return torch.cat([last.new_zeros(1), last.flatten()])[1:].view(last.shape).permute(0, 3, 1, 2)
+
+    shifted = case.map(lambda tensor: tensor)
+    shifted.features = [shift(feature.detach().to(place.device)) for feature in case.features]
+    assert shifted.features[0].data_ptr() % 16 != 0
+    with torch.no_grad():
+        moved = [shifted.features, *(t if t is None or not isinstance(t, torch.Tensor) else t.detach().to(place.device)
+                 for t in shifted.arguments()[1:])]  # fmt: skip
+        result = place.operators.pyramid_deform_conv2d(*moved, allow_tf32)
     exact = pyramid_deform_conv(*case.map(torch.Tensor.double).arguments()).detach()
-    terms = pyramid_deform_conv(*absolute(case).arguments()).detach()
-    assert got.dtype == dtype
-    check(got, exact, terms, UNIT[precision], "result")
+    check(result.cpu(), exact, precision, "result")
+
+
+@pytest.mark.parametrize("channels", [6, 16], ids=["scalar", "vector"])
+def test_unreachable_positions_read_zero_and_have_no_gradient(channels, precision, place, make_case):
+    dtype, allow_tf32 = PRECISIONS[precision]
+    case = make_case(dtype=dtype, channels=channels, spread=1.0)
+    far = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), 2.0**63, -(2.0**62), 1e6, -1e6]
+    offset = case.offset.detach().clone()
+    flat = offset.view(-1)
+    hit = torch.randperm(flat.numel())[: flat.numel() // 2]
+    flat[hit] = torch.tensor(far)[torch.arange(len(hit)) % len(far)].to(offset.dtype)
+    case.offset = offset.requires_grad_()
+    for deterministic in (False, True):
+        check_case(case, place, precision, deterministic=deterministic)
+        grads = place.backward(case, allow_tf32=allow_tf32, deterministic=deterministic)
+        assert not grads[len(case.features)].view(-1)[hit].any()
+
+
+@pytest.mark.parametrize("channels", [3, 32], ids=["scalar", "vector"])
+def test_pixels_outside_the_map_are_zero_even_next_to_infinities(channels, precision, place, make_case):
+    """A corner outside counts exactly 0; a map of nothing but infinities shows any other."""
+    dtype, allow_tf32 = PRECISIONS[precision]
+    options = {"kernel": (1, 1), "size": (1, 2), "levels": ((1, 1),), "spread": 0.0, "bias": False, "batch": 1}
+    case = make_case(dtype=dtype, channels=channels, **options)
+    case.features = [torch.full_like(case.features[0], float("inf"))]
+    case.offset = torch.tensor([[-1.5, 3.0], [0.0, 0.0]]).view(1, 2, 1, 2).to(case.offset.dtype)
+    assert not place.forward(case, allow_tf32=allow_tf32).any()
+    for deterministic in (False, True):
+        grads = place.backward(case, allow_tf32=allow_tf32, deterministic=deterministic)
+        assert not any(grad.any() for grad in grads)
+
+
+def test_nan_features_reach_only_what_reads_them(precision, place, make_case):
+    dtype, allow_tf32 = PRECISIONS[precision]
+    case = make_case(dtype=dtype, channels=16, out_channels=4, groups=2, levels=((9, 17),), size=(9, 17), spread=0.3)
+    feature = case.features[0].detach().clone()
+    feature[0, 3, 4, 5] = float("nan")
+    case.features = [feature]
+    result = place.forward(case, allow_tf32=allow_tf32)
+    expected = pyramid_deform_conv(*case.map(torch.Tensor.double).arguments())
+    assert torch.equal(result.isnan(), expected.isnan())
+
+
+def test_only_needed_gradients_are_computed(place, make_case):
+    case = make_case(size=(3, 4), levels=((3, 4), (2, 2)))
+    expected = place.backward(case)
+    for needs in itertools.product([False, True], repeat=6):
+        for deterministic in (False, True):
+            grads = place.backward(case, needs=needs, deterministic=deterministic)
+            needed = [*[needs[0]] * 2, *needs[1:]]
+            for grad, best, need in zip(grads, expected, needed, strict=True):
+                assert (grad is not None) == need
+                if need:
+                    torch.testing.assert_close(grad, best)
+
+
+def test_deterministic_gradients_have_the_same_bits(precision, place, make_case):
+    dtype, allow_tf32 = PRECISIONS[precision]
+    case = make_case(dtype=dtype, channels=24, out_channels=16, size=(17, 19), levels=((17, 19), (9, 10)), spread=5.0)
+    runs = [place.backward(case, allow_tf32=allow_tf32, deterministic=True) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_many_levels_are_refused_by_name(place, make_case):
+    case = make_case(size=(2, 2), levels=((2, 2),) * 33, kernel=(1, 1))
+    with pytest.raises(RuntimeError, match="features: expected at most 32 levels on a CUDA device, got 33 levels"):
+        place.forward(case)
+    check_case(make_case(size=(2, 2), levels=((2, 2),) * 32, kernel=(1, 1)), place, "float64")

@@ -1,0 +1,158 @@
+// The backward pass on a CUDA device: which kernels run, and with what.
+
+#include "../gradients.h"
+#include "operators.h"
+#include "sample_gradient.h"
+#include "sums.h"
+#include "weight_gradient.h"
+
+namespace dyhead::cuda {
+namespace {
+
+template <typename A, typename T>
+void sum_rows(const Device& device, const Tensor& terms, int64_t rows, int64_t count, Tensor& result) {
+  using Kernel = SumRows<A, T>;
+  launch<Kernel>(device, rows, Kernel::kSharedBytes,
+                 {static_cast<const A*>(terms.const_data_ptr()), static_cast<T*>(result.mutable_data_ptr()), count});
+}
+
+// Gradients of features, offset, mask and level weight.
+template <typename T, bool kTensorCores, bool kVectors>
+void sample_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
+                 const Problem& problem, bool deterministic, Gradients& gradients) {
+  using A = Accumulator<T>;
+  using Kernel = SampleGradient<T, kTensorCores, kVectors, false>;
+  using Ordered = SampleGradient<T, kTensorCores, false, true>;
+  const auto& maps = inputs.maps;
+  const Needs& needs = gradients.needs;
+  const ScalarType dtype = accumulation_dtype(problem.dtype);
+  const Tensor& like = inputs.tensors[0];
+
+  const int slices = static_cast<int>(blocks_of(maps.group_out_channels(), kRow<T>));
+  const int runs = maps.runs(0, maps.channels, Kernel::kRun);
+  const Tensor weights = pack_weights<typename Kernel::Pack>(device, inputs, like, slices, runs);
+  typename Kernel::Params params{maps, gradient, static_cast<const char*>(weights.const_data_ptr()), slices, runs};
+
+  std::vector<Tensor> sums = gradients.feature_sums(problem);
+  std::vector<A*> features;
+  for (Tensor& sum : sums) {
+    torch::stable::zero_(sum);
+    features.push_back(static_cast<A*>(sum.mutable_data_ptr()));
+  }
+  if (!deterministic) std::copy(features.begin(), features.end(), params.features);
+  const int64_t patches = Patch<Kernel::kPixels>::count(maps);
+  Tensor level_terms;
+  if (needs.offset) params.offset = static_cast<A*>(gradients.offset.mutable_data_ptr());
+  if (needs.mask) params.mask = static_cast<A*>(gradients.mask.mutable_data_ptr());
+  if (needs.level_weight) {
+    level_terms = workspace(like, static_cast<int64_t>(maps.batch) * maps.levels * patches, dtype);
+    params.level_weight = static_cast<A*>(level_terms.mutable_data_ptr());
+  }
+  if (needs.positions() || !deterministic) {
+    launch<Kernel>(device, Kernel::block_count(maps, runs), Kernel::shared_bytes(maps), params);
+  }
+  if (needs.level_weight) {
+    sum_rows<A, A>(device, level_terms, static_cast<int64_t>(maps.batch) * maps.levels, patches,
+                   gradients.level_weight);
+  }
+  if (needs.features && deterministic) {
+    typename Ordered::Params ordered{maps, gradient, params.weights, slices, runs};
+    std::copy(features.begin(), features.end(), ordered.features);
+    launch<Ordered>(device, Ordered::block_count(maps, runs), Ordered::shared_bytes(maps), ordered);
+  }
+  gradients.finish(sums);
+}
+
+template <typename T, bool kTensorCores, bool kVectors>
+void weight_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient, Tensor& result) {
+  using A = Accumulator<T>;
+  using Kernel = WeightGradient<T, kTensorCores, kVectors>;
+  using Sum = SumWeightGradient<T>;
+  const auto& maps = inputs.maps;
+  const int blocks = static_cast<int>(blocks_of(maps.group_out_channels(), Kernel::kOuts));
+  const int runs = maps.runs(0, maps.channels, Kernel::kRun);
+  const int64_t slices = Kernel::slices(maps);
+  const int64_t units = static_cast<int64_t>(blocks) * runs * maps.taps() * maps.levels;
+  const int64_t matrix = static_cast<int64_t>(maps.out_channels) * maps.group_channels();
+  const int64_t size = matrix * maps.taps() * maps.levels;
+
+  // Parts enough for some blocks on every multiprocessor, but not so many that writing them takes longer than
+  // computing.
+  constexpr int64_t blocks_per_processor = 8, least_slices = 4, most_elements = int64_t(1) << 26;
+  const int64_t wanted = std::min(blocks_of(device.processors() * blocks_per_processor, units),
+                                  std::min(blocks_of(slices, least_slices), most_elements / size));
+  constexpr int64_t most_slices = 1 << 20;  // of a part, which counts its rows in 32 bits
+  const int64_t part_slices = std::min(blocks_of(slices, std::max<int64_t>(wanted, 1)), most_slices);
+  const int64_t parts = blocks_of(slices, part_slices);
+  const Tensor workspace_tensor = workspace(result, parts * size, accumulation_dtype(result.scalar_type()));
+  A* const data = static_cast<A*>(workspace_tensor.mutable_data_ptr());
+  launch<Kernel>(device, parts * units, static_cast<int>(sizeof(typename Kernel::Shared)),
+                 {maps, gradient, data, blocks, runs, part_slices});
+  launch<Sum>(device, blocks_of(size, Sum::kThreads), 0,
+              {data, static_cast<T*>(result.mutable_data_ptr()), size, matrix, static_cast<int>(parts), maps.taps()});
+}
+
+template <typename T>
+void bias_pass(const Device& device, const Tensor& source, const Problem& problem, Tensor& result) {
+  using A = Accumulator<T>;
+  using Chunks = SumColumnChunks<T>;
+  const int64_t rows = problem.batch * problem.pixels(), chunks = blocks_of(rows, Chunks::kChunk);
+  const Tensor terms = workspace(result, problem.out_channels * chunks, accumulation_dtype(problem.dtype));
+  launch<Chunks>(device, chunks * blocks_of(problem.out_channels, Chunks::kWidth), Chunks::kSharedBytes,
+                 {static_cast<const T*>(source.const_data_ptr()), static_cast<A*>(terms.mutable_data_ptr()), rows,
+                  problem.out_channels, chunks});
+  sum_rows<A, T>(device, terms, problem.out_channels, chunks, result);
+}
+
+template <typename T, bool kTensorCores, bool kVectors>
+void passes(const Device& device, const Inputs<T>& inputs, const Tensor& source, const Problem& problem,
+            bool deterministic, Gradients& gradients) {
+  const Needs& needs = gradients.needs;
+  if (needs.features || needs.positions() || needs.weight) {
+    std::vector<Tensor> kept;
+    const OutputGradient<T> gradient = pack_output_gradient<T, kTensorCores>(device, source, inputs.maps, kept);
+    if (needs.features || needs.positions()) {
+      sample_pass<T, kTensorCores, kVectors>(device, inputs, gradient, problem, deterministic, gradients);
+    }
+    if (needs.weight) weight_pass<T, kTensorCores, kVectors>(device, inputs, gradient, gradients.weight);
+  }
+  if (needs.bias) bias_pass<T>(device, source, problem, gradients.bias);
+}
+
+// All gradients of an empty batch: those that have elements are sums of nothing.
+void clear(Gradients& gradients) {
+  for (Tensor* const gradient : {&gradients.weight, &gradients.bias}) torch::stable::zero_(*gradient);
+}
+
+}  // namespace
+
+GradientTuple pyramid_deform_conv2d_backward(Tensor grad, std::vector<Tensor> features, Tensor offset,
+                                             std::optional<Tensor> mask, Tensor weight, std::optional<Tensor> bias,
+                                             std::optional<Tensor> level_weight, bool aligned,
+                                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
+                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                             std::vector<bool> needs_grad, bool allow_tf32, bool deterministic) {
+  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
+                            aligned,  scales, stride, padding, dilation};
+  const Problem problem = check_arguments(arguments);
+  const Device device(features[0]);
+  Gradients gradients(grad, arguments, problem, needs_grad);
+  if (problem.batch == 0) {
+    clear(gradients);
+    return gradients.tuple();
+  }
+  const Tensor source = as_channels_last(grad);
+  dispatch(problem.dtype, allow_tf32, [&](auto value, auto tensor_cores) {
+    using T = decltype(value);
+    constexpr bool kTensorCores = decltype(tensor_cores)::value;
+    const Inputs<T> inputs(arguments, problem);
+    if (inputs.vectors) {
+      passes<T, kTensorCores, true>(device, inputs, source, problem, deterministic, gradients);
+    } else {
+      passes<T, kTensorCores, false>(device, inputs, source, problem, deterministic, gradients);
+    }
+  });
+  return gradients.tuple();
+}
+
+}  // namespace dyhead::cuda

@@ -1,0 +1,195 @@
+// The gradient of the weight: a product over pixels of the output's gradient with samples, which are made again in
+// shared memory as in the forward pass.
+//
+// A block sums up, for a tap and level, a block of output channels by a run of input channels, over a part of all
+// pixels. The parts lie in a workspace and are added in their order, so that the result is the same every time.
+
+#pragma once
+
+#include "inputs.h"
+#include "output_gradient.h"
+
+namespace dyhead::cuda {
+
+template <typename T, bool kTensorCores, bool kVectors>
+struct WeightGradient {
+  using A = Accumulator<T>;
+  using Multiply = Product<T, kTensorCores>;
+  static constexpr int kThreads = 256, kMinBlocks = 1;
+  static constexpr int kPanels = 4, kOuts = kPanels * kRow<T>, kRun = kRow<T>;
+  static constexpr int kWarpOuts = kOuts / 4, kWarpChannels = kRun / 2;  // 4 x 2 warps
+  static constexpr int kTileBytes = kPanelRows * kRowBytes;
+
+  struct Params {
+    Maps<A> maps;
+    OutputGradient<T> gradient;
+    A* parts;          // (part, level, tap, C_out, C_in/groups)
+    int blocks, runs;  // of output channels in a group; of all input channels
+    int64_t part_slices;
+  };
+
+  struct Shared {
+    char gradient[2][kPanels * kTileBytes];
+    char samples[2][kTileBytes];
+    Table<A, kPanelRows> table[2];
+    int image[2][kPanelRows];
+  };
+
+  static int64_t slices(const Maps<A>& maps) {
+    return blocks_of(static_cast<int64_t>(maps.batch) * maps.pixels(), kPanelRows);
+  }
+
+  static DYHEAD_DEVICE void run(const Params& params) {
+    const Maps<A>& maps = params.maps;
+    Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+    const int thread = thread_index(), warp = thread / kWarp;
+    int64_t rest = block_index();
+    const auto take = [&rest](int size) {
+      const int result = static_cast<int>(rest % size);
+      rest /= size;
+      return result;
+    };
+    // Blocks that follow each other read the same pixels.
+    const int block = take(params.blocks), run = take(params.runs), tap = take(maps.taps()), level = take(maps.levels);
+    int begin = 0;
+    for (int i = 0; i < run; ++i) begin = maps.run_end(begin, kRun);
+    const int end = maps.run_end(begin, kRun), group = begin / maps.group_channels();
+    const int offset_group = begin / maps.offset_channels();
+
+    const int64_t first = rest * params.part_slices * kPanelRows;
+    const int64_t left = static_cast<int64_t>(maps.batch) * maps.pixels() - first;
+    const int slices = left < params.part_slices * kPanelRows ? static_cast<int>((left + kPanelRows - 1) / kPanelRows)
+                                                              : static_cast<int>(params.part_slices);
+    const int rows = left < slices * kPanelRows ? static_cast<int>(left) : slices * kPanelRows;
+
+    // A thread copies the same chunk of every eighth row.
+    constexpr int kChunksAcross = kPanels * kChunks, kLines = kThreads / kChunksAcross;
+    static_assert(kLines % 8 == 0, "the rows of a thread have their chunks in the same order");
+    const int column = thread % kChunksAcross, line = thread / kChunksAcross;
+    const int out = block * kOuts + column * kVector<T>;
+    const int copied_rows = out < params.gradient.group_stride ? rows : 0;
+    const T* const gradient = params.gradient.at(first + line, group, out < params.gradient.group_stride ? out : 0);
+    const auto copy_gradient = [&](int slice, char* to) {
+      const T* from = gradient + slice * kPanelRows * params.gradient.row_stride;
+      to += panel_offset(line, column);
+#pragma unroll
+      for (int i = 0; i < kPanelRows / kLines; ++i) {
+        const bool valid = slice * kPanelRows + line + i * kLines < copied_rows;
+        copy_async(to + i * kLines * kRowBytes, valid ? from : params.gradient.data, valid);
+        from += kLines * params.gradient.row_stride;
+      }
+    };
+    // The tables' owners, a row each: pixels of all images in one sequence. What a table is made of is read a slice
+    // ahead of it, and tables are made before the product, when few registers are taken.
+    const bool owner = thread < kPanelRows;
+    int n = static_cast<int>((first + thread) / maps.pixels()),
+        pixel = static_cast<int>((first + thread) % maps.pixels());
+    Reading<A> reading{A(0), A(0), A(0)};
+    const auto read = [&](int slice) {
+      if (slice > 0) pixel += kPanelRows;
+      for (; pixel >= maps.pixels(); pixel -= maps.pixels()) ++n;
+      if (slice * kPanelRows + thread < rows) reading = read_offset(maps, n, offset_group, tap, pixel);
+    };
+    const auto fill_table = [&](int slice) {
+      const int place = slice * kPanelRows + thread < rows ? pixel : -1, image = place < 0 ? 0 : n;
+      const Cell<A> cell = locate_sample(maps, level, tap, place, reading);
+      shared.table[slice % 2].set(thread, cell, place < 0 ? A(0) : reading.mask * maps.level_factor(image, level));
+      shared.image[slice % 2][thread] = image;
+    };
+    const int chunk = thread % kChunks;
+    const T* const features = static_cast<const T*>(maps.level[level].features) + begin + chunk * kVector<T>;
+    Gather<T, kTensorCores, kVectors> gather;
+    const auto load = [&](int slice, int half) {
+      const int row = thread / kChunks + half * (kThreads / kChunks);
+      gather.load(shared.table[slice % 2], row, features + shared.image[slice % 2][row] * maps.image_size(level),
+                  maps.channels, end - begin - chunk * kVector<T>);
+    };
+    const auto store = [&](int slice, int half) {
+      const int row = thread / kChunks + half * (kThreads / kChunks);
+      gather.store(shared.table[slice % 2], row, shared.samples[slice % 2] + tile_offset(row, chunk));
+    };
+    static_assert(kPanelRows * kChunks == 2 * kThreads, "a thread gathers two vectors a slice");
+
+    copy_gradient(0, shared.gradient[0]);
+    commit_copies();
+    if (owner) {
+      read(0);
+      fill_table(0);
+      read(1);
+      fill_table(1);
+      read(2);
+    }
+    sync_block();
+    for (int half = 0; half < 2; ++half) {
+      load(0, half);
+      store(0, half);
+    }
+
+    Sums<A, kWarpOuts / 16, kWarpChannels / 8> sums;
+    sums.clear();
+    const int warp_out = warp % 4 * kWarpOuts, warp_channel = warp / 4 * kWarpChannels;
+#pragma unroll 1
+    for (int slice = 0; slice < slices; ++slice) {
+      // This slice has landed and is stored, and nobody reads the one before any more.
+      wait_for_copies<0>();
+      sync_block();
+      const bool more = slice + 1 < slices;
+      if (more) copy_gradient(slice + 1, shared.gradient[(slice + 1) % 2]);
+      commit_copies();
+      // This slice's table was last read before this synchronisation; the next table in its place is read after the
+      // next.
+      if (owner && more) {
+        fill_table(slice + 2);
+        read(slice + 3);
+      }
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        if (more) load(slice + 1, half);
+#pragma unroll
+        for (int step = 0; step < Multiply::kPanelSteps / 2; ++step) {
+          Multiply::add_panels(shared.gradient[slice % 2], warp_out, shared.samples[slice % 2], warp_channel,
+                               half * (Multiply::kPanelSteps / 2) + step, sums);
+        }
+        if (more) store(slice + 1, half);
+      }
+    }
+    wait_for_copies<0>();
+
+    const int64_t matrix = (rest * maps.levels + level) * maps.taps() + tap;
+    const int group_channels = maps.group_channels(), outs = maps.group_out_channels();
+    A* const part = params.parts + matrix * maps.out_channels * group_channels;
+    sums.visit_pairs([&](int row, int column, A value0, A value1) {
+      const int out = block * kOuts + warp_out + row, channel = begin + warp_channel + column;
+      if (out >= outs) return;
+      A* const to = part + static_cast<int64_t>(group * outs + out) * group_channels + channel % group_channels;
+      if (channel < end) to[0] = value0;
+      if (channel + 1 < end) to[1] = value1;
+    });
+  }
+};
+
+// The sum of the parts, as (L, C_out, C_in/groups, kh, kw).
+template <typename T>
+struct SumWeightGradient {
+  using A = Accumulator<T>;
+  static constexpr int kThreads = 256, kMinBlocks = 1;
+
+  struct Params {
+    const A* parts;  // of WeightGradient
+    T* result;
+    int64_t size, matrix;  // of a part, and of a tap of it
+    int parts_count, taps;
+  };
+
+  static DYHEAD_DEVICE void run(const Params& params) {
+    const int64_t index = block_index() * kThreads + thread_index();
+    if (index >= params.size) return;
+    A sum = A(0);
+    for (int part = 0; part < params.parts_count; ++part) sum += params.parts[part * params.size + index];
+    const int64_t element = index % params.matrix, tap = index / params.matrix % params.taps;
+    const int64_t level = index / params.matrix / params.taps;
+    params.result[(level * params.matrix + element) * params.taps + tap] = static_cast<T>(sum);
+  }
+};
+
+}  // namespace dyhead::cuda
