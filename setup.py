@@ -1,6 +1,6 @@
 """Builds the operator. The package's metadata is in pyproject.toml.
 
-Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (where csrc/cuda holds kernels). Both use
+Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (CUDA; needs nvcc as well). Both use
 PyTorch's stable ABI, so that a build runs with every PyTorch from TORCH_TARGET on. Environment variables, as PyTorch's
 extensions have them:
 
@@ -11,9 +11,10 @@ extensions have them:
     DYHEAD_CXX_FLAGS       more flags for the C++ compiler and linker, for example -fsanitize=address
 
 `python setup.py compile_cuda` compiles and links all of csrc/cuda into build/ and installs nothing: a check for
-machines that have an nvcc and no GPU.
+machines that have an nvcc and no GPU. It prints what every kernel takes, and fails where one spills registers.
 """
 
+import contextlib
 import glob
 import os
 import platform
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 
 
 def find_cuda_home() -> str | None:
@@ -68,19 +70,19 @@ def cpu_extension() -> Extension:
     )
 
 
-def cuda_extension(sources: list[str]) -> Extension:
-    """dyhead._C_cuda: the CUDA kernels."""
+def cuda_extension(*flags: str) -> Extension:
+    """dyhead._C_cuda: the CUDA kernels; `flags` are more ones for nvcc."""
     torch_libraries = library_paths(device_type="cuda")
     found = {os.path.basename(file) for folder in torch_libraries for file in glob.glob(f"{folder}/lib*.so")}
     return Extension(
         "dyhead._C_cuda",
-        sources,
+        cuda_kernels(),
         depends=glob.glob("csrc/**/*.h", recursive=True),
         include_dirs=include_paths(device_type="cuda"),
         library_dirs=torch_libraries,
         # A PyTorch without CUDA has no libtorch_cuda to link with, but can still compile for one that has.
         libraries=["c10", "torch", "torch_cpu", *(["c10_cuda", "torch_cuda"] if "libtorch_cuda.so" in found else [])],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *flags]},
         # By name, because a toolkit from pip holds only the versioned library.
         extra_link_args=[f"-l:{cuda_runtime(torch_libraries)}"],
         language="c++",
@@ -104,7 +106,7 @@ def cuda_kernels() -> list[str]:
 def with_cuda() -> bool:
     """Whether to build the CUDA library."""
     wish = os.environ.get("FORCE_CUDA")
-    if not cuda_kernels() or wish == "0":
+    if wish == "0":
         return False
     return CUDA_HOME is not None and (wish == "1" or torch.cuda.is_available())
 
@@ -116,7 +118,7 @@ class Build(BuildExtension):
         """Builds the extensions."""
         names = ", ".join(extension.name for extension in self.extensions)
         cuda = f"CUDA {CUDA_HOME}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}"
-        reason = "no CUDA kernels in csrc/cuda" if not cuda_kernels() else "no CUDA toolkit and device, or FORCE_CUDA=0"
+        reason = "no CUDA toolkit and device, or FORCE_CUDA=0"
         has_cuda = any(extension.name.endswith("cuda") for extension in self.extensions)
         print(
             f"dyhead: building {names} for PyTorch >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]} with the headers of "
@@ -136,12 +138,82 @@ class CompileCuda(Build):
         """Replaces the extensions and the folder to build into."""
         if CUDA_HOME is None:
             sys.exit("compile_cuda: expected an nvcc on PATH or CUDA_HOME, found neither")
-        self.distribution.ext_modules = [cuda_extension(cuda_kernels())]
+        self.distribution.ext_modules = [cuda_extension("-Xptxas=-v")]
         self.build_lib, self.build_temp, self.inplace = "build/cuda", "build/cuda/objects", False
         super().finalize_options()
 
+    def run(self) -> None:
+        """Compiles everything anew and reads the compiler's report."""
+        shutil.rmtree(self.build_temp, ignore_errors=True)
+        with tempfile.TemporaryFile("w+") as log:
+            try:
+                with redirected_output(log):
+                    super().run()
+            finally:
+                log.seek(0)
+                text = log.read()
+                rows = resources(text)
+                if sys.exc_info()[0] is not None or not rows:
+                    print(text, file=sys.stderr)
+        widths = [max(map(len, column)) for column in zip(*[RESOURCES, *rows], strict=True)]
+        for row in [RESOURCES, *rows]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        spilling = [row for row in rows if row[4] != "0"]
+        if spilling or not rows:
+            sys.exit(f"compile_cuda: expected kernels without spills, got {len(spilling)} of {len(rows)} that spill")
+
+
+@contextlib.contextmanager
+def redirected_output(file):
+    """Sends what this process and its children print to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+RESOURCES = ("kernel", "architecture", "registers", "stack bytes", "spilled bytes", "shared bytes")
+
+
+def resources(log: str) -> list[tuple[str, ...]]:
+    """What each kernel takes, from the assembler's report (-Xptxas=-v), as RESOURCES says."""
+    pattern = (
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, log, re.DOTALL)
+    names = [name for name, *_ in found]
+    if found and shutil.which("c++filt"):
+        names = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+        names = names.splitlines()
+    rows = []
+    for name, (_, architecture, stack, stores, loads, registers) in zip(names, found, strict=True):
+        # run_kernel<Kernel<...>, shared bytes>(...): shared memory is the launch's, which the assembler does not know.
+        launch = re.search(r"run_kernel<(?:dyhead::cuda::)?(.*), (\d+)>\(", name)
+        kernel, shared = launch.groups() if launch else (name, "?")
+        rows.append(
+            (
+                kernel.replace("c10::", "").rstrip(),
+                architecture,
+                registers,
+                stack,
+                str(int(stores) + int(loads)),
+                shared,
+            )
+        )
+    return sorted(rows)
+
 
 setup(
-    ext_modules=[cpu_extension(), *([cuda_extension(cuda_kernels())] if with_cuda() else [])],
+    ext_modules=[cpu_extension(), *([cuda_extension()] if with_cuda() else [])],
     cmdclass={"build_ext": Build, "compile_cuda": CompileCuda},
 )

@@ -41,8 +41,10 @@ def collect() -> dict[str, str]:
         }
     else:
         lines["CPU operator"] = f"NOT LOADED, the plain PyTorch operator runs. {library.PROBLEM}"
-    # TORCH_CUDA_ARCH_LIST has nothing to act on before csrc/cuda holds kernels.
-    lines["CUDA operator"] = "none in this version (no architectures); CUDA tensors use the plain PyTorch operator"
+    if library.CUDA_BUILD is not None:
+        lines["CUDA operator"] = f"loaded, built with {library.CUDA_BUILD}"
+    else:
+        lines["CUDA operator"] = f"NOT LOADED, the plain PyTorch operator runs. {library.CUDA_PROBLEM}"
     return lines
 
 

@@ -12,7 +12,7 @@ namespace {
 template <typename A, typename T>
 void sum_rows(const Device& device, const Tensor& terms, int64_t rows, int64_t count, Tensor& result) {
   using Kernel = SumRows<A, T>;
-  launch<Kernel>(device, rows, Kernel::kSharedBytes,
+  launch<Kernel>(device, rows,
                  {static_cast<const A*>(terms.const_data_ptr()), static_cast<T*>(result.mutable_data_ptr()), count});
 }
 
@@ -49,7 +49,7 @@ void sample_pass(const Device& device, const Inputs<T>& inputs, const OutputGrad
     params.level_weight = static_cast<A*>(level_terms.mutable_data_ptr());
   }
   if (needs.positions() || !deterministic) {
-    launch<Kernel>(device, Kernel::block_count(maps, runs), Kernel::shared_bytes(maps), params);
+    launch<Kernel>(device, Kernel::block_count(maps, runs), params);
   }
   if (needs.level_weight) {
     sum_rows<A, A>(device, level_terms, static_cast<int64_t>(maps.batch) * maps.levels, patches,
@@ -58,7 +58,7 @@ void sample_pass(const Device& device, const Inputs<T>& inputs, const OutputGrad
   if (needs.features && deterministic) {
     typename Ordered::Params ordered{maps, gradient, params.weights, slices, runs};
     std::copy(features.begin(), features.end(), ordered.features);
-    launch<Ordered>(device, Ordered::block_count(maps, runs), Ordered::shared_bytes(maps), ordered);
+    launch<Ordered>(device, Ordered::block_count(maps, runs), ordered);
   }
   gradients.finish(sums);
 }
@@ -86,9 +86,8 @@ void weight_pass(const Device& device, const Inputs<T>& inputs, const OutputGrad
   const int64_t parts = blocks_of(slices, part_slices);
   const Tensor workspace_tensor = workspace(result, parts * size, accumulation_dtype(result.scalar_type()));
   A* const data = static_cast<A*>(workspace_tensor.mutable_data_ptr());
-  launch<Kernel>(device, parts * units, static_cast<int>(sizeof(typename Kernel::Shared)),
-                 {maps, gradient, data, blocks, runs, part_slices});
-  launch<Sum>(device, blocks_of(size, Sum::kThreads), 0,
+  launch<Kernel>(device, parts * units, {maps, gradient, data, blocks, runs, part_slices});
+  launch<Sum>(device, blocks_of(size, Sum::kThreads),
               {data, static_cast<T*>(result.mutable_data_ptr()), size, matrix, static_cast<int>(parts), maps.taps()});
 }
 
@@ -98,7 +97,7 @@ void bias_pass(const Device& device, const Tensor& source, const Problem& proble
   using Chunks = SumColumnChunks<T>;
   const int64_t rows = problem.batch * problem.pixels(), chunks = blocks_of(rows, Chunks::kChunk);
   const Tensor terms = workspace(result, problem.out_channels * chunks, accumulation_dtype(problem.dtype));
-  launch<Chunks>(device, chunks * blocks_of(problem.out_channels, Chunks::kWidth), Chunks::kSharedBytes,
+  launch<Chunks>(device, chunks * blocks_of(problem.out_channels, Chunks::kWidth),
                  {static_cast<const T*>(source.const_data_ptr()), static_cast<A*>(terms.mutable_data_ptr()), rows,
                   problem.out_channels, chunks});
   sum_rows<A, T>(device, terms, problem.out_channels, chunks, result);

@@ -21,7 +21,7 @@ void run(const Device& device, Inputs<T>& inputs, const Arguments& arguments, Te
   const T* const bias = arguments.bias ? inputs.template keep<T>(as_contiguous(*arguments.bias)) : nullptr;
   const int64_t patches = maps.batch * Patch<Kernel::kPixels>::count(maps);
   launch<Kernel>(
-      device, patches * maps.groups * blocks, Kernel::kSharedBytes,
+      device, patches * maps.groups * blocks,
       {maps, static_cast<const char*>(weights.const_data_ptr()), bias, static_cast<T*>(result.mutable_data_ptr()),
        blocks, runs, channels_last, maps.group_out_channels() % kVector<T> == 0});
 }

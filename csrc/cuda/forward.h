@@ -22,8 +22,9 @@ struct Forward {
   using A = Accumulator<T>;
   using Multiply = Product<T, kTensorCores>;
   static constexpr int kThreads = 256, kMinBlocks = kTensorCores && kVectors && kColumns == 128 ? 2 : 1;
-  static constexpr int kPixels = 128, kStages = 3;
-  static constexpr int kWarpRows = 64, kWarpColumns = kColumns / 4;  // 2 x 4 warps
+  static constexpr int kPixels = 128, kStages = kColumns > 128 ? 3 : 2;  // 2: two blocks fit a multiprocessor
+  static constexpr int kUnrolledSteps = kMinBlocks > 1 ? 1 : kSteps;     // registers
+  static constexpr int kWarpRows = 64, kWarpColumns = kColumns / 4;      // 2 x 4 warps
   static_assert(kPixels * kChunks == kThreads * kSteps, "a thread gathers one vector a step");
   using Pack = PackWeights<T, kTensorCores, true, kColumns>;
 
@@ -172,7 +173,7 @@ struct Forward {
         }
       }
       const char* const samples = shared.samples[s % 2];
-#pragma unroll
+#pragma unroll kUnrolledSteps
       for (int step = 0; step < kSteps; ++step) {
         if (more) load(slice, shared.table[current], step);
         Multiply::add_rows(samples, warp_row, shared.weights[stage], warp_column, step, sums);

@@ -1,8 +1,8 @@
 // How a kernel is launched: on the device and the current stream of the tensors at hand, checked; or, where the sources
 // are compiled for the host, run by the emulation.
 //
-// A kernel is a struct with kThreads, kMinBlocks (per multiprocessor, for the compiler), Params, and run(params), which
-// every thread executes.
+// A kernel is a struct with kThreads, kMinBlocks (per multiprocessor, for the compiler), kSharedBytes, Params, and
+// run(params), which every thread executes.
 
 #pragma once
 
@@ -26,7 +26,8 @@ inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1
 
 #if defined(__CUDACC__)
 
-template <typename Kernel>
+// The shared memory is in the name for those who read the compiler's report.
+template <typename Kernel, int kSharedBytes>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     run_kernel(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
@@ -40,20 +41,23 @@ class Device {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    int major = 0, minor = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    if (major < 8) detail::fail("device", "compute capability 8.0 or later", detail::text(major, ".", minor));
   }
 
   int processors() const { return processors_; }
   int shared_limit() const { return shared_limit_; }
 
   template <typename Kernel>
-  void run(int64_t blocks, int shared_bytes, const typename Kernel::Params& params) const {
-    constexpr int without_asking = 48 << 10;
-    if (shared_bytes > without_asking) {
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  void run(int64_t blocks, const typename Kernel::Params& params) const {
+    constexpr int bytes = Kernel::kSharedBytes, without_asking = 48 << 10;
+    const auto kernel = run_kernel<Kernel, bytes>;
+    if (bytes > without_asking) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     }
-    run_kernel<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, static_cast<size_t>(shared_bytes),
-                         static_cast<cudaStream_t>(stream_)>>>(params);
+    kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, bytes, static_cast<cudaStream_t>(stream_)>>>(params);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -74,23 +78,23 @@ class Device {
   int shared_limit() const { return 227 << 10; }
 
   template <typename Kernel>
-  void run(int64_t blocks, int shared_bytes, const typename Kernel::Params& params) const {
-    emulation::run_blocks(blocks, Kernel::kThreads, shared_bytes, [&] { Kernel::run(params); });
+  void run(int64_t blocks, const typename Kernel::Params& params) const {
+    emulation::run_blocks(blocks, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(params); });
   }
 };
 
 #endif
 
 template <typename Kernel>
-void launch(const Device& device, int64_t blocks, int shared_bytes, const typename Kernel::Params& params) {
+void launch(const Device& device, int64_t blocks, const typename Kernel::Params& params) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   if (blocks == 0) return;
   if (blocks > most) detail::fail("features", "no more work than one launch takes", detail::text(blocks, " blocks"));
-  if (shared_bytes > device.shared_limit()) {
-    detail::fail("device", detail::text(shared_bytes, " bytes of shared memory a block"),
+  if (Kernel::kSharedBytes > device.shared_limit()) {
+    detail::fail("device", detail::text(Kernel::kSharedBytes, " bytes of shared memory a block"),
                  std::to_string(device.shared_limit()));
   }
-  device.run<Kernel>(blocks, shared_bytes, params);
+  device.run<Kernel>(blocks, params);
 }
 
 }  // namespace dyhead::cuda

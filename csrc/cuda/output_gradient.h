@@ -23,7 +23,7 @@ struct OutputGradient {
 template <typename T, bool kTensorCores>
 struct PackOutputGradient {
   using A = Accumulator<T>;
-  static constexpr int kThreads = 256, kMinBlocks = 1;
+  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
 
   struct Params {
     const T* source;
@@ -62,7 +62,7 @@ OutputGradient<T> pack_output_gradient(const Device& device, const Tensor& sourc
   const int64_t rows = static_cast<int64_t>(maps.batch) * maps.pixels();
   tensors.push_back(workspace(source, rows * row_stride, source.scalar_type()));
   T* const packed = static_cast<T*>(tensors.back().mutable_data_ptr());
-  launch<Pack>(device, blocks_of(rows * row_stride / kVector<T>, Pack::kThreads), 0,
+  launch<Pack>(device, blocks_of(rows * row_stride / kVector<T>, Pack::kThreads),
                {data, packed, rows, maps.groups, channels, stride});
   return {packed, stride, row_stride};
 }

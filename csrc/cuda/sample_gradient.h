@@ -47,12 +47,10 @@ struct SampleGradient {
     A samples[kPixels][kRun + 32 / sizeof(A)];
     Table<A, kPixels> table;
     A products[kPixels][4];
-    int parity[kPixels];  // 2 * (row & 1) + (column & 1) of the top left corner
+    int parity[kPixels];                        // 2 * (row & 1) + (column & 1) of the top left corner
+    A level_sums[kPixels / kWarp][kMaxLevels];  // of each warp of owners
   };
-  // Then kPixels sums for each level.
-  static int shared_bytes(const Maps<A>& maps) {
-    return static_cast<int>(sizeof(Shared)) + (kOrdered ? 0 : maps.levels * kPixels * static_cast<int>(sizeof(A)));
-  }
+  static constexpr int kSharedBytes = static_cast<int>(sizeof(Shared));
   static int64_t block_count(const Maps<A>& maps, int runs) {
     return maps.batch * (kOrdered ? static_cast<int64_t>(maps.levels) * runs : Patch<kPixels>::count(maps));
   }
@@ -133,7 +131,6 @@ struct SampleGradient {
   static DYHEAD_DEVICE void run(const Params& params) {
     const Maps<A>& maps = params.maps;
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-    A* const level_sums = reinterpret_cast<A*>(shared_memory() + sizeof(Shared));
     const int thread = thread_index(), warp = thread / kWarp;
     const bool owner = thread < kPixels;  // of a pixel of the patch
 
@@ -162,11 +159,10 @@ struct SampleGradient {
       shared.table.set(thread, cell, reading.mask * maps.level_factor(patch.n, unit.level));
       if constexpr (kOrdered) shared.parity[thread] = parity_of(cell, maps.level[unit.level].width);
     };
+    static_assert(kPixels % kWarp == 0, "owners are whole warps");
     if (owner) {
       fill_table();
-      if constexpr (!kOrdered) {
-        for (int l = 0; l < maps.levels; ++l) level_sums[l * kPixels + thread] = A(0);
-      }
+      for (int l = thread % kWarp; l < maps.levels; l += kWarp) shared.level_sums[warp][l] = A(0);
     }
 
     SampleGradients<A> own{A(0), A(0), A(0), A(0)};  // of a tap, summed over levels
@@ -218,7 +214,7 @@ struct SampleGradient {
       if (!ends) continue;
       sync_block();  // the products are complete, and nobody reads the table any more
       if (owner) {
-        if constexpr (!kOrdered) add_positions(params, patch, done, cell, reading.mask, pixel, own, shared, level_sums);
+        if constexpr (!kOrdered) add_positions(params, patch, done, cell, reading.mask, pixel, own, shared);
         if (u + 1 < units) fill_table();
       }
     }
@@ -230,7 +226,7 @@ struct SampleGradient {
       const int64_t patches = Patch<kPixels>::count(maps), n = block_index() / patches, at = block_index() % patches;
       for (int l = thread; l < maps.levels; l += kThreads) {
         A sum = A(0);
-        for (int p = 0; p < kPixels; ++p) sum += level_sums[l * kPixels + p];
+        for (int w = 0; w < kPixels / kWarp; ++w) sum += shared.level_sums[w][l];
         params.level_weight[(n * maps.levels + l) * patches + at] = sum;
       }
     }
@@ -331,7 +327,7 @@ struct SampleGradient {
   // The gradients at one pixel, of a tap and offset group: complete with the last level.
   static DYHEAD_DEVICE void add_positions(const Params& params, const Patch<kPixels>& patch, const Unit& unit,
                                           const Cell<A>& cell, A mask, int pixel, SampleGradients<A>& own,
-                                          const Shared& shared, A* level_sums) {
+                                          Shared& shared) {
     const Maps<A>& maps = params.maps;
     if (params.offset == nullptr && params.mask == nullptr && params.level_weight == nullptr) return;
     const auto& level = maps.level[unit.level];
@@ -342,7 +338,12 @@ struct SampleGradient {
     own.dy += more.dy;
     own.dx += more.dx;
     own.mask += more.mask;
-    level_sums[unit.level * kPixels + p] += pixel < 0 ? A(0) : more.level_weight;
+    if (params.level_weight != nullptr) {
+      A sum = pixel < 0 ? A(0) : more.level_weight;
+#pragma unroll
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (p % kWarp == 0) shared.level_sums[p / kWarp][unit.level] += sum;
+    }
     if (unit.level + 1 < maps.levels) return;
     if (pixel >= 0) {
       const int64_t begin =

@@ -34,6 +34,7 @@ struct WeightGradient {
     Table<A, kPanelRows> table[2];
     int image[2][kPanelRows];
   };
+  static constexpr int kSharedBytes = static_cast<int>(sizeof(Shared));
 
   static int64_t slices(const Maps<A>& maps) {
     return blocks_of(static_cast<int64_t>(maps.batch) * maps.pixels(), kPanelRows);
@@ -172,7 +173,7 @@ struct WeightGradient {
 template <typename T>
 struct SumWeightGradient {
   using A = Accumulator<T>;
-  static constexpr int kThreads = 256, kMinBlocks = 1;
+  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
 
   struct Params {
     const A* parts;  // of WeightGradient

@@ -14,7 +14,7 @@ namespace dyhead::cuda {
 template <typename T, bool kTensorCores, bool kForward, int kRows>
 struct PackWeights {
   using A = Accumulator<T>;
-  static constexpr int kThreads = 256, kMinBlocks = 1;
+  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
   static constexpr int kTileBytes = kRows * kRowBytes;
   static constexpr int kRun = kForward ? kRow<T> : kRows;  // channels of a run, at most
 
@@ -92,7 +92,7 @@ template <typename Pack, typename T>
 Tensor pack_weights(const Device& device, const Inputs<T>& inputs, const Tensor& like, int blocks, int runs) {
   const int64_t tiles = Pack::tiles(inputs.maps, blocks, runs);
   Tensor packed = workspace(like, tiles * Pack::kTileBytes, ScalarType::Byte);
-  launch<Pack>(device, blocks_of(tiles * Pack::kTileBytes / static_cast<int64_t>(sizeof(Vector)), Pack::kThreads), 0,
+  launch<Pack>(device, blocks_of(tiles * Pack::kTileBytes / static_cast<int64_t>(sizeof(Vector)), Pack::kThreads),
                {inputs.maps, inputs.weight, static_cast<char*>(packed.mutable_data_ptr()), tiles, blocks, runs});
   return packed;
 }

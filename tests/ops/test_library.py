@@ -83,6 +83,29 @@ def test_info_says_why_the_library_did_not_load(name, reason, tmp_path):
     assert "pip install -e . --no-build-isolation" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("_C_cuda.cpython-38-any.so", "was built for another Python (_C_cuda.cpython-38-any.so)"),
+        (os.path.basename(_C.__file__).replace("_C", "_C_cuda"), "did not load"),
+        (None, "was not built"),
+    ],
+    ids=["other_python", "broken", "absent"],
+)
+def test_info_says_why_the_cuda_library_did_not_load(name, reason, tmp_path):
+    if reason == "did not load" and torch.version.cuda is None:
+        reason = "needs a PyTorch with CUDA"
+    with open(_C.__file__, "rb") as file:
+        libraries = {os.path.basename(_C.__file__): file.read()}
+    folder = copy_package(tmp_path, libraries | ({name: b"not a library"} if name else {}))
+    text = run("-c", COPY + "from dyhead import info; info.main()", folder)
+    assert "CPU operator    loaded" in text
+    assert "CUDA operator   NOT LOADED, the plain PyTorch operator runs" in text
+    assert reason in text
+    # The CPU operator is none the worse for it.
+    run("-c", COPY + "from dyhead.ops import library; assert library.DEVICES == {'cpu', 'meta'}", folder)
+
+
 def test_info_says_what_was_built(capsys):
     info.main()
     text = capsys.readouterr().out
