@@ -55,13 +55,18 @@ NVCC_FLAGS = ["-O3", "-lineinfo", "-DUSE_CUDA", TARGET_MACRO, "--compiler-option
 
 def cpu_extension() -> Extension:
     """dyhead._C: the operator's schema, its CPU kernels and build_info()."""
-    import pybind11
+    try:
+        import pybind11
+
+        pybind = [pybind11.get_include()]
+    except ImportError:
+        pybind = []  # PyTorch brings its own headers
 
     return Extension(
         "dyhead._C",
         ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         depends=glob.glob("csrc/**/*.h", recursive=True),
-        include_dirs=[pybind11.get_include(), *include_paths()],
+        include_dirs=[*pybind, *include_paths()],
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args={"cxx": [*CXX_FLAGS, f'-DDYHEAD_FLAGS="{" ".join(["-O3", *EXTRA])}"']},

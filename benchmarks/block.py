@@ -123,13 +123,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options_of.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"])
     options_of.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     options_of.add_argument("--sizes", nargs="+", type=size, default=[(100, 168)], help="of the finest level")
+    options_of.add_argument("--batch", type=int, default=1)
     options_of.add_argument("--compile", action="store_true", help="under torch.compile as well")
     options = options_of.parse_args(argv)
     shape = {}
     if options.quick:
         options.repeats, options.sizes, shape = 3, [(8, 9)], {"levels": 2, "channels": 16, "blocks": 1}
     cases = [
-        Case(block, mode, place, dtype, threads=options.threads, **shape)
+        Case(block, mode, place, dtype, batch=options.batch, threads=options.threads, **shape)
         for block, dtype, mode, place in product(options.blocks, options.dtype, options.modes, options.sizes)
     ]
     return run(choose_peers(BENCHMARK, options.compile), cases, options, argv)

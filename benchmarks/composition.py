@@ -9,10 +9,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import deform_conv2d
 
+from benchmarks.measure import Unavailable
 from dyhead.layers import head, released, spatial_attention
 from dyhead.ops import channelwise
+
+try:
+    from torchvision.ops import deform_conv2d
+except ImportError:
+    deform_conv2d = None
 
 
 def pyramid_deform_conv2d(
@@ -45,13 +50,22 @@ def pyramid_deform_conv2d(
 
 
 def convolve(input: Tensor, offset: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, mask=None):
-    """`torchvision.ops.deform_conv2d`; in float32 where it has no bfloat16 (on a CPU)."""
-    if input.device.type == "cpu" and (input.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")):
-        with torch.autocast("cpu", enabled=False):
-            wide = [None if x is None else x.float() for x in (input, offset, weight, bias)]
-            out = deform_conv2d(*wide, stride, padding, dilation, None if mask is None else mask.float())
-        return out.to(torch.bfloat16)
-    return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    """`torchvision.ops.deform_conv2d`; in float32 for half types.
+
+    Half types would round its positions, on a map 168 pixels wide to an eighth (float16) or a whole pixel (bfloat16);
+    autocast on a GPU takes float32 for the same reason, and on a CPU it has no half types.
+    """
+    if deform_conv2d is None:
+        raise Unavailable("torchvision is not installed")
+    device, dtype = input.device.type, input.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    with torch.autocast(device, enabled=False):
+        wide = [None if x is None else x.float() for x in (input, offset, weight, bias)]
+        out = deform_conv2d(*wide, stride, padding, dilation, None if mask is None else mask.float())
+    return out.to(dtype)
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -99,6 +100,7 @@ struct Block {
   std::string problem;
 };
 Block* block = nullptr;
+std::unordered_map<const void*, std::pair<int64_t, int>> owners;  // of what a launch adds to without atomics
 
 // Ends the launch from within a thread: its stack is given up.
 [[noreturn]] void fail(const std::string& problem) {
@@ -178,6 +180,7 @@ void run_blocks(int64_t blocks, int threads, int shared_bytes, const std::functi
   const std::unique_ptr<char, void (*)(void*)> shared(
       static_cast<char*>(std::aligned_alloc(128, static_cast<size_t>((shared_bytes + 127) / 128 * 128 + 128))),
       std::free);
+  owners.clear();
   for (int64_t index = 0; index < blocks; ++index) {
     std::memset(shared.get(), 0xff, static_cast<size_t>(shared_bytes));  // NaN in every floating type
     here = {0, index, shared.get()};
@@ -203,6 +206,11 @@ void collective(void (*operation)(void* const lanes[kWarp]), void* own) {
 
 void check_alignment(const void* pointer) {
   if (reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector) != 0) fail("a vector is not aligned");
+}
+
+void check_owner(const void* pointer) {
+  const std::pair<int64_t, int> own{here.block, here.thread};
+  if (owners.try_emplace(pointer, own).first->second != own) fail("two threads add to what each takes for its own");
 }
 
 void copy_async(void* shared, const void* global, bool valid) {

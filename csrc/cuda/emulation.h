@@ -3,7 +3,8 @@
 // executes. Which warp goes first changes from one synchronisation to the next, so that a missing one shows in the
 // result. What a GPU would leave undefined is NaN here: shared memory before it is written, and the target of an
 // asynchronous copy until it was waited for. Misuse (a misaligned vector, threads that part ways before an instruction
-// of the warp, a synchronisation that some threads never reach) ends the launch with std::runtime_error.
+// of the warp, a synchronisation that some threads never reach, two threads that add to what
+// each takes for its own) ends the launch with std::runtime_error.
 
 #pragma once
 
@@ -41,6 +42,7 @@ void commit_copies();
 void wait_for_copies(int pending);
 void sync_block();
 void check_alignment(const void* pointer);
+void check_owner(const void* pointer);
 
 void load_matrices(uint32_t (&result)[4], const void* row, bool transposed);
 void multiply_add_half(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1, bool bfloat16);
@@ -128,6 +130,11 @@ inline void atomic_add(double* to, const double (&value)[2]) {
 }
 template <typename A>
 inline void atomic_add(A* to, A value) {
+  *to += value;
+}
+template <typename A>
+inline void owner_add(A* to, A value) {
+  emulation::check_owner(to);
   *to += value;
 }
 

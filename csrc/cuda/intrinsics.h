@@ -159,6 +159,11 @@ template <typename A>
 DYHEAD_DEVICE void atomic_add(A* to, A value) {
   atomicAdd(to, value);
 }
+// The same where no other thread of the launch touches `to`.
+template <typename A>
+DYHEAD_DEVICE void owner_add(A* to, A value) {
+  *to += value;
+}
 
 }  // namespace dyhead::cuda
 

@@ -265,7 +265,8 @@ struct SampleGradient {
     for (int p = 0; p < kPixels; ++p) {
       const int i = kind ^ shared.parity[p], corner = shared.table.corner[p].at[i];
       if (corner < 0) continue;
-      gradient[static_cast<int64_t>(corner) * maps.channels] += shared.table.share[p].at[i] * shared.samples[p][c];
+      owner_add(gradient + static_cast<int64_t>(corner) * maps.channels,
+                shared.table.share[p].at[i] * shared.samples[p][c]);
     }
   }
 

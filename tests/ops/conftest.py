@@ -61,14 +61,18 @@ def make_case(
     scales=None,
     dilation=(1, 1),
     spread=2.0,
+    device="cpu",
 ) -> Case:
-    """A case of the aligned geometry; `spread` is the standard deviation of the offsets, in pixels."""
+    """A case of the aligned geometry; `spread` is the standard deviation of the offsets, in pixels.
+
+    It has the same numbers on every device.
+    """
     torch.manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     taps = kernel[0] * kernel[1]
 
     def leaf(tensor, to):
-        return tensor.to(to).requires_grad_()
+        return tensor.to(device, to).requires_grad_()
 
     return Case(
         features=[leaf(torch.randn(batch, channels, *level), dtype) for level in levels],
@@ -78,10 +82,16 @@ def make_case(
         bias=leaf(torch.randn(out_channels), dtype) if bias else None,
         level_weight=leaf(torch.rand(batch, len(levels)), wide) if level_weight else None,
         geometry=(True, scales, [1, 1], [0, 0], list(dilation)),
-        grad=torch.randn(batch, out_channels, *size).to(dtype),
+        grad=torch.randn(batch, out_channels, *size).to(device, dtype),
     )
 
 
 @pytest.fixture(name="make_case")
 def make_case_fixture():
     return make_case
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """For tests of what is the same on every device."""
+    return request.param

@@ -80,9 +80,9 @@ def test_half_values_are_read_exactly(channels, dtype):
     assert torch.equal(result, feature)
 
 
-def test_gradcheck_of_every_input(make_case):
+def test_gradcheck_of_every_input(make_case, device):
     case = make_case(channels=4, out_channels=2, groups=2, offset_groups=2, size=(1, 3), levels=((2, 6), (1, 3)),
-                     kernel=(1, 2), spread=0.7)  # fmt: skip
+                     kernel=(1, 2), spread=0.7, device=device)  # fmt: skip
     levels = len(case.features)
 
     def function(*tensors):
