@@ -6,8 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
+#include "../channelwise.h"
 #include "inputs.h"
 
 namespace dyhead::cpu {
@@ -37,17 +36,6 @@ void sum_chunks(const Partial* partial, int64_t batch, int64_t pixels, int64_t s
       for (int64_t i = 0; i < size; ++i) total[i] += static_cast<double>(partial[(n * chunks + chunk) * size + i]);
     }
     for (int64_t i = 0; i < size; ++i) result[n * size + i] = static_cast<A>(total[i]);
-  }
-}
-
-void check_map(const std::string& name, const Tensor& x) {
-  const ScalarType dtype = x.scalar_type();
-  if (dtype != ScalarType::Double && dtype != ScalarType::Float && dtype != ScalarType::BFloat16 &&
-      dtype != ScalarType::Half) {
-    detail::fail(name, "float64, float32, bfloat16 or float16", detail::dtype_text(dtype));
-  }
-  if (x.dim() != 4 || x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
-    detail::fail(name, "(N, C, H, W) with at least one channel and one pixel", detail::shape_text(x));
   }
 }
 
@@ -148,21 +136,6 @@ struct Maps {
   std::vector<const T*> data;
 };
 
-void check_maps(const std::vector<Tensor>& xs, const Tensor& slopes, const Tensor& intercepts) {
-  if (xs.empty()) detail::fail("xs", "at least one map", "an empty list");
-  for (size_t i = 0; i < xs.size(); ++i) {
-    const std::string name = detail::text("xs[", i, "]");
-    check_map(name, xs[i]);
-    detail::expect_like(name, xs[i], xs[0].scalar_type(), xs[0]);
-    detail::expect_shape(name, xs[i], {xs[0].size(0), xs[0].size(1), xs[0].size(2), xs[0].size(3)});
-  }
-  const ScalarType dtype = accumulation_dtype(xs[0].scalar_type());
-  detail::expect_like("slopes", slopes, dtype, xs[0]);
-  detail::expect_like("intercepts", intercepts, dtype, xs[0]);
-  detail::expect_shape("slopes", slopes, {xs[0].size(0), 2, static_cast<int64_t>(xs.size()), xs[0].size(1)});
-  detail::expect_shape("intercepts", intercepts, {xs[0].size(0), 2, xs[0].size(1)});
-}
-
 template <typename T>
 void forward(const Maps<T>& maps, Tensor& result) {
   using A = Accumulator<T>;
@@ -179,15 +152,6 @@ void forward(const Maps<T>& maps, Tensor& result) {
       }
     }
   });
-}
-
-// A map to be written with its channels last; where x has the other layout, copy_back gives the result that.
-Tensor new_map(const Tensor& x) {
-  const bool last = is_channels_last(x) || (x.numel() > 0 && !has_channels_last_strides(x));
-  return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), last);
-}
-Tensor copy_back(const Tensor& written, const Tensor& x) {
-  return x.numel() == 0 || has_channels_last_strides(x) ? written : torch::stable::contiguous(written);
 }
 
 Tensor affine_maximum(std::vector<Tensor> xs, Tensor slopes, Tensor intercepts) {
@@ -257,22 +221,12 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> affine_maximum_backward(Tensor grad, std::vector<Tensor> xs,
                                                                         Tensor slopes, Tensor intercepts) {
-  check_maps(xs, slopes, intercepts);
-  const Tensor& first = xs[0];
-  const std::vector<int64_t> sizes{first.size(0), first.size(1), first.size(2), first.size(3)};
-  detail::expect_like("grad", grad, first.scalar_type(), first);
-  detail::expect_shape("grad", grad, sizes);
-  const ScalarType dtype = accumulation_dtype(first.scalar_type());
-  std::vector<Tensor> results;
-  for (const Tensor& x : xs) results.push_back(new_map(x));
-  Tensor slopes_grad = new_tensor(first, {sizes[0], 2, static_cast<int64_t>(xs.size()), sizes[1]}, dtype, false);
-  Tensor intercepts_grad = new_tensor(first, {sizes[0], 2, sizes[1]}, dtype, false);
+  MaximumGradients gradients(grad, xs, slopes, intercepts);
   const Tensor last = as_channels_last(grad);
-  dispatch(first.scalar_type(), [&](auto value, auto) {
-    backward(Maps<decltype(value)>(xs, slopes, intercepts), last, results, slopes_grad, intercepts_grad);
+  dispatch(xs[0].scalar_type(), [&](auto value, auto) {
+    backward(Maps<decltype(value)>(xs, slopes, intercepts), last, gradients.xs, gradients.slopes, gradients.intercepts);
   });
-  for (size_t i = 0; i < xs.size(); ++i) results[i] = copy_back(results[i], xs[i]);
-  return {results, slopes_grad, intercepts_grad};
+  return gradients.tuple(xs);
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 
 namespace dyhead::cuda {
 
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector) == 0; }
+
 template <typename T>
 struct Inputs {
   using A = Accumulator<T>;
@@ -51,8 +53,6 @@ struct Inputs {
     }
     weight = keep<T>(as_contiguous(arguments.weight));
   }
-
-  static bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector) == 0; }
 
   // The data of a tensor that lives as long as this.
   template <typename E>

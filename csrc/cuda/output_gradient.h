@@ -58,7 +58,7 @@ OutputGradient<T> pack_output_gradient(const Device& device, const Tensor& sourc
   const int channels = maps.group_out_channels();
   const int stride = static_cast<int>(blocks_of(channels, kVector<T>)) * kVector<T>;
   const int64_t row_stride = static_cast<int64_t>(maps.groups) * stride;
-  if (stride == channels && !rounds && Inputs<T>::is_aligned(data)) return {data, stride, row_stride};
+  if (stride == channels && !rounds && is_aligned(data)) return {data, stride, row_stride};
   const int64_t rows = static_cast<int64_t>(maps.batch) * maps.pixels();
   tensors.push_back(workspace(source, rows * row_stride, source.scalar_type()));
   T* const packed = static_cast<T*>(tensors.back().mutable_data_ptr());

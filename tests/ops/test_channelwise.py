@@ -6,29 +6,10 @@ import torch
 
 from dyhead.ops import channelwise
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
+from tests.ops.maps import MAP_SHAPES, make_maps
 
 
-def make_maps(count=2, *, batch=2, channels=5, size=(4, 7), dtype=torch.float64, last=True, seed=0):
-    torch.manual_seed(seed)
-    layout = torch.channels_last if last else torch.contiguous_format
-    xs = [torch.randn(batch, channels, *size).to(dtype).contiguous(memory_format=layout) for _ in range(count)]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    slopes, intercepts = torch.randn(batch, 2, count, channels), torch.randn(batch, 2, channels)
-    return [x.requires_grad_() for x in xs], slopes.to(wide).requires_grad_(), intercepts.to(wide).requires_grad_()
-
-
-# Beyond one chunk of pixels and one block of channels, and neither whole.
-SHAPES = [
-    {},
-    {"last": False},
-    {"count": 1, "channels": 130, "size": (20, 33)},
-    {"count": 3, "channels": 1, "size": (1, 600)},
-    {"batch": 1, "channels": 64, "size": (1, 1)},
-    {"batch": 0},
-]
-
-
-@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("options", MAP_SHAPES, ids=str)
 def test_statistics_are_mean_and_variance(options):
     x = make_maps(**{**options, "count": 1})[0][0]
     values = x.detach().numpy()
@@ -43,7 +24,7 @@ def test_variance_survives_a_large_mean():
     torch.testing.assert_close(channel_statistics(x)[:, 1].double(), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("options", MAP_SHAPES, ids=str)
 def test_maximum_and_gradients_are_the_definitions(options):
     xs, slopes, intercepts = make_maps(**options)
     inputs = [*xs, slopes, intercepts]
@@ -135,7 +116,9 @@ def test_same_bits_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("options", [*SHAPES[:2], SHAPES[5], {"dtype": torch.bfloat16, "size": (1, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*MAP_SHAPES[:2], MAP_SHAPES[5], {"dtype": torch.bfloat16, "size": (1, 1)}], ids=str
+)
 def test_opcheck(options):
     xs, slopes, intercepts = make_maps(**options)
     torch.library.opcheck(torch.ops.dyhead.affine_maximum.default, (xs, slopes, intercepts))

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
+from dyhead.ops.channelwise import define_affine_maximum, define_channel_statistics
 from dyhead.ops.reference import pyramid_deform_conv
 from tests.ops.machines import machine
+from tests.ops.maps import MAP_SHAPES, make_maps
 from tests.ops.shapes import CUDA_SHAPES, SHAPES
 
 PRECISIONS = {
@@ -180,3 +182,67 @@ def test_many_levels_are_refused_by_name(place, make_case):
     with pytest.raises(RuntimeError, match="features: expected at most 32 levels on a CUDA device, got 33 levels"):
         place.forward(case)
     check_case(make_case(size=(2, 2), levels=((2, 2),) * 32, kernel=(1, 1)), place, "float64")
+
+
+def test_tf32_rounds_to_nearest(place, make_case):
+    """Operands that were cut instead would make every sum of positive terms too small, by some 2^-11."""
+    case = make_case(channels=64, out_channels=32, size=(9, 17), levels=((9, 17),), dtype=torch.float32, spread=0.2)
+    case.features = [feature.detach().abs().requires_grad_() for feature in case.features]
+    case.weight, case.grad = case.weight.detach().abs().requires_grad_(), case.grad.abs()
+    exact, exact_grads = case.map(torch.Tensor.double).run(pyramid_deform_conv)
+    results = [place.forward(case, allow_tf32=True), *place.backward(case, allow_tf32=True)]
+    compared = zip(["result", *names(case)], results, [exact, *exact_grads], strict=True)
+    for name, got, best in compared:
+        if name in ("result", "features[0]", "weight"):
+            assert abs((got.double().sum() / best.sum()).item() - 1) < 1e-4, name
+
+
+# Half types, whose vectors are longest, on channels that fill vectors and others.
+WIDE_MAPS = [{"count": 3, "channels": 264, "size": (9, 30)}, {"count": 2, "channels": 16, "size": (1, 1), "batch": 3}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [*MAP_SHAPES, *WIDE_MAPS], ids=str)
+class TestChannelwise:
+    def test_statistics_are_mean_and_variance(self, options, dtype, place):
+        x = make_maps(**{**options, "count": 1}, dtype=dtype)[0][0].detach()
+        statistics = place.operators.channel_statistics(x.to(place.device)).cpu()
+        tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(
+            statistics.double(), define_channel_statistics(x.double()), rtol=tolerance, atol=tolerance
+        )
+
+    def test_maximum_and_gradients_are_the_definitions(self, options, dtype, place):
+        xs, slopes, intercepts = make_maps(**options, dtype=dtype)
+        wides = [t.detach().double().requires_grad_() for t in (*xs, slopes, intercepts)]
+        expected = define_affine_maximum(wides[:-2], *wides[-2:])
+        grad = torch.randn(expected.shape).to(dtype)
+        expected_grads = torch.autograd.grad(expected, wides, grad.double())
+        moved = [t.detach().to(place.device) for t in (*xs, slopes, intercepts)]
+        result = place.operators.affine_maximum(moved[:-2], *moved[-2:])
+        got_xs, *got = place.operators._affine_maximum_backward(grad.to(place.device), moved[:-2], *moved[-2:])
+        if result.numel():
+            assert result.stride() == moved[0].stride()
+            assert all(g.stride() == x.stride() for g, x in zip(got_xs, moved[:-2], strict=True))
+        for value, best in zip([result, *got_xs, *got], [expected, *expected_grads], strict=True):
+            eps = torch.finfo(value.dtype).eps
+            sums = 1e-12 if dtype == torch.float64 else 2e-6
+            scale = best.abs().max().item() if best.numel() else 1.0
+            torch.testing.assert_close(value.cpu().double(), best, rtol=0.51 * eps, atol=sums * max(scale, 1.0))
+
+
+def test_variance_survives_a_large_mean(place):
+    x = torch.randn(1, 3, 40, 50) + torch.tensor([0.0, 1e3, 1e4])[:, None, None]
+    expected = x.double().var(dim=(2, 3), correction=0)
+    statistics = place.operators.channel_statistics(x.to(place.device)).cpu()
+    torch.testing.assert_close(statistics[:, 1].double(), expected, rtol=1e-3, atol=0)
+
+
+def test_nan_and_ties_are_those_of_torch_maximum(place):
+    x = torch.tensor([float("nan"), 0.0, 1.0, -1.0, float("inf")]).view(1, 1, 1, 5)
+    slopes, intercepts = torch.tensor([[[[1.0]], [[-1.0]]]]), torch.zeros(1, 2, 1)
+    moved = [t.to(place.device) for t in (x, slopes, intercepts)]
+    result = place.operators.affine_maximum(moved[:1], *moved[1:])
+    torch.testing.assert_close(result.cpu(), torch.maximum(x, -x), equal_nan=True)
+    (grad,), *_ = place.operators._affine_maximum_backward(torch.ones_like(result), moved[:1], *moved[1:])
+    assert grad.flatten().tolist() == [0.0, 0.0, 1.0, -1.0, 1.0]
