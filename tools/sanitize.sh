@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the operator's tests with the library built under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of
-# the package in build/sanitize. Needs GCC. Usage: tools/sanitize.sh [PYTHON [PYTEST ARGUMENT ...]]
+# Runs the operator's tests, those of the emulated CUDA kernels too, with the libraries built under AddressSanitizer and
+# UndefinedBehaviorSanitizer, in a copy of the package in build/sanitize. Needs GCC. Usage: tools/sanitize.sh [PYTHON [PYTEST ARGUMENT ...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${1:-python3}")
@@ -14,10 +14,13 @@ rm -f dyhead/_C*
 
 # -O1: all inner loops as vector code, at a bearable speed.
 flags="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -O1"
-DYHEAD_CXX_FLAGS=$flags CC=gcc CXX=g++ "$python" setup.py -q build_ext --inplace
+export DYHEAD_CXX_FLAGS=$flags CC=gcc CXX=g++
+FORCE_CUDA=0 "$python" setup.py -q build_ext --inplace
+"$python" -m tests.ops.emulation
 
 # Python itself is not instrumented, so the runtime is loaded before it; what Python leaks on exit is not ours.
-# test_library.py is about processes without the library, test_registration.py about compilers.
+# The emulation's largest cases are left out, and types that differ in little. test_library.py is about processes without the library, test_registration.py about compilers.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-exec "$python" -m pytest -q -p no:cacheprovider tests/ops/test_kernel.py tests/ops/test_definition.py tests/ops/test_arguments.py "${@:2}"
+exec "$python" -m pytest -q -p no:cacheprovider tests/ops/test_kernel.py tests/ops/test_definition.py tests/ops/test_arguments.py \
+  tests/ops/test_cuda.py -k "not (emulation and (264 or tf32 or float64))" "${@:2}"

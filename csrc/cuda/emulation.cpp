@@ -11,6 +11,9 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace dyhead::cuda::emulation {
 
@@ -154,7 +157,13 @@ void run_block(const std::function<void()>& body, int threads, std::vector<std::
   own.warps.resize(threads / kWarp);
   own.body = &body;
   block = &own;
-  for (int i = 0; i < threads; ++i) own.threads[i].context.prepare(stacks[i].get(), enter);
+  for (int i = 0; i < threads; ++i) {
+#if defined(__SANITIZE_ADDRESS__)
+    // The last block's threads never returned, so what surrounds their variables is still marked.
+    __asan_unpoison_memory_region(stacks[i].get(), kStackBytes);
+#endif
+    own.threads[i].context.prepare(stacks[i].get(), enter);
+  }
   for (unsigned phase = 0;; ++phase) {
     const int warps = threads / kWarp;
     const int first = static_cast<int>(phase * 2654435761u >> 16) % warps;

@@ -61,6 +61,7 @@ inline Vector load_vector(const void* from) {
   std::memcpy(&result, from, sizeof(result));
   return result;
 }
+inline Vector read_vector(const void* from) { return load_vector(from); }
 inline void store_vector(void* to, const Vector& value) {
   emulation::check_alignment(to);
   std::memcpy(to, &value, sizeof(value));

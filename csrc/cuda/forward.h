@@ -214,7 +214,7 @@ struct Forward {
         T* const to =
             params.out + (static_cast<int64_t>(patch.n) * maps.pixels() + pixel) * maps.out_channels + first + c;
         if (params.out_vectors) {
-          store_vector(to, *reinterpret_cast<const Vector*>(result(row) + c));
+          store_vector(to, read_vector(result(row) + c));
         } else {
           *to = result(row)[c];
         }

@@ -58,7 +58,14 @@ DYHEAD_DEVICE Vector load_vector(const void* from) {
   return {{value.x, value.y, value.z, value.w}};
 }
 
-DYHEAD_DEVICE void store_vector(void* to, const Vector& value) { *reinterpret_cast<Vector*>(to) = value; }
+// Reads memory that threads of this block have written.
+DYHEAD_DEVICE Vector read_vector(const void* from) {
+  const uint4 value = *reinterpret_cast<const uint4*>(from);
+  return {{value.x, value.y, value.z, value.w}};
+}
+DYHEAD_DEVICE void store_vector(void* to, const Vector& value) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
+}
 
 // Asynchronous copies of a vector from global to shared memory. A copy has landed when its thread has waited for its
 // group; other threads see it after the block's next synchronisation. Where `valid` is false the vector is 0 and

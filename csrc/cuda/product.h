@@ -222,7 +222,7 @@ struct Product<T, false> {
 
  private:
   DYHEAD_DEVICE static void read(const char* from, T (&to)[kVector<T>]) {
-    const Vector vector = *reinterpret_cast<const Vector*>(from);
+    const Vector vector = read_vector(from);
     std::memcpy(to, &vector, sizeof(vector));
   }
   DYHEAD_DEVICE static T element(const char* tile, int row, int i) {

@@ -282,7 +282,7 @@ struct SampleGradient {
     for (int p = thread_index() / kLanes; p < kPixels; p += kThreads / kLanes) {
       const auto corners = shared.table.corner[p];
       A gradient[kCount];
-      const Vector vector = *reinterpret_cast<const Vector*>(&shared.samples[p][c]);
+      const Vector vector = read_vector(&shared.samples[p][c]);
       std::memcpy(gradient, &vector, sizeof(vector));
       if (positions) {
         A product[4];

@@ -1,36 +1,63 @@
-"""Builds the CUDA operators for the host: torch.ops.dyhead_emulated, on CPU tensors, without a GPU or CUDA toolkit."""
+"""Builds the CUDA operators for the host: torch.ops.dyhead_emulated, on CPU tensors, without a GPU or CUDA toolkit.
 
+`python -m tests.ops.emulation` only builds them.
+"""
+
+import hashlib
 import os
 import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+
+
+def build() -> Path:
+    """Compiles what csrc/cuda holds with the C++ compiler into build/emulation, if anything changed."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    flags = [
+        "-std=c++20",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
+    flags += shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", "-O2"))
+    flags += [f"-isystem{path}" for path in include_paths()]
+    compiler = os.environ.get("CXX", "c++")
+    folder = ROOT / "build" / "emulation" / hashlib.sha256(" ".join([compiler, *flags]).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    operators = sorted(set(KERNELS.glob("*.cu")) - {KERNELS / "library.cu"})
+    sources = [*operators, KERNELS / "emulation.cpp", Path(__file__).parent / "cuda_emulation.cpp"]
+    newest = max(file.stat().st_mtime for file in [*ROOT.glob("csrc/**/*.h"), *sources, Path(__file__)])
+    library = folder / "libdyhead_emulated.so"
+    if library.exists() and library.stat().st_mtime > newest:
+        return library
+
+    def run(*command: object) -> None:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stderr}")
+
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [(compiler, *flags, "-x", "c++", "-c", s, "-o", o) for s, o in zip(sources, objects, strict=True)]
+        list(pool.map(lambda command: run(*command), commands))
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+    run(compiler, "-shared", *flags, *objects, *libraries, "-o", library)
+    return library
 
 
 def load() -> None:
-    """Compiles what csrc/cuda holds with the C++ compiler into build/emulation, where it changed, and loads it."""
-    from torch.utils import cpp_extension
+    """Registers torch.ops.dyhead_emulated."""
+    import torch
 
-    folder = ROOT / "build" / "emulation"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = [ROOT / "csrc" / "cuda" / "emulation.cpp", Path(__file__).parent / "cuda_emulation.cpp"]
-    # A .cu file would be given to nvcc.
-    for kernel in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        if kernel.name != "library.cu":
-            source = folder / f"{kernel.stem}.cpp"
-            text = f'#include "{kernel}"\n'
-            if not source.exists() or source.read_text() != text:
-                source.write_text(text)
-            sources.append(source)
-    flags = shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", "-O2"))
-    cpp_extension.load(
-        "dyhead_emulated",
-        [str(source) for source in sources],
-        extra_cflags=[*flags, "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
-        extra_ldflags=flags,
-        build_directory=str(folder),
-        is_python_module=False,
-    )
-    assert hasattr(torch.ops.dyhead_emulated, "pyramid_deform_conv2d")
+    torch.ops.load_library(str(build()))
+
+
+if __name__ == "__main__":
+    print(build())
