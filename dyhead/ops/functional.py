@@ -56,9 +56,11 @@ def pyramid_deform_conv2d(
     Offset, mask and level_weight may be of any floating type no wider than float32 (float64 with float64 features).
     Positions and sums are float32 (float64 for float64). Half types round values that are read and written, and, for
     bfloat16 on a processor with AVX512-BF16, every sample before it is multiplied with weights or gradients; products
-    then take subnormal values for 0. An offset may have any value: NaN, infinite and far positions read 0 and have a
-    zero gradient. The result and all gradients are the same for any number of threads. Autocast casts features, weight
-    and bias to its type.
+    then take subnormal values for 0. A CUDA device rounds samples of both half types, and those, weights and gradients
+    of float32 to TF32 where PyTorch's convolutions may. An offset may have any value: NaN, infinite and far positions
+    read 0 and have a zero gradient. The result and all gradients are the same for any number of threads; on a CUDA
+    device the features' gradient is added up in any order, unless `torch.use_deterministic_algorithms` asks for one.
+    Autocast casts features, weight and bias to its type.
 
     Gradients exist for every tensor, once: for second derivatives use `dyhead.ops.reference`, as the error says.
 
