@@ -54,6 +54,9 @@ inline int thread_index() { return emulation::here.thread; }
 inline int64_t block_index() { return emulation::here.block; }
 inline char* shared_memory() { return emulation::here.shared; }
 inline void sync_block() { emulation::sync_block(); }
+inline void sync_warp() {
+  emulation::collective([](void* const[kWarp]) {}, nullptr);
+}
 
 inline Vector load_vector(const void* from) {
   emulation::check_alignment(from);

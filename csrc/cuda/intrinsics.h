@@ -51,6 +51,7 @@ DYHEAD_DEVICE uint32_t shared_address(const void* pointer) {
 }
 
 DYHEAD_DEVICE void sync_block() { __syncthreads(); }
+DYHEAD_DEVICE void sync_warp() { __syncwarp(); }
 
 // Loads through the cache for data that no one writes during the kernel.
 DYHEAD_DEVICE Vector load_vector(const void* from) {

@@ -99,6 +99,7 @@ struct Product<T, true> {
   DYHEAD_DEVICE static void add_rows(const char* left, int left_row, const char* right, int right_row, int step,
                                      Sums<float, kRowBlocks, kColumnBlocks>& sums) {
     static_assert(kColumnBlocks % 2 == 0);
+    sync_warp();  // what follows needs all lanes at once, and they may come from branches
     const int lane = thread_index() % kWarp;
     uint32_t rows[kRowBlocks][4];
 #pragma unroll
@@ -124,6 +125,7 @@ struct Product<T, true> {
   DYHEAD_DEVICE static void add_panels(const char* left, int left_begin, const char* right, int right_begin, int step,
                                        Sums<float, kRowBlocks, kColumnBlocks>& sums) {
     static_assert(kColumnBlocks % 2 == 0);
+    sync_warp();  // what follows needs all lanes at once, and they may come from branches
     const int lane = thread_index() % kWarp, depth = step * kDepth;
     uint32_t rows[kRowBlocks][4];
 #pragma unroll
