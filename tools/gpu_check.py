@@ -120,7 +120,7 @@ def parts(folder: Path, capability: str) -> list[Part]:
 
     def benchmark(name: str, limit: float, *options: str, **others) -> Part:
         file = folder / f"{name}.json"
-        command = [python, "-m", f"benchmarks.{name}", "--device", "cuda", "--output", str(file), *options]
+        command = [python, "-m", f"benchmarks.{name}", "--output", str(file), *options]
         return Part(f"benchmark {name}", command, limit, result=file, **others)
 
     def sanitizer(tool: str) -> Part:
@@ -134,23 +134,64 @@ def parts(folder: Path, capability: str) -> list[Part]:
         Part("info", [python, "-m", "dyhead.info"], 30),
         Part("tests", [*test, "-m", "cuda", "tests/ops", "--durations=5"], 130, needs=("pytest",)),
         benchmark(
-            *("operator", 90, "--batch", "8", "--sizes", "100x168", "--levels", "1", "3", "--dtype", "bfloat16"),
+            *(
+                "operator",
+                90,
+                "--device",
+                "cuda",
+                "--batch",
+                "8",
+                "--sizes",
+                "100x168",
+                "--levels",
+                "1",
+                "3",
+                "--dtype",
+                "bfloat16",
+            ),
             *("--repeats", "9", "--seconds", "6", "--no-memory"),
         ),
         benchmark(
-            *("block", 80, "--batch", "8", "--dtype", "bfloat16", "--repeats", "5", "--seconds", "6"),
+            *(
+                "block",
+                80,
+                "--device",
+                "cuda",
+                "--batch",
+                "8",
+                "--dtype",
+                "bfloat16",
+                "--repeats",
+                "5",
+                "--seconds",
+                "6",
+            ),
             *("--blocks", "released", "--modes", "training"),
             needs=("torchvision",),
         ),
+        benchmark("kernels", 40),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         sanitizer("initcheck"),
         benchmark(
-            *("detector", 60, "--detectors", "fcos", "--backbones", "R50", "--dtype", "bfloat16", "--batch", "2"),
+            *(
+                "detector",
+                60,
+                "--device",
+                "cuda",
+                "--detectors",
+                "fcos",
+                "--backbones",
+                "R50",
+                "--dtype",
+                "bfloat16",
+                "--batch",
+                "2",
+            ),
             *("--repeats", "5", "--seconds", "6", "--no-memory"),
             needs=("torchvision", "fvcore"),
         ),
-        Part("emulation", [*test, "tests/ops/test_cuda.py", "-k", "emulation and bfloat16"], 60, needs=("ninja",)),
+        Part("emulation", [*test, "tests/ops/test_cuda.py", "-k", "emulation and bfloat16"], 60),
     ]
 
 

@@ -195,6 +195,7 @@ struct AffineMaps {
   DYHEAD_DEVICE void evaluate(int64_t n, int64_t pixel, int channel, A (&first)[kCount], A (&second)[kCount]) const {
     load_run(intercepts + n * 2 * channels + channel, first);
     load_run(intercepts + (n * 2 + 1) * channels + channel, second);
+#pragma unroll 1  // registers
     for (int term = 0; term < terms; ++term) {
       A value[kCount], slope1[kCount], slope2[kCount];
       load_run(x[term] + (n * pixels + pixel) * channels + channel, value);
@@ -242,7 +243,7 @@ template <typename T, int kCount>
 struct AffineMaximumGradient {
   using A = Accumulator<T>;
   using Part = Share<kCount>;
-  static constexpr int kThreads = Part::kThreads, kMinBlocks = 1;
+  static constexpr int kThreads = Part::kThreads, kMinBlocks = 2;
   static constexpr int kSharedBytes = 4 * kThreads * kCount * static_cast<int>(sizeof(A));
 
   struct Params {

@@ -213,8 +213,8 @@ void collective(void (*operation)(void* const lanes[kWarp]), void* own) {
   }
 }
 
-void check_alignment(const void* pointer) {
-  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector) != 0) fail("a vector is not aligned");
+void check_alignment(const void* pointer, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fail("a vector is not aligned");
 }
 
 void check_owner(const void* pointer) {

@@ -41,7 +41,7 @@ void copy_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_for_copies(int pending);
 void sync_block();
-void check_alignment(const void* pointer);
+void check_alignment(const void* pointer, size_t bytes = sizeof(Vector));
 void check_owner(const void* pointer);
 
 void load_matrices(uint32_t (&result)[4], const void* row, bool transposed);
@@ -140,6 +140,13 @@ template <typename A>
 inline void owner_add(A* to, A value) {
   emulation::check_owner(to);
   *to += value;
+}
+
+template <typename T, typename A>
+inline void store_pair(T* to, A first, A second) {
+  emulation::check_alignment(to, 2 * sizeof(T));
+  to[0] = static_cast<T>(first);
+  to[1] = static_cast<T>(second);
 }
 
 }  // namespace dyhead::cuda

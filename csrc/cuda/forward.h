@@ -201,8 +201,7 @@ struct Forward {
         if (c < count) value0 += static_cast<A>(params.bias[first + c]);
         if (c + 1 < count) value1 += static_cast<A>(params.bias[first + c + 1]);
       }
-      to[0] = static_cast<T>(value0);
-      to[1] = static_cast<T>(value1);
+      store_pair(to, value0, value1);
     });
     sync_block();
     const auto result = [&](int row) { return reinterpret_cast<const T*>(results + row * kResultBytes); };

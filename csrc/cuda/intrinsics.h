@@ -167,10 +167,23 @@ template <typename A>
 DYHEAD_DEVICE void atomic_add(A* to, A value) {
   atomicAdd(to, value);
 }
-// The same where no other thread of the launch touches `to`.
+// The same where no other thread of the launch touches `to`: in the order of the program, as every two operations of a
+// thread on one address are. A reduction nevertheless, because it need not wait for what is there.
 template <typename A>
 DYHEAD_DEVICE void owner_add(A* to, A value) {
-  *to += value;
+  atomicAdd(to, value);
+}
+
+// Two neighbours at once, on a boundary of both; half types are rounded.
+DYHEAD_DEVICE void store_pair(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
+DYHEAD_DEVICE void store_pair(double* to, double first, double second) {
+  *reinterpret_cast<double2*>(to) = make_double2(first, second);
+}
+template <typename T>
+DYHEAD_DEVICE void store_pair(T* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack_pair(T(), first, second);
 }
 
 }  // namespace dyhead::cuda

@@ -197,9 +197,7 @@ struct SampleGradient {
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       sums.visit_pairs([&](int row, int column, A value0, A value1) {
-        A* const to = &shared.samples[warp_row + row][warp_column + column];
-        to[0] = value0;
-        to[1] = value1;
+        store_pair(&shared.samples[warp_row + row][warp_column + column], value0, value1);
       });
       sync_block();
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import block, composition, detector, measure, operator, program, scaling
+from benchmarks import block, composition, detector, kernels, measure, operator, program, scaling
 from dyhead.layers import DyHead
 from dyhead.ops import reference
 
@@ -185,3 +185,28 @@ def test_levels_halve_rounding_up():
 def test_numbers_have_three_digits(value, text):
     assert program.number(value) == text
     assert program.number(math.nan) == "-"
+
+
+def test_kernels_ask_for_a_cuda_device(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        kernels.main([])
+    assert "expected a CUDA device, found none" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_kernels_take_the_time_of_a_pass(tmp_path, capsys):
+    options = ["--size", "8x9", "--channels", "16", "--batch", "1", "--repeats", "2", "--levels", "1"]
+    result = kernels.main([*options, "--output", str(tmp_path / "kernels.json")])
+    names = " ".join(result["cases"][0]["kernels, ms"])
+    assert all(kernel in names for kernel in ("Forward", "SampleGradient", "WeightGradient"))
+    assert "floor: additions" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_operator_runs_on_a_gpu(tmp_path):
+    file = tmp_path / "operator.json"
+    options = ["--device", "cuda", "--sizes", "4x5", "--dtype", "bfloat16", "--modes", "forward+backward"]
+    operator.main([*TINY, *options, "--output", str(file)])
+    read(file, ["ours, channels_last", "ours, NCHW", "torchvision, float16", "dense, channels_last"], cases=2)

@@ -1,0 +1,114 @@
+"""Where does the time of the CUDA operator go? Every kernel's part of a pass, beside what the device can do at most."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.operator import Case, build, least_bytes
+from benchmarks.program import RESULTS, markdown, number, size
+from dyhead.evaluation import describe_machine
+
+
+def milliseconds(call: Callable[[], Any], repeats: int) -> float:
+    """Of one call on the device, the mean of many."""
+    call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def roofs(dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """What bounds any kernel: the rates of a large product, of a copy, and of atomic additions of rows of floats."""
+    edge, rows, channels = 8192, 2**18, 256
+    left, right = (torch.randn(edge, edge, device="cuda").to(dtype) for _ in range(2))
+    source = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    values, index = torch.ones(rows, channels, device="cuda"), torch.randint(rows // 8, (rows,), device="cuda")
+    sums = torch.zeros(rows // 8, channels, device="cuda")
+
+    def add() -> None:
+        sums.index_add_(0, index, values)
+
+    return {
+        "product, TFLOP/s": 2e-9 * edge**3 / milliseconds(lambda: left @ right, repeats),
+        "copy, GB/s": 2e-6 * source.numel() / milliseconds(lambda: target.copy_(source), repeats),
+        "atomic additions, GB/s": 4e-6 * values.numel() / milliseconds(add, repeats),
+    }
+
+
+def kernels(case: Case, repeats: int) -> dict[str, float]:
+    """Milliseconds that each kernel takes in one pass of the operator, by its name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call = build(case, "ours, channels_last", torch.device("cuda"))
+    for _ in range(3):
+        call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    return {event.key: event.self_device_time_total / 1e3 / repeats for event in profiler.key_averages()}
+
+
+def short(name: str) -> str:
+    """A kernel's name without what all of ours have around it."""
+    for part in ("void ", "dyhead::cuda::run_kernel<", "dyhead::cuda::", "c10::"):
+        name = name.replace(part, "")
+    return name.split(">(")[0][:60]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--levels", nargs="+", type=int, choices=[1, 3], default=[1, 3])
+    parser.add_argument("--size", type=size, default=(100, 168), help="of the output")
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results)")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
+    bounds = roofs(getattr(torch, options.dtype), options.repeats)
+    result = {"benchmark": "kernels", "machine": describe_machine("cuda"), "roofs": bounds, "cases": []}
+    print("\n".join(f"{name}: {number(value)}" for name, value in bounds.items()))
+    for levels in options.levels:
+        case = Case("forward+backward", options.dtype, levels, options.size, options.channels, options.batch)
+        times = kernels(case, options.repeats)
+        passes = 3  # the forward pass, and twice its products in the backward pass
+        floors = {
+            "products": 2e-9 * passes * case.multiply_adds / bounds["product, TFLOP/s"],
+            "bytes": 1e-6 * least_bytes(case) / bounds["copy, GB/s"],
+            "additions": 1e-6 * 4 * 9 * 4 * case.batch * levels * case.channels * options.size[0] * options.size[1]
+            / bounds["atomic additions, GB/s"],
+        }  # fmt: skip
+        result["cases"].append({"case": asdict(case), "floors, ms": floors, "kernels, ms": times})
+        rows = [("kernel", "ms"), *((short(name), number(time)) for name, time in sorted(times.items(), key=_longest))]
+        rows += [("all", number(sum(times.values()))), *((f"floor: {k}", number(v)) for k, v in floors.items())]
+        print(f"\n{levels} levels, forward and backward:\n\n{markdown(rows, left=1)}")
+    output = options.output or RESULTS / "kernels.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _longest(item: tuple[str, float]) -> float:
+    return -item[1]
+
+
+if __name__ == "__main__":
+    main()
