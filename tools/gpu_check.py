@@ -118,6 +118,8 @@ def parts(folder: Path, capability: str) -> list[Part]:
     test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     build = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
 
+    gpu, few = ("--device", "cuda", "--dtype", "bfloat16"), ("--repeats", "5", "--seconds", "6")
+
     def benchmark(name: str, limit: float, *options: str, **others) -> Part:
         file = folder / f"{name}.json"
         command = [python, "-m", f"benchmarks.{name}", "--output", str(file), *options]
@@ -133,40 +135,9 @@ def parts(folder: Path, capability: str) -> list[Part]:
         Part("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 170, build, ("nvcc", "setuptools")),
         Part("info", [python, "-m", "dyhead.info"], 30),
         Part("tests", [*test, "-m", "cuda", "tests/ops", "--durations=5"], 130, needs=("pytest",)),
+        benchmark("operator", 90, *gpu, *few, "--batch", "8", "--sizes", "100x168", "--no-memory"),
         benchmark(
-            *(
-                "operator",
-                90,
-                "--device",
-                "cuda",
-                "--batch",
-                "8",
-                "--sizes",
-                "100x168",
-                "--levels",
-                "1",
-                "3",
-                "--dtype",
-                "bfloat16",
-            ),
-            *("--repeats", "9", "--seconds", "6", "--no-memory"),
-        ),
-        benchmark(
-            *(
-                "block",
-                80,
-                "--device",
-                "cuda",
-                "--batch",
-                "8",
-                "--dtype",
-                "bfloat16",
-                "--repeats",
-                "5",
-                "--seconds",
-                "6",
-            ),
-            *("--blocks", "released", "--modes", "training"),
+            *("block", 80, *gpu, *few, "--batch", "8", "--blocks", "released", "--modes", "training"),
             needs=("torchvision",),
         ),
         benchmark("kernels", 40),
@@ -174,21 +145,7 @@ def parts(folder: Path, capability: str) -> list[Part]:
         sanitizer("racecheck"),
         sanitizer("initcheck"),
         benchmark(
-            *(
-                "detector",
-                60,
-                "--device",
-                "cuda",
-                "--detectors",
-                "fcos",
-                "--backbones",
-                "R50",
-                "--dtype",
-                "bfloat16",
-                "--batch",
-                "2",
-            ),
-            *("--repeats", "5", "--seconds", "6", "--no-memory"),
+            *("detector", 60, *gpu, *few, "--detectors", "fcos", "--backbones", "R50", "--batch", "2", "--no-memory"),
             needs=("torchvision", "fvcore"),
         ),
         Part("emulation", [*test, "tests/ops/test_cuda.py", "-k", "emulation and bfloat16"], 60),
