@@ -19,7 +19,8 @@ FORCE_CUDA=0 "$python" setup.py -q build_ext --inplace
 "$python" -m tests.ops.emulation
 
 # Python itself is not instrumented, so the runtime is loaded before it; what Python leaks on exit is not ours.
-# The emulation's largest cases are left out, and types that differ in little. test_library.py is about processes without the library, test_registration.py about compilers.
+# test_library.py is about processes without the library, test_registration.py about compilers. The emulation's largest
+# cases are left out, and types that differ in little.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 exec "$python" -m pytest -q -p no:cacheprovider tests/ops/test_kernel.py tests/ops/test_definition.py tests/ops/test_arguments.py \

@@ -63,10 +63,10 @@ void sample_pass(const Device& device, const Inputs<T>& inputs, const OutputGrad
   gradients.finish(sums);
 }
 
-template <typename T, bool kTensorCores, bool kVectors>
-void weight_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient, Tensor& result) {
+template <typename T, bool kTensorCores, bool kVectors, int kRunPanels>
+void weight_pass_of(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient, Tensor& result) {
   using A = Accumulator<T>;
-  using Kernel = WeightGradient<T, kTensorCores, kVectors>;
+  using Kernel = WeightGradient<T, kTensorCores, kVectors, kRunPanels>;
   using Sum = SumWeightGradient<T>;
   const auto& maps = inputs.maps;
   const int blocks = static_cast<int>(blocks_of(maps.group_out_channels(), Kernel::kOuts));
@@ -89,6 +89,19 @@ void weight_pass(const Device& device, const Inputs<T>& inputs, const OutputGrad
   launch<Kernel>(device, parts * units, {maps, gradient, data, blocks, runs, part_slices});
   launch<Sum>(device, blocks_of(size, Sum::kThreads),
               {data, static_cast<T*>(result.mutable_data_ptr()), size, matrix, static_cast<int>(parts), maps.taps()});
+}
+
+template <typename T, bool kTensorCores, bool kVectors>
+void weight_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient, Tensor& result) {
+  if constexpr (kTensorCores && kVectors) {
+    // Wide blocks read every operand from shared memory half as often, where it is large enough.
+    const auto& maps = inputs.maps;
+    const int run = std::min(maps.group_channels(), maps.offset_channels());
+    if (run > kRow<T> && WeightGradient<T, kTensorCores, kVectors, 2>::kSharedBytes <= device.shared_limit()) {
+      return weight_pass_of<T, kTensorCores, kVectors, 2>(device, inputs, gradient, result);
+    }
+  }
+  weight_pass_of<T, kTensorCores, kVectors, 1>(device, inputs, gradient, result);
 }
 
 template <typename T>

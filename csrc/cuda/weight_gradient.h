@@ -11,12 +11,12 @@
 
 namespace dyhead::cuda {
 
-template <typename T, bool kTensorCores, bool kVectors>
+template <typename T, bool kTensorCores, bool kVectors, int kRunPanels>
 struct WeightGradient {
   using A = Accumulator<T>;
   using Multiply = Product<T, kTensorCores>;
   static constexpr int kThreads = 256, kMinBlocks = 1;
-  static constexpr int kPanels = 4, kOuts = kPanels * kRow<T>, kRun = kRow<T>;
+  static constexpr int kPanels = 4, kOuts = kPanels * kRow<T>, kRun = kRunPanels * kRow<T>;
   static constexpr int kWarpOuts = kOuts / 4, kWarpChannels = kRun / 2;  // 4 x 2 warps
   static constexpr int kTileBytes = kPanelRows * kRowBytes;
 
@@ -30,7 +30,7 @@ struct WeightGradient {
 
   struct Shared {
     char gradient[2][kPanels * kTileBytes];
-    char samples[2][kTileBytes];
+    char samples[2][kRunPanels * kTileBytes];
     Table<A, kPanelRows> table[2];
     int image[2][kPanelRows];
   };
@@ -97,19 +97,23 @@ struct WeightGradient {
       shared.table[slice % 2].set(thread, cell, place < 0 ? A(0) : reading.mask * maps.level_factor(image, level));
       shared.image[slice % 2][thread] = image;
     };
+    // A thread gathers kParts vectors a slice, of two rows, while as many parts of a product run.
+    constexpr int kParts = 2 * kRunPanels;
+    static_assert(kPanelRows * kChunks == 2 * kThreads && Multiply::kPanelSteps % kParts == 0);
     const int chunk = thread % kChunks;
     const T* const features = static_cast<const T*>(maps.level[level].features) + begin + chunk * kVector<T>;
     Gather<T, kTensorCores, kVectors> gather;
-    const auto load = [&](int slice, int half) {
-      const int row = thread / kChunks + half * (kThreads / kChunks);
-      gather.load(shared.table[slice % 2], row, features + shared.image[slice % 2][row] * maps.image_size(level),
-                  maps.channels, end - begin - chunk * kVector<T>);
+    const auto load = [&](int slice, int part) {
+      const int row = thread / kChunks + part % 2 * (kThreads / kChunks), channel = part / 2 * kRow<T>;
+      const int64_t image = shared.image[slice % 2][row] * maps.image_size(level);
+      gather.load(shared.table[slice % 2], row, features + image + channel, maps.channels,
+                  end - begin - chunk * kVector<T> - channel);
     };
-    const auto store = [&](int slice, int half) {
-      const int row = thread / kChunks + half * (kThreads / kChunks);
-      gather.store(shared.table[slice % 2], row, shared.samples[slice % 2] + tile_offset(row, chunk));
+    const auto store = [&](int slice, int part) {
+      const int row = thread / kChunks + part % 2 * (kThreads / kChunks);
+      gather.store(shared.table[slice % 2], row,
+                   shared.samples[slice % 2] + panel_offset(row, part / 2 * kChunks + chunk));
     };
-    static_assert(kPanelRows * kChunks == 2 * kThreads, "a thread gathers two vectors a slice");
 
     copy_gradient(0, shared.gradient[0]);
     commit_copies();
@@ -121,9 +125,9 @@ struct WeightGradient {
       read(2);
     }
     sync_block();
-    for (int half = 0; half < 2; ++half) {
-      load(0, half);
-      store(0, half);
+    for (int part = 0; part < kParts; ++part) {
+      load(0, part);
+      store(0, part);
     }
 
     Sums<A, kWarpOuts / 16, kWarpChannels / 8> sums;
@@ -144,14 +148,14 @@ struct WeightGradient {
         read(slice + 3);
       }
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        if (more) load(slice + 1, half);
+      for (int part = 0; part < kParts; ++part) {
+        if (more) load(slice + 1, part);
 #pragma unroll
-        for (int step = 0; step < Multiply::kPanelSteps / 2; ++step) {
+        for (int step = 0; step < Multiply::kPanelSteps / kParts; ++step) {
           Multiply::add_panels(shared.gradient[slice % 2], warp_out, shared.samples[slice % 2], warp_channel,
-                               half * (Multiply::kPanelSteps / 2) + step, sums);
+                               part * (Multiply::kPanelSteps / kParts) + step, sums);
         }
-        if (more) store(slice + 1, half);
+        if (more) store(slice + 1, part);
       }
     }
     wait_for_copies<0>();

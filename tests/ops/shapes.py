@@ -20,8 +20,8 @@ SHAPES = [
     {"batch": 0},
 ]
 
-# What else the CUDA kernels tell apart: whole vectors of channels, wide blocks of output channels, groups that whole
-# vectors share, more pixels than a patch, taps without slices to spare.
+# What else the CUDA kernels tell apart: whole vectors of channels, wide blocks of output or input channels, groups that
+# whole vectors share, more pixels than a patch, taps without slices to spare.
 CUDA_SHAPES = [
     {"channels": 72, "out_channels": 264, "size": (17, 19), "levels": ((17, 19), (9, 10))},
     {
@@ -32,5 +32,6 @@ CUDA_SHAPES = [
         "size": (9, 17),
         "levels": ((18, 34), (9, 17)),
     },
+    {"channels": 136, "out_channels": 24, "size": (5, 6), "levels": ((5, 6),)},
     {"channels": 16, "out_channels": 16, "kernel": (1, 1), "size": (3, 3), "levels": ((3, 3),)},
 ]
