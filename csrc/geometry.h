@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define DYHEAD_HOST_DEVICE __host__ __device__ __forceinline__
@@ -13,6 +14,10 @@
 #endif
 
 namespace dyhead {
+
+// T is the type of features; positions and sums have the accumulation type.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // One axis of a level: output pixel i, row or column r of the kernel and offset d read at
 //     step * i + tap * r + shift * d + origin,

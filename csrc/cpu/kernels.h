@@ -16,10 +16,6 @@ namespace dyhead::cpu {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// T is the type of features; positions and sums have the accumulation type.
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // Both operands of a product have elements of type P: the accumulation type or, where the machine multiplies and adds
 // pairs of them, BFloat16. So many elements that follow each other along the depth make a unit:
 template <typename P>

@@ -78,14 +78,6 @@ struct Forward {
     }
   };
 
-  static DYHEAD_DEVICE void copy_weights(const char* tile, char* to) {
-#pragma unroll
-    for (int i = 0; i < Pack::kTileBytes / static_cast<int>(sizeof(Vector)) / kThreads; ++i) {
-      const int at = (i * kThreads + thread_index()) * static_cast<int>(sizeof(Vector));
-      copy_async(to + at, tile + at, true);
-    }
-  }
-
   static DYHEAD_DEVICE void run(const Params& params) {
     const Maps<A>& maps = params.maps;
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
@@ -100,7 +92,8 @@ struct Forward {
     const char* const weights = params.weights + column * maps.levels * maps.taps() * params.runs * Pack::kTileBytes;
 
     for (int i = 0; i < kStages - 1; ++i) {
-      if (i < total) copy_weights(weights + static_cast<int64_t>(i) * Pack::kTileBytes, shared.weights[i]);
+      if (i < total)
+        Pack::template copy_tile<kThreads>(weights + static_cast<int64_t>(i) * Pack::kTileBytes, shared.weights[i]);
       commit_copies();
     }
 
@@ -158,7 +151,9 @@ struct Forward {
       wait_for_copies<kStages - 2>();
       sync_block();
       const int ahead = s + kStages - 1, free = stage == 0 ? kStages - 1 : stage - 1;
-      if (ahead < total) copy_weights(weights + static_cast<int64_t>(ahead) * Pack::kTileBytes, shared.weights[free]);
+      if (ahead < total)
+        Pack::template copy_tile<kThreads>(weights + static_cast<int64_t>(ahead) * Pack::kTileBytes,
+                                           shared.weights[free]);
       commit_copies();
 
       const bool more = s + 1 < total;

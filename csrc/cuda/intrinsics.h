@@ -16,10 +16,6 @@ namespace dyhead::cuda {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// T is the type of features; positions and sums have the accumulation type.
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 constexpr int kWarp = 32;
 
 // What one instruction moves: 16 bytes on a boundary of 16 bytes.

@@ -120,14 +120,6 @@ struct SampleGradient {
     }
   };
 
-  static DYHEAD_DEVICE void copy_weights(const char* tile, char* to) {
-#pragma unroll
-    for (int i = 0; i < Pack::kTileBytes / static_cast<int>(sizeof(Vector)) / kThreads; ++i) {
-      const int at = (i * kThreads + thread_index()) * static_cast<int>(sizeof(Vector));
-      copy_async(to + at, tile + at, true);
-    }
-  }
-
   static DYHEAD_DEVICE void run(const Params& params) {
     const Maps<A>& maps = params.maps;
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
@@ -141,7 +133,7 @@ struct SampleGradient {
     int64_t slices_ahead = units * params.slices;
     const auto copy_ahead = [&](int stage) {
       if (slices_ahead > 0) {
-        copy_weights(ahead.weights(params), shared.weights[stage]);
+        Pack::template copy_tile<kThreads>(ahead.weights(params), shared.weights[stage]);
         if (--slices_ahead > 0) ahead.next(params);
       }
       commit_copies();

@@ -30,6 +30,16 @@ struct PackWeights {
     return static_cast<int64_t>(kForward ? maps.groups : 1) * maps.levels * maps.taps() * blocks * runs;
   }
 
+  // Starts to copy a tile into shared memory, by all threads of a block that multiplies with it.
+  template <int kBlockThreads>
+  static DYHEAD_DEVICE void copy_tile(const char* tile, char* to) {
+#pragma unroll
+    for (int i = 0; i < kTileBytes / static_cast<int>(sizeof(Vector)) / kBlockThreads; ++i) {
+      const int at = (i * kBlockThreads + thread_index()) * static_cast<int>(sizeof(Vector));
+      copy_async(to + at, tile + at, true);
+    }
+  }
+
   static DYHEAD_DEVICE void run(const Params& params) {
     const Maps<A>& maps = params.maps;
     const int64_t index = block_index() * kThreads + thread_index();
