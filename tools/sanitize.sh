@@ -3,7 +3,7 @@
 # UndefinedBehaviorSanitizer, in a copy of the package in build/sanitize. Needs GCC. Usage: tools/sanitize.sh [PYTHON [PYTEST ARGUMENT ...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$(command -v "${1:-python3}")
+python=$(realpath -s "$(command -v "${1:-python3}")")
 copy=build/sanitize
 rm -rf "$copy"
 mkdir -p "$copy/tests"
