@@ -28,19 +28,19 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 cuda-compile: install
 	$(BIN)/python setup.py compile_cuda
 
-# The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer; the emulated CUDA kernels watched for races.
 sanitize: install
 	tools/sanitize.sh $(abspath $(BIN))/python
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 clean:
 	rm -rf $(VENV) build *.egg-info $(shell find dyhead -name '*.so')

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
 # Runs the operator's tests, those of the emulated CUDA kernels too, with the libraries built under AddressSanitizer and
-# UndefinedBehaviorSanitizer, in a copy of the package in build/sanitize. Needs GCC. Usage: tools/sanitize.sh [PYTHON [PYTEST ARGUMENT ...]]
+# UndefinedBehaviorSanitizer, in a copy of the package in build/sanitize; and those of the emulated kernels once more,
+# watched for races (csrc/cuda/races.h). Needs GCC. Usage: tools/sanitize.sh [PYTHON [PYTEST ARGUMENT ...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$(command -v "${1:-python3}")")
+export CC=gcc CXX=g++
+
+# Types that differ in little are left out, and the largest cases but for the type with the most slices.
+DYHEAD_RACES=1 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_races.py tests/ops/test_cuda.py -m "not cuda" \
+  -k "races or (emulation and ((tf32 and 264) or ((float32 or bfloat16) and not 264)))" "${@:2}"
+
 copy=build/sanitize
 rm -rf "$copy"
 mkdir -p "$copy/tests"
@@ -14,7 +21,7 @@ rm -f dyhead/_C*
 
 # -O1: all inner loops as vector code, at a bearable speed.
 flags="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -O1"
-export DYHEAD_CXX_FLAGS=$flags CC=gcc CXX=g++
+export DYHEAD_CXX_FLAGS=$flags
 FORCE_CUDA=0 "$python" setup.py -q build_ext --inplace
 "$python" -m tests.ops.emulation
 

@@ -8,6 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "races.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -17,7 +19,7 @@
 
 namespace dyhead::cuda::emulation {
 
-Place here{};
+Place here{-1, 0, nullptr, 0, 0};
 
 namespace {
 
@@ -91,7 +93,7 @@ struct Thread {
 struct Warp {
   void (*operation)(void* const lanes[kWarp]) = nullptr;
   void* lanes[kWarp];
-  int arrived = 0;
+  int arrived = 0, syncs = 0;
 };
 
 struct Block {
@@ -105,13 +107,17 @@ struct Block {
 Block* block = nullptr;
 std::unordered_map<const void*, std::pair<int64_t, int>> owners;  // of what a launch adds to without atomics
 
-// Ends the launch from within a thread: its stack is given up.
-[[noreturn]] void fail(const std::string& problem) {
+}  // namespace
+
+// The thread's stack is given up.
+void fail(const std::string& problem) {
   block->problem = problem;
   block->threads[block->running].state = State::kDone;
   switch_context(block->threads[block->running].context, block->scheduler);
   std::abort();
 }
+
+namespace {
 
 void leave(State state) {
   const int own = block->running;
@@ -130,7 +136,9 @@ void enter() {
 void resume(int thread) {
   block->running = thread;
   here.thread = thread;
+  here.warp_syncs = block->warps[thread / kWarp].syncs;
   switch_context(block->scheduler, block->threads[thread].context);
+  here.thread = -1;
   if (!block->problem.empty()) throw std::runtime_error("emulation: " + block->problem);
 }
 
@@ -151,20 +159,19 @@ void run_warp(int warp) {
   }
 }
 
-void run_block(const std::function<void()>& body, int threads, std::vector<std::unique_ptr<char[]>>& stacks) {
+void run_block(const std::function<void()>& body, int threads, char* stacks) {
   Block own;
   own.threads.resize(threads);
   own.warps.resize(threads / kWarp);
   own.body = &body;
   block = &own;
-  for (int i = 0; i < threads; ++i) {
 #if defined(__SANITIZE_ADDRESS__)
-    // The last block's threads never returned, so what surrounds their variables is still marked.
-    __asan_unpoison_memory_region(stacks[i].get(), kStackBytes);
+  // The last block's threads never returned, so what surrounds their variables is still marked.
+  __asan_unpoison_memory_region(stacks, static_cast<size_t>(threads) * kStackBytes);
 #endif
-    own.threads[i].context.prepare(stacks[i].get(), enter);
-  }
+  for (int i = 0; i < threads; ++i) own.threads[i].context.prepare(stacks + i * kStackBytes, enter);
   for (unsigned phase = 0;; ++phase) {
+    here.block_syncs = static_cast<int>(phase);
     const int warps = threads / kWarp;
     const int first = static_cast<int>(phase * 2654435761u >> 16) % warps;
     for (int i = 0; i < warps; ++i) {
@@ -183,21 +190,46 @@ void run_block(const std::function<void()>& body, int threads, std::vector<std::
 }  // namespace
 
 void run_blocks(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
-  std::vector<std::unique_ptr<char[]>> stacks;
-  for (int i = 0; i < threads; ++i) stacks.emplace_back(new char[kStackBytes]);
+  const size_t stack_bytes = static_cast<size_t>(threads) * kStackBytes;
+  const std::unique_ptr<char[]> stacks(new char[stack_bytes]);
   // Of exactly this size, so that an AddressSanitizer sees what is beyond.
   const std::unique_ptr<char, void (*)(void*)> shared(
       static_cast<char*>(std::aligned_alloc(128, static_cast<size_t>((shared_bytes + 127) / 128 * 128 + 128))),
       std::free);
   owners.clear();
+  const races::Watch watch(shared.get(), shared_bytes, stacks.get(), stack_bytes);
   for (int64_t index = 0; index < blocks; ++index) {
     std::memset(shared.get(), 0xff, static_cast<size_t>(shared_bytes));  // NaN in every floating type
-    here = {0, index, shared.get()};
-    run_block(body, threads, stacks);
+    here = {-1, index, shared.get(), 0, 0};
+    races::start_block();
+    run_block(body, threads, stacks.get());
   }
 }
 
 void sync_block() { leave(State::kAtBlock); }
+
+void sync_warp() {
+  collective([](void* const[kWarp]) { here.warp_syncs = ++block->warps[block->running / kWarp].syncs; }, nullptr);
+}
+
+void read(void* to, const void* from, size_t bytes) {
+  races::record(from, bytes, races::Access::kRead);
+  std::memcpy(to, from, bytes);
+}
+
+void write(void* to, const void* from, size_t bytes) {
+  races::record(to, bytes, races::Access::kWrite);
+  std::memcpy(to, from, bytes);
+}
+
+void atomic_add(float* to, float value) {
+  races::record(to, sizeof(*to), races::Access::kAtomic);
+  *to += value;
+}
+void atomic_add(double* to, double value) {
+  races::record(to, sizeof(*to), races::Access::kAtomic);
+  *to += value;
+}
 
 void collective(void (*operation)(void* const lanes[kWarp]), void* own) {
   const int thread = block->running, first = thread / kWarp * kWarp;
@@ -225,6 +257,7 @@ void check_owner(const void* pointer) {
 void copy_async(void* shared, const void* global, bool valid) {
   check_alignment(shared);
   check_alignment(global);
+  races::record(shared, sizeof(Vector), races::Access::kWrite);
   std::memset(shared, 0xff, sizeof(Vector));
   block->threads[block->running].groups.back().push_back({shared, global, valid});
 }
@@ -235,6 +268,8 @@ void wait_for_copies(int pending) {
   auto& groups = block->threads[block->running].groups;
   while (static_cast<int>(groups.size()) - 1 > pending) {
     for (const Copy& copy : groups.front()) {
+      races::record(copy.to, sizeof(Vector), races::Access::kWrite);
+      if (copy.valid) races::record(copy.from, sizeof(Vector), races::Access::kRead);
       if (copy.valid) {
         std::memcpy(copy.to, copy.from, sizeof(Vector));
       } else {
@@ -324,6 +359,7 @@ void multiply_add_tf32_of(void* const lanes[kWarp]) {
 
 void load_matrices(uint32_t (&result)[4], const void* row, bool transposed) {
   check_alignment(row);
+  races::record(row, sizeof(Vector), races::Access::kRead);
   Matrices own{result, row};
   collective(transposed ? load_matrices_of<true> : load_matrices_of<false>, &own);
 }

@@ -3,8 +3,9 @@
 // executes. Which warp goes first changes from one synchronisation to the next, so that a missing one shows in the
 // result. What a GPU would leave undefined is NaN here: shared memory before it is written, and the target of an
 // asynchronous copy until it was waited for. Misuse (a misaligned vector, threads that part ways before an instruction
-// of the warp, a synchronisation that some threads never reach, two threads that add to what
-// each takes for its own) ends the launch with std::runtime_error.
+// of the warp, a synchronisation that some threads never reach, two threads that add to what each takes for its own)
+// ends the launch with std::runtime_error. So does a race (races.h), if the kernels are compiled with
+// -fsanitize=thread and without its runtime.
 
 #pragma once
 
@@ -14,6 +15,7 @@
 
 #include <cstring>
 #include <functional>
+#include <string>
 
 #include "intrinsics.h"
 
@@ -26,12 +28,17 @@ namespace emulation {
 // Runs `body` as every thread of `blocks` blocks.
 void run_blocks(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body);
 
+// The running thread (-1: none), and how often its block and its warp have synchronised.
 struct Place {
   int thread;
   int64_t block;
   char* shared;
+  int block_syncs, warp_syncs;
 };
 extern Place here;
+
+// Ends the launch from within a thread.
+[[noreturn]] void fail(const std::string& problem);
 
 // Every lane of a warp calls this with the same `operation`; it is called once, by the last one, with what all lanes
 // passed.
@@ -41,6 +48,11 @@ void copy_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_for_copies(int pending);
 void sync_block();
+void sync_warp();
+void read(void* to, const void* from, size_t bytes);
+void write(void* to, const void* from, size_t bytes);
+void atomic_add(float* to, float value);
+void atomic_add(double* to, double value);
 void check_alignment(const void* pointer, size_t bytes = sizeof(Vector));
 void check_owner(const void* pointer);
 
@@ -54,20 +66,18 @@ inline int thread_index() { return emulation::here.thread; }
 inline int64_t block_index() { return emulation::here.block; }
 inline char* shared_memory() { return emulation::here.shared; }
 inline void sync_block() { emulation::sync_block(); }
-inline void sync_warp() {
-  emulation::collective([](void* const[kWarp]) {}, nullptr);
-}
+inline void sync_warp() { emulation::sync_warp(); }
 
 inline Vector load_vector(const void* from) {
   emulation::check_alignment(from);
   Vector result;
-  std::memcpy(&result, from, sizeof(result));
+  emulation::read(&result, from, sizeof(result));
   return result;
 }
 inline Vector read_vector(const void* from) { return load_vector(from); }
 inline void store_vector(void* to, const Vector& value) {
   emulation::check_alignment(to);
-  std::memcpy(to, &value, sizeof(value));
+  emulation::write(to, &value, sizeof(value));
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, valid); }
@@ -126,15 +136,15 @@ inline T shuffle_xor(T value, int mask) {
 
 inline void atomic_add(float* to, const float (&value)[4]) {
   emulation::check_alignment(to);
-  for (int i = 0; i < 4; ++i) to[i] += value[i];
+  for (int i = 0; i < 4; ++i) emulation::atomic_add(to + i, value[i]);
 }
 inline void atomic_add(double* to, const double (&value)[2]) {
   emulation::check_alignment(to);
-  for (int i = 0; i < 2; ++i) to[i] += value[i];
+  for (int i = 0; i < 2; ++i) emulation::atomic_add(to + i, value[i]);
 }
 template <typename A>
 inline void atomic_add(A* to, A value) {
-  *to += value;
+  emulation::atomic_add(to, value);
 }
 template <typename A>
 inline void owner_add(A* to, A value) {

@@ -1,6 +1,7 @@
 """Builds the CUDA operators for the host: torch.ops.dyhead_emulated, on CPU tensors, without a GPU or CUDA toolkit.
 
-`python -m tests.ops.emulation` only builds them.
+`python -m tests.ops.emulation` only builds them. With DYHEAD_RACES=1 in the environment all accesses to memory are
+watched for races (csrc/cuda/races.h), which takes a multiple of the time.
 """
 
 import hashlib
@@ -28,11 +29,14 @@ def build() -> Path:
     ]
     flags += shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", "-O2"))
     flags += [f"-isystem{path}" for path in include_paths()]
+    # Of kernels only: what the emulation itself does is no kernel's.
+    watch = ["-fsanitize=thread"] if os.environ.get("DYHEAD_RACES") == "1" else []
     compiler = os.environ.get("CXX", "c++")
-    folder = ROOT / "build" / "emulation" / hashlib.sha256(" ".join([compiler, *flags]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(" ".join([compiler, *flags, *watch]).encode()).hexdigest()[:12]
+    folder = ROOT / "build" / "emulation" / key
     folder.mkdir(parents=True, exist_ok=True)
-    operators = sorted(set(KERNELS.glob("*.cu")) - {KERNELS / "library.cu"})
-    sources = [*operators, KERNELS / "emulation.cpp", Path(__file__).parent / "cuda_emulation.cpp"]
+    kernels = [*sorted(set(KERNELS.glob("*.cu")) - {KERNELS / "library.cu"}), Path(__file__).with_name("emulated.cpp")]
+    sources = [*kernels, KERNELS / "emulation.cpp", KERNELS / "races.cpp"]
     newest = max(file.stat().st_mtime for file in [*ROOT.glob("csrc/**/*.h"), *sources, Path(__file__)])
     library = folder / "libdyhead_emulated.so"
     if library.exists() and library.stat().st_mtime > newest:
@@ -45,7 +49,10 @@ def build() -> Path:
 
     objects = [folder / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = [(compiler, *flags, "-x", "c++", "-c", s, "-o", o) for s, o in zip(sources, objects, strict=True)]
+        commands = [
+            (compiler, *flags, *(watch if source in kernels else ()), "-x", "c++", "-c", source, "-o", object)
+            for source, object in zip(sources, objects, strict=True)
+        ]
         list(pool.map(lambda command: run(*command), commands))
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
     run(compiler, "-shared", *flags, *objects, *libraries, "-o", library)
