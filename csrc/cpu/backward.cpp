@@ -106,8 +106,8 @@ std::vector<ChannelBlock> channel_blocks(const Problem& problem, int64_t columns
 // block, output channel of the unit).
 template <typename T, typename P>
 struct ScatterWeights {
-  ScatterWeights(const Inputs<T>& inputs, const std::vector<ChannelBlock>& channel_blocks, int64_t columns)
-      : problem(inputs.problem), columns(columns), depth(round_up(problem.group_out_channels(), kUnit<P>)) {
+  ScatterWeights(const Inputs<T>& inputs, const std::vector<ChannelBlock>& channel_blocks, const Kernels<T, P>& kernel)
+      : problem(inputs.problem), columns(kernel.columns), depth(round_up(problem.group_out_channels(), kUnit<P>)) {
     const int64_t taps = problem.taps(), channels = problem.group_channels();
     for (const ChannelBlock& block : channel_blocks) {
       starts.push_back(size);
@@ -116,31 +116,24 @@ struct ScatterWeights {
     packed = Buffer<P>(size);
     const int64_t levels = static_cast<int64_t>(problem.levels.size());
     const int64_t units = levels * static_cast<int64_t>(channel_blocks.size());
-    parallel_units(
-        units, worker_count(units, static_cast<double>(size) / static_cast<double>(units)), [&](int64_t unit, int64_t) {
-          const int64_t level = unit % levels, b = unit / levels, outs = problem.group_out_channels();
-          const ChannelBlock& block = channel_blocks[b];
-          for (size_t s = 0; s < block.segments.size(); ++s) {
-            const Segment& segment = block.segments[s];
-            const int64_t padded = round_up(segment.width, columns), first = segment.begin % channels;
-            P* to = const_cast<P*>(at(b, block, level, static_cast<int64_t>(s), 0));
-            if (padded != segment.width || depth != outs) std::fill(to, to + taps * padded * depth, P(0));
-            const T* from = inputs.weight + ((level * problem.groups + segment.group) * outs * channels + first) * taps;
-            constexpr int64_t some = 8;  // output channels at a time, which stay in the cache until all taps are read
-            for (int64_t out = 0; out < outs; out += some) {
-              for (int64_t k = 0; k < taps; ++k) {
-                for (int64_t begin = 0; begin < segment.width; begin += columns) {
-                  const int64_t width = std::min(columns, segment.width - begin);
-                  for (int64_t o = out; o < std::min(out + some, outs); ++o) {
-                    const T* run = from + (o * channels + begin) * taps + k;
-                    P* const row = to + (k * padded + begin) * depth + o / kUnit<P> * kUnit<P> * columns + o % kUnit<P>;
-                    for (int64_t c = 0; c < width; ++c) row[c * kUnit<P>] = static_cast<P>(run[c * taps]);
-                  }
-                }
-              }
-            }
-          }
-        });
+    const double cost = static_cast<double>(size) / static_cast<double>(2 * units);
+    parallel_units(units, worker_count(units, cost), [&](int64_t unit, int64_t) {
+      const int64_t level = unit % levels, b = unit / levels, outs = problem.group_out_channels();
+      const ChannelBlock& block = channel_blocks[b];
+      for (size_t s = 0; s < block.segments.size(); ++s) {
+        const Segment& segment = block.segments[s];
+        const int64_t padded = round_up(segment.width, columns), first = segment.begin % channels;
+        P* const to = const_cast<P*>(at(b, block, level, static_cast<int64_t>(s), 0));
+        if (padded != segment.width || depth != outs) std::fill(to, to + taps * padded * depth, P(0));
+        const T* const from =
+            inputs.weight + ((level * problem.groups + segment.group) * outs * channels + first) * taps;
+        for (int64_t begin = 0; begin < segment.width; begin += columns) {
+          kernel.pack(from + begin * taps, inputs.weight_end(), taps, channels * taps,
+                      std::min(columns, segment.width - begin), outs, taps, to + begin * depth, padded * depth,
+                      columns * kUnit<P>);
+        }
+      }
+    });
   }
 
   const P* at(int64_t b, const ChannelBlock& block, int64_t level, int64_t segment, int64_t tap) const {
@@ -170,7 +163,7 @@ void scatter_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
   for (const Tensor& sum : sums) feature_sums.push_back(static_cast<A*>(sum.mutable_data_ptr()));
 
   const std::vector<ChannelBlock> all = channel_blocks(problem, kernel.columns);
-  const ScatterWeights<T, P> weights(inputs, all, kernel.columns);
+  const ScatterWeights<T, P> weights(inputs, all, kernel);
   const int64_t block_count = static_cast<int64_t>(all.size()), group_blocks = block_count / problem.offset_groups;
   int64_t panel_width = 0;
   for (const ChannelBlock& block : all) panel_width = std::max(panel_width, block.panel_width);
@@ -312,16 +305,16 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
 
   const int64_t block_count = static_cast<int64_t>(all.size()), units = levels * taps * block_count;
   const int64_t workers = worker_count(units, product_cost(problem, problem.batch * pixels, width, 1));
+  // As (level, tap, block, channel of the block, output channel); in the end they are brought into the weights' order.
+  const Buffer<A> all_sums(volume(units, width, sums_stride));
   struct Scratch {
-    Buffer<A> sums;
     Buffer<P> panel;
     Buffer<Pixel> pixels;
     Buffer<Sample<A>> samples;
   };
   std::vector<Scratch> scratches;
   for (int64_t worker = 0; worker < workers; ++worker) {
-    scratches.push_back({Buffer<A>(volume(width, sums_stride)), Buffer<P>(kTile * width), Buffer<Pixel>(kTile),
-                         Buffer<Sample<A>>(kTile)});
+    scratches.push_back({Buffer<P>(kTile * width), Buffer<Pixel>(kTile), Buffer<Sample<A>>(kTile)});
     // Columns beyond a block's channels are multiplied, too, into sums that nobody reads.
     std::fill(scratches.back().panel.get(), scratches.back().panel.get() + kTile * width, P(0));
   }
@@ -332,7 +325,7 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
     const int64_t tap = unit / block_count % taps, level = unit / block_count / taps;
     const int64_t begin_channel = block.front().begin, group = block.front().group;
     const int64_t size = block.back().begin + block.back().width - begin_channel;
-    A* const sums = scratch.sums.get();
+    A* const sums = all_sums.get() + unit * width * sums_stride;
     std::fill(sums, sums + width * sums_stride, A(0));
     for (int64_t n = 0; n < problem.batch; ++n) {
       for (int64_t begin = 0; begin < pixels; begin += kTile) {
@@ -350,10 +343,34 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
                        gradient.stride * kUnit<P>, sums, sums_stride);
       }
     }
-    for (int64_t o = 0; o < out_channels; ++o) {
-      T* row =
-          to + (((level * problem.groups + group) * out_channels + o) * channels + begin_channel % channels) * taps;
-      for (int64_t c = 0; c < size; ++c) row[c * taps + tap] = static_cast<T>(sums[c * sums_stride + o]);
+  });
+
+  constexpr int64_t some = 16;  // output channels of a worker
+  const int64_t chunks = blocks(out_channels, some), moves = levels * block_count * chunks;
+  const int64_t movers = worker_count(moves, static_cast<double>(some * width * taps) / 2);
+  std::vector<Buffer<A>> rows(std::is_same_v<T, A> ? 0 : movers);
+  for (Buffer<A>& buffer : rows) buffer = Buffer<A>(volume(some, width, taps));
+  parallel_units(moves, movers, [&](int64_t move, int64_t worker) {
+    const int64_t first = move % chunks * some, b = move / chunks % block_count, level = move / chunks / block_count;
+    const Segment& front = all[b].front();
+    const int64_t size = all[b].back().begin + all[b].back().width - front.begin;
+    const int64_t outs = std::min(some, out_channels - first);
+    const A* const from = all_sums.get() + (level * taps * block_count + b) * width * sums_stride + first;
+    T* const there =
+        to +
+        (((level * problem.groups + front.group) * out_channels + first) * channels + front.begin % channels) * taps;
+    const auto unpack = [&](A* rows, int64_t row) {
+      kernel.unpack(from, block_count * width * sums_stride, sums_stride, outs, size, taps, rows, row);
+    };
+    if constexpr (std::is_same_v<T, A>) {
+      unpack(there, channels * taps);
+    } else {
+      const A* const own = rows[worker].get();
+      unpack(rows[worker].get(), size * taps);
+      for (int64_t o = 0; o < outs; ++o) {
+        for (int64_t i = 0; i < size * taps; ++i)
+          there[o * channels * taps + i] = static_cast<T>(own[o * size * taps + i]);
+      }
     }
   });
 }

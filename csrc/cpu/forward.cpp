@@ -17,35 +17,22 @@ constexpr int64_t kPanelDepth = 320;  // channels times taps that a panel holds 
 // channel of the unit).
 template <typename T, typename P>
 struct ForwardWeights {
-  ForwardWeights(const Inputs<T>& inputs, int64_t columns)
+  ForwardWeights(const Inputs<T>& inputs, const Kernels<T, P>& kernel)
       : problem(inputs.problem),
-        columns(columns),
+        columns(kernel.columns),
         column_blocks(blocks(problem.group_out_channels(), columns)),
         depth(round_up(problem.group_channels(), kUnit<P>)),
         block_size(problem.taps() * depth * columns),
         packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), depth, columns)) {
     const int64_t units = static_cast<int64_t>(problem.levels.size()) * problem.groups * column_blocks;
-    parallel_units(units, worker_count(units, static_cast<double>(block_size)), [&](int64_t unit, int64_t) {
+    parallel_units(units, worker_count(units, static_cast<double>(block_size) / 2), [&](int64_t unit, int64_t) {
       const int64_t first = unit % column_blocks * columns, run = unit / column_blocks;
       const int64_t taps = problem.taps(), channels = problem.group_channels();
       const int64_t width = std::min(columns, problem.group_out_channels() - first);
-      const T* from = inputs.weight + (run * problem.group_out_channels() + first) * channels * taps;
-      P* to = packed.get() + unit * block_size;
+      P* const to = packed.get() + unit * block_size;
       if (width < columns || depth > channels) std::fill(to, to + block_size, P(0));
-      // A few rows at a time, which stay in the cache until all taps are read.
-      constexpr int64_t some_outs = 8, some_channels = 8;
-      for (int64_t out = 0; out < width; out += some_outs) {
-        const int64_t outs = std::min(some_outs, width - out);
-        for (int64_t begin = 0; begin < channels; begin += some_channels) {
-          for (int64_t k = 0; k < taps; ++k) {
-            for (int64_t c = begin; c < std::min(begin + some_channels, channels); ++c) {
-              P* row = to + (k * depth + c / kUnit<P> * kUnit<P>)*columns + out * kUnit<P> + c % kUnit<P>;
-              const T* column = from + (out * channels + c) * taps + k;
-              for (int64_t o = 0; o < outs; ++o) row[o * kUnit<P>] = static_cast<P>(column[o * channels * taps]);
-            }
-          }
-        }
-      }
+      kernel.pack(inputs.weight + (run * problem.group_out_channels() + first) * channels * taps, inputs.weight_end(),
+                  channels * taps, taps, width, channels, taps, to, depth * columns, columns * kUnit<P>);
     });
   }
 
@@ -93,7 +80,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   if (arguments.bias) bias_tensor = as_contiguous(*arguments.bias);
   const T* bias = bias_tensor ? static_cast<const T*>(bias_tensor->const_data_ptr()) : nullptr;
 
-  const ForwardWeights<T, P> weights(inputs, kernel.columns);
+  const ForwardWeights<T, P> weights(inputs, kernel);
   const int64_t taps = problem.taps(), depth = weights.depth, pixels = problem.pixels();
   const int64_t panel_taps =
       blocks(taps, blocks(taps, std::clamp<int64_t>(kPanelDepth / depth, 1, taps)));  // of equal size

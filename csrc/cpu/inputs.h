@@ -121,6 +121,10 @@ struct Inputs {
     return problem.levels[level].height * problem.levels[level].width * problem.channels;
   }
 
+  const T* weight_end() const {
+    return weight + static_cast<int64_t>(problem.levels.size()) * problem.out_channels * problem.group_channels() *
+                        problem.taps();
+  }
   A level_factor(int64_t n, int64_t level) const {
     return level_weight ? level_weight[n * static_cast<int64_t>(problem.levels.size()) + level] : A(1);
   }

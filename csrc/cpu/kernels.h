@@ -86,6 +86,16 @@ struct Kernels {
   void (*product)(int64_t row_blocks, int64_t column_blocks, int64_t units, Operand<P> left, const P* right,
                   int64_t right_block, int64_t right_depth, A* sums, int64_t stride);
 
+  // Weights for the right operand: to[k * tap + d / kUnit * unit + c * kUnit + d % kUnit] =
+  // from[c * column + d * depth + k] for `columns` columns, `depths` depths and `taps` taps. `end` is where the
+  // weights end.
+  void (*pack)(const T* from, const T* end, int64_t column, int64_t depth, int64_t columns, int64_t depths,
+               int64_t taps, P* to, int64_t tap, int64_t unit);
+
+  // The way back, for the weights' gradient: to[c * column + d * taps + k] = from[k * tap + d * depth + c].
+  void (*unpack)(const A* from, int64_t tap, int64_t depth, int64_t columns, int64_t depths, int64_t taps, A* to,
+                 int64_t column);
+
   // With g = panel[p * stride + c], the gradient of a sample's channel, adds for every corner i inside the map
   //     dots[4 * p + i] += sum_c g * from.at(corner_i)[c]           (unless dots is null)
   //     gradient[corner_i * from.stride + c] += share_i * g         (unless gradient is null).

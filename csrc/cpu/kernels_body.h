@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #if defined(DYHEAD_PAIRS)
 #include <immintrin.h>
@@ -93,6 +94,37 @@ DYHEAD_INLINE float single(Half value) {
 }
 DYHEAD_INLINE float single(float value) { return value; }
 DYHEAD_INLINE double single(double value) { return value; }
+
+// Lanes of two vectors, those of the second counted on from those of the first.
+template <typename A, int... kFrom>
+DYHEAD_INLINE Vector<A> shuffle(Vector<A> first, Vector<A> second) {
+#if defined(__clang__)
+  return __builtin_shufflevector(first, second, kFrom...);
+#else
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Lane;
+  typedef Lane Index __attribute__((vector_size(DYHEAD_BYTES)));
+  return __builtin_shuffle(first, second, Index{kFrom...});
+#endif
+}
+
+// Transposes a square of lanes: first its four quarters, then each of them in the same way.
+template <typename A, int kHalf, int... kLane>
+DYHEAD_INLINE void transpose_blocks(Vector<A> (&rows)[kLanes<A>], std::integer_sequence<int, kLane...> lanes) {
+  if constexpr (kHalf > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) {
+      if (i & kHalf) continue;
+      const Vector<A> upper = rows[i], lower = rows[i + kHalf];
+      rows[i] = shuffle<A, (kLane & kHalf ? kLanes<A> + kLane - kHalf : kLane)...>(upper, lower);
+      rows[i + kHalf] = shuffle<A, (kLane & kHalf ? kLanes<A> + kLane : kLane + kHalf)...>(upper, lower);
+    }
+    transpose_blocks<A, kHalf / 2>(rows, lanes);
+  }
+}
+template <typename A>
+DYHEAD_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
+  transpose_blocks<A, kLanes<A> / 2>(rows, std::make_integer_sequence<int, kLanes<A>>());
+}
 
 template <typename A>
 DYHEAD_TARGET void locate(const Tap<A>& tap, const Pixel* pixels, int64_t count, Sample<A>* samples) {
@@ -236,6 +268,105 @@ DYHEAD_TARGET void sample_units(const Sample<float>* samples, int64_t count, con
 
 #endif
 
+// Taps k, k + 1, ... of so many columns as a vector has lanes, one vector a tap.
+template <typename T>
+DYHEAD_INLINE void load_taps(const T* from, const T* end, int64_t column, int64_t taps,
+                             Vector<Accumulator<T>> (&rows)[kLanes<Accumulator<T>>]) {
+  constexpr int kCount = kLanes<Accumulator<T>>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i, from += column) {
+    // What follows the last tap is read, too, but nothing beyond the weights.
+    if (end - from >= kCount) {
+      rows[i] = load(from);
+    } else {
+      T some[kCount] = {};
+      std::memcpy(some, from, static_cast<size_t>(taps) * sizeof(T));
+      rows[i] = load(some);
+    }
+  }
+  transpose<Accumulator<T>>(rows);
+}
+
+template <typename T, typename P>
+DYHEAD_INLINE P operand(T value) {
+  if constexpr (std::is_same_v<T, P>) {
+    return value;
+  } else {
+    return single(value);
+  }
+}
+
+template <typename T, typename P>
+DYHEAD_TARGET void pack(const T* from, const T* end, int64_t column, int64_t depth, int64_t columns, int64_t depths,
+                        int64_t taps, P* to, int64_t tap, int64_t unit) {
+  using A = Accumulator<T>;
+  constexpr int64_t kCount = kLanes<A>;
+  const int64_t whole_columns = columns / kCount * kCount, whole_depths = depths / kUnit<P> * kUnit<P>;
+  for (int64_t d = 0; d < whole_depths; d += kUnit<P>) {
+    for (int64_t c = 0; c < whole_columns; c += kCount) {
+      for (int64_t k = 0; k < taps; k += kCount) {
+        const T* const some = from + c * column + d * depth + k;
+        P* const there = to + k * tap + d / kUnit<P> * unit + c * kUnit<P>;
+        const int64_t count = std::min(kCount, taps - k);
+        Vector<A> rows[kCount];
+        load_taps(some, end, column, count, rows);
+        if constexpr (kUnit<P> == 1) {
+          for (int64_t i = 0; i < count; ++i) store(there + i * tap, rows[i]);
+        } else {
+          Vector<A> next[kCount];
+          load_taps(some + depth, end, column, count, next);
+          for (int64_t i = 0; i < count; ++i) store_pairs(there + i * tap, rows[i], next[i]);
+        }
+      }
+    }
+  }
+  for (int64_t d = 0; d < depths; ++d) {
+    for (int64_t c = d < whole_depths ? whole_columns : 0; c < columns; ++c) {
+      for (int64_t k = 0; k < taps; ++k) {
+        to[k * tap + d / kUnit<P> * unit + c * kUnit<P> + d % kUnit<P>] =
+            operand<T, P>(from[c * column + d * depth + k]);
+      }
+    }
+  }
+}
+
+template <typename A>
+DYHEAD_TARGET void unpack(const A* from, int64_t tap, int64_t depth, int64_t columns, int64_t depths, int64_t taps,
+                          A* to, int64_t column) {
+  constexpr int64_t kCount = kLanes<A>;
+  const int64_t elements = depths * taps;
+  for (int64_t c = 0; c < columns; c += kCount) {
+    int64_t d = 0, k = 0;
+    for (int64_t e = 0; e < elements; e += kCount) {
+      const int64_t some_columns = std::min(kCount, columns - c), some = std::min(kCount, elements - e);
+      A block[kCount][kCount];
+      Vector<A> rows[kCount] = {};
+      for (int64_t i = 0; i < some; ++i) {
+        const A* const row = from + k * tap + d * depth + c;
+        if (some_columns == kCount) {
+          store(block[i], load(row));
+        } else {
+          std::memcpy(block[i], row, static_cast<size_t>(some_columns) * sizeof(A));
+        }
+        if (++k == taps) k = 0, ++d;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) rows[i] = load(block[i]);
+      transpose<A>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) store(block[i], rows[i]);
+      for (int64_t i = 0; i < some_columns; ++i) {
+        A* const there = to + (c + i) * column + e;
+        if (some == kCount) {
+          store(there, load(block[i]));
+        } else {
+          std::memcpy(there, block[i], static_cast<size_t>(some) * sizeof(A));
+        }
+      }
+    }
+  }
+}
+
 // One block: its sums stay in registers over the whole depth and are added to memory once.
 template <int kRows, typename P, typename A>
 DYHEAD_INLINE void product_block(int64_t units, const P* left, int64_t left_row, int64_t left_depth, const P* right,
@@ -378,8 +509,15 @@ DYHEAD_TARGET void scatter(const Sample<Accumulator<T>>* samples, int64_t count,
 #if defined(DYHEAD_PAIRS)
 
 const Kernels<BFloat16, BFloat16>& kernels() {
-  static constexpr Kernels<BFloat16, BFloat16> table{kRowStep,     2 * kLanes<float>,        locate<float>,    sample,
-                                                     sample_units, product<BFloat16, float>, scatter<BFloat16>};
+  static constexpr Kernels<BFloat16, BFloat16> table{kRowStep,
+                                                     2 * kLanes<float>,
+                                                     locate<float>,
+                                                     sample,
+                                                     sample_units,
+                                                     product<BFloat16, float>,
+                                                     pack<BFloat16, BFloat16>,
+                                                     unpack<float>,
+                                                     scatter<BFloat16>};
   return table;
 }
 
@@ -388,8 +526,8 @@ const Kernels<BFloat16, BFloat16>& kernels() {
 template <typename T>
 const Kernels<T, Accumulator<T>>& kernels() {
   using A = Accumulator<T>;
-  static constexpr Kernels<T, A> table{kRowStep,  2 * kLanes<A>, locate<A>, sample<T>,
-                                       sample<T>, product<A, A>, scatter<T>};
+  static constexpr Kernels<T, A> table{kRowStep,      2 * kLanes<A>, locate<A>, sample<T>, sample<T>,
+                                       product<A, A>, pack<T, A>,    unpack<A>, scatter<T>};
   return table;
 }
 
