@@ -27,6 +27,7 @@ _processes.set_forkserver_preload(["torchvision", "dyhead.evaluation", "dyhead.l
 _SAMPLE_SECONDS = 0.01
 # Between peers: worker threads of the last one (OpenMP, ONNX Runtime) spin for a while before they sleep.
 _PAUSE_SECONDS = 0.01
+_LONGEST_PAUSE_SECONDS = 1.0
 _LEAST_ROUNDS = 3
 
 
@@ -96,7 +97,7 @@ def sample_times(
         if done >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         for peer, call in calls.items():
-            time.sleep(_PAUSE_SECONDS)
+            _wait_for_threads()
             samples[peer].append(_time(call, counts[peer], place))
     others = None
     if busy is not None:
@@ -147,6 +148,16 @@ def summary(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
     return {"median": median, "lower_quartile": low, "upper_quartile": high}
+
+
+def _wait_for_threads() -> None:
+    """Waits until no thread of this process computes any more."""
+    end = time.perf_counter() + _LONGEST_PAUSE_SECONDS
+    while time.perf_counter() < end:
+        begin = time.process_time()
+        time.sleep(_PAUSE_SECONDS)
+        if time.process_time() - begin < 0.1 * _PAUSE_SECONDS:
+            return
 
 
 def _time(call: Callable[[], Any], count: int, device: torch.device) -> float:

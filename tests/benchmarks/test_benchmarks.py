@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -210,3 +212,19 @@ def test_operator_runs_on_a_gpu(tmp_path):
     options = ["--device", "cuda", "--sizes", "4x5", "--dtype", "bfloat16", "--modes", "forward+backward"]
     operator.main([*TINY, *options, "--output", str(file)])
     read(file, ["ours, channels_last", "ours, NCHW", "torchvision, float16", "dense, channels_last"], cases=2)
+
+
+def test_no_peer_is_timed_while_threads_of_the_last_one_compute():
+    finished = []
+
+    def spin():
+        end = time.perf_counter() + 0.2
+        while time.perf_counter() < end:
+            torch.zeros(1000).sum()
+        finished.append(True)
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    measure._wait_for_threads()
+    assert finished
+    thread.join()

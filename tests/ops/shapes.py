@@ -16,6 +16,8 @@ SHAPES = [
     {"channels": 24, "out_channels": 8, "groups": 4, "offset_groups": 3, "size": (3, 50), "levels": ((3, 50),)},
     {"channels": 12, "out_channels": 12, "groups": 12, "offset_groups": 2, "size": (5, 4), "levels": ((10, 8),)},
     {"channels": 150, "out_channels": 3, "offset_groups": 1, "size": (11, 19), "levels": ((6, 10),), "batch": 3},
+    # More taps than a vector has lanes, and whole vectors of channels that leave a rest.
+    {"channels": 33, "out_channels": 35, "kernel": (5, 4), "size": (4, 5), "levels": ((4, 5),)},
     {"kernel": (2, 5), "dilation": (3, 1), "size": (6, 6), "levels": ((12, 12), (3, 3)), "scales": [1.7, 0.61]},
     {"batch": 0},
 ]
