@@ -57,16 +57,14 @@ def cpu_extension() -> Extension:
     """dyhead._C: the operator's schema, its CPU kernels and build_info()."""
     try:
         import pybind11
-
-        pybind = [pybind11.get_include()]
-    except ImportError:
-        pybind = []  # PyTorch brings its own headers
+    except ImportError:  # PyTorch's own headers of it refuse to be part of a library for its stable ABI
+        sys.exit("dyhead: expected pybind11 >= 2.13 to build with, found none: pip install pybind11")
 
     return Extension(
         "dyhead._C",
         ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         depends=glob.glob("csrc/**/*.h", recursive=True),
-        include_dirs=[*pybind, *include_paths()],
+        include_dirs=[pybind11.get_include(), *include_paths()],
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args={"cxx": [*CXX_FLAGS, f'-DDYHEAD_FLAGS="{" ".join(["-O3", *EXTRA])}"']},

@@ -38,7 +38,10 @@ class Device {
  public:
   explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     const int index = tensor.get_device_index();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
+    // Not by a macro of PyTorch's: that has another name in every version.
+    if (aoti_torch_get_current_cuda_stream(index, &stream_) != 0) {
+      detail::fail("device", "a current stream", detail::text("none on cuda:", index));
+    }
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     int major = 0, minor = 0;
