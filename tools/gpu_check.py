@@ -131,8 +131,9 @@ def parts(folder: Path, capability: str) -> list[Part]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *test]
         return Part(tool, [*command, "tests/ops/test_cuda.py", "-k", FEW], 50, environment, ("compute-sanitizer",))
 
+    compilers = ("nvcc", "setuptools", "pybind11")
     return [
-        Part("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 170, build, ("nvcc", "setuptools", "pybind11")),
+        Part("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 170, build, compilers),
         Part("info", [python, "-m", "dyhead.info"], 30),
         Part("tests", [*test, "-m", "cuda", "tests/ops", "--durations=5"], 130, needs=("pytest",)),
         benchmark("operator", 90, *gpu, *few, "--batch", "8", "--sizes", "100x168", "--no-memory"),

@@ -63,7 +63,9 @@ def _differentiate(ctx, grad):
     settings = (*ctx.settings, torch.are_deterministic_algorithms_enabled())
     grads = torch.ops.dyhead._pyramid_deform_conv2d_backward(grad, features, *tensors, *ctx.geometry, needs, *settings)
     returned = [grad if needed else None for grad, needed in zip(grads[1:], needs[1:], strict=True)]
-    return (grads[0] if needs[0] else [None] * ctx.levels, *returned, *[None] * len(ctx.geometry + ctx.settings))
+    # None for all else that was passed: some versions of PyTorch leave out settings that have their defaults here.
+    rest = [None] * (len(ctx.needs_input_grad) - 1 - len(returned))
+    return (grads[0] if needs[0] else [None] * ctx.levels, *returned, *rest)
 
 
 torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
