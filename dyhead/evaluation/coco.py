@@ -6,15 +6,16 @@ import logging
 import math
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from dyhead.data.catalog import DatasetInfo
 from dyhead.data.coco import read_json
 from dyhead.data.errors import DataError
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _log = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ def evaluate_coco(truth: DatasetInfo | str | os.PathLike, detections: Iterable[d
         DataError: the file is not COCO's format; or a detection is incomplete or not finite, or names an image or a
             category that is not in the file.
     """
+    # Speed is measured where it is not installed, too.
+    from pycocotools.cocoeval import COCOeval
+
     path = truth.json_file if isinstance(truth, DatasetInfo) else os.fspath(truth)
     data = read_json(path)
     categories = sorted(data["categories"], key=lambda category: category["id"])
@@ -59,11 +63,13 @@ def evaluate_coco(truth: DatasetInfo | str | os.PathLike, detections: Iterable[d
     return metrics
 
 
-def _index(data: dict[str, Any], annotations: list[dict[str, Any]]) -> COCO:
+def _index(data: dict[str, Any], annotations: list[dict[str, Any]]) -> "COCO":
     """pycocotools' index over copies of annotations, completed where files other than COCO's own are often not.
 
     They are numbered from 1: pycocotools takes an object of id 0 for "no match".
     """
+    from pycocotools.coco import COCO
+
     index = COCO()
     index.dataset = {key: data[key] for key in ("images", "categories")}
     index.dataset["annotations"] = [
