@@ -359,17 +359,17 @@ void weights_pass(const Inputs<T>& inputs, const OutputGradient<T, P>& gradient,
     T* const there =
         to +
         (((level * problem.groups + front.group) * out_channels + first) * channels + front.begin % channels) * taps;
-    const auto unpack = [&](A* rows, int64_t row) {
-      kernel.unpack(from, block_count * width * sums_stride, sums_stride, outs, size, taps, rows, row);
+    const auto unpack = [&](A* target, int64_t row) {
+      kernel.unpack(from, block_count * width * sums_stride, sums_stride, outs, size, taps, target, row);
     };
     if constexpr (std::is_same_v<T, A>) {
       unpack(there, channels * taps);
     } else {
-      const A* const own = rows[worker].get();
-      unpack(rows[worker].get(), size * taps);
+      A* const own = rows[worker].get();
+      unpack(own, size * taps);
       for (int64_t o = 0; o < outs; ++o) {
-        for (int64_t i = 0; i < size * taps; ++i)
-          there[o * channels * taps + i] = static_cast<T>(own[o * size * taps + i]);
+        const A* const row = own + o * size * taps;
+        for (int64_t i = 0; i < size * taps; ++i) there[o * channels * taps + i] = static_cast<T>(row[i]);
       }
     }
   });

@@ -340,7 +340,7 @@ DYHEAD_TARGET void unpack(const A* from, int64_t tap, int64_t depth, int64_t col
     for (int64_t e = 0; e < elements; e += kCount) {
       const int64_t some_columns = std::min(kCount, columns - c), some = std::min(kCount, elements - e);
       A block[kCount][kCount];
-      Vector<A> rows[kCount] = {};
+      Vector<A> rows[kCount];
       for (int64_t i = 0; i < some; ++i) {
         const A* const row = from + k * tap + d * depth + c;
         if (some_columns == kCount) {

@@ -61,9 +61,9 @@ struct Sums {
   }
 };
 
-// A tile whose rows are the product's rows (or columns) and whose depth runs along a row: kSteps steps cover it.
-// A tile whose rows are the depth: element (depth, i) lies in panel i / kRow, in its row `depth`. Panels follow each
-// other, of kPanelRows rows each.
+// Operands lie in tiles of two kinds. Where a tile's rows are the product's rows (or columns), the depth runs along a
+// row, and kSteps steps cover it. Where they are the depth, element (depth, i) lies in panel i / kRow, in its row
+// `depth`; panels of kPanelRows rows each follow each other.
 constexpr int kSteps = 4;
 constexpr int kPanelRows = 64;
 
