@@ -1,0 +1,12 @@
+"""Assigners: which place is which object's.
+
+An assigner is called with the places and the boxes (M, 4) of one image and returns for every place (R,) the index of
+its object, :data:`BACKGROUND` or :data:`IGNORED`.
+"""
+
+from dyhead.detection.assigners.atss import ATSSAssigner
+from dyhead.detection.assigners.center import CenterAssigner
+from dyhead.detection.assigners.labels import BACKGROUND, IGNORED
+from dyhead.detection.assigners.max_iou import MaxIoUAssigner
+
+__all__ = ["BACKGROUND", "IGNORED", "ATSSAssigner", "CenterAssigner", "MaxIoUAssigner"]

@@ -1,0 +1,69 @@
+"""Assignment by overlap with anchors (Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from dyhead.detection.anchors import Places
+from dyhead.detection.assigners.labels import BACKGROUND, IGNORED
+from dyhead.options import Check, option
+
+_MEANING = {0: BACKGROUND, -1: IGNORED}
+# So many IoUs are held at a time: 2^24 of them are 64 MB.
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class MaxIoUAssigner:
+    """Each anchor belongs to the object of its largest IoU, if that is large enough.
+
+    Besides, every anchor whose IoU with some object is the largest of all anchors' with it is positive, so that every
+    object has one; it belongs to the object of its own largest IoU.
+
+    Raises:
+        ValueError: not one label more than thresholds, or thresholds that do not increase.
+    """
+
+    iou_thresholds: tuple = option(
+        (0.4, 0.5),
+        "where one label of IOU_LABELS goes over into the next",
+        Check("increasing numbers from 0 to 1", lambda v: all(0 < x <= 1 for x in v) and list(v) == sorted(v) and v),
+    )
+    iou_labels: tuple = option(
+        (0, -1, 1),
+        "between the thresholds: 0 background, -1 ignored, 1 object",
+        Check("some of 0, -1 and 1", lambda v: v and set(v) <= {0, -1, 1}),
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.iou_labels) != len(self.iou_thresholds) + 1:
+            raise ValueError(
+                f"IOU_LABELS: expected {len(self.iou_thresholds) + 1} labels with IOU_THRESHOLDS "
+                f"{list(self.iou_thresholds)}, got {list(self.iou_labels)}"
+            )
+
+    def __call__(self, places: Places, boxes: Tensor) -> Tensor:
+        """See :mod:`dyhead.detection.assigners`."""
+        anchors = places.anchors
+        if not len(boxes):
+            return torch.full((len(anchors),), _MEANING[self.iou_labels[0]], device=anchors.device)
+        best = anchors.new_full((len(anchors),), -1.0)
+        owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        wanted = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+        step = max(_CHUNK // max(len(anchors), 1), 1)
+        for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
+            iou = box_iou(boxes[first : first + step], anchors)
+            wanted |= (iou == iou.amax(dim=1, keepdim=True)).any(dim=0)
+            value, index = iou.max(dim=0)
+            owner = torch.where(value > best, index + first, owner)
+            best = torch.maximum(value, best)
+        number = torch.bucketize(best, best.new_tensor(self.iou_thresholds), right=True)
+        label = torch.tensor(self.iou_labels, device=anchors.device)[number]
+        assigned = torch.full_like(owner, BACKGROUND)
+        assigned[label == -1] = IGNORED
+        positive = (label == 1) | wanted
+        return torch.where(positive, owner, assigned)

@@ -1,0 +1,29 @@
+"""Losses of boxes against boxes, one number per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+
+_SMALLEST_IOU = 1e-6
+
+
+def log_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """``-log IoU`` (Yu et al., "UnitBox", 2016), for an IoU of at least 1e-6; (P,) from boxes (P, 4)."""
+    low, high = torch.max(boxes[:, :2], targets[:, :2]), torch.min(boxes[:, 2:], targets[:, 2:])
+    overlap = (high - low).clamp(min=0).prod(dim=1)
+    areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, targets)]
+    iou = overlap / (areas[0] + areas[1] - overlap).clamp(min=_SMALLEST_IOU)
+    return -iou.clamp(min=_SMALLEST_IOU).log()
+
+
+#: Losses on decoded boxes by their names in the configuration, (P, 4) and (P, 4) to (P,).
+OVERLAP_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "iou": log_iou_loss,
+    "giou": generalized_box_iou_loss,
+    "diou": distance_box_iou_loss,
+    "ciou": complete_box_iou_loss,
+}

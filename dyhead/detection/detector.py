@@ -1,0 +1,259 @@
+"""The dense detector: what all of them do with their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from dyhead.detection.anchors import Anchors, Places
+from dyhead.detection.assigners import IGNORED
+from dyhead.detection.normalizer import LossNormalizer, mean_over_devices
+from dyhead.detection.quality import centerness
+from dyhead.detection.scores import Score
+from dyhead.options import above, at_least, option
+
+
+class Predictions(NamedTuple):
+    """What the head says of all places of N images; at least float32.
+
+    Attributes:
+        logits: (N, R, K).
+        boxes: raw box numbers (N, R, 4).
+        quality: logits (N, R), or None.
+        shapes: (height, width) of every level in its own pixels.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    quality: Tensor | None
+    shapes: list[tuple[int, int]]
+
+
+class Targets(NamedTuple):
+    """The objects of one image: boxes (M, 4) and labels (M,), 0 to K - 1. Crowd regions are not among them."""
+
+    boxes: Tensor
+    labels: Tensor
+
+
+class Detections(NamedTuple):
+    """What was found in one image, best first: boxes (D, 4) inside the image, scores (D,) and labels (D,)."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class BoxForm(Protocol):
+    """See :mod:`dyhead.detection.boxes`."""
+
+    def decode(self, numbers: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes (P, 4)."""
+
+    def loss(self, numbers: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """What predictions cost, (P,)."""
+
+
+@dataclass(frozen=True)
+class BoxLoss:
+    """How the box losses of positive places become one number."""
+
+    weight: float = option(1.0, "what the box loss is multiplied by", at_least(0))
+    by_centerness: bool = option(
+        False, "weigh each place's box loss by its centerness and divide by the sum of these, not by the positives"
+    )
+    smallest_sum: float = option(1e-6, "what that sum is at least", above(0))
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How predictions become detections.
+
+    Attributes:
+        score_thresh: what is not above it is dropped.
+        topk: so many best of every level go on.
+        nms_thresh: of two boxes of a class with a larger IoU, the one of the lower score is dropped.
+        limit: detections of an image.
+        clip_before_nms: cut boxes to the image before NMS, not after the limit. Boxes that are then empty are dropped.
+    """
+
+    score_thresh: float = 0.05
+    topk: int = 1000
+    nms_thresh: float = 0.6
+    limit: int = 100
+    clip_before_nms: bool = False
+
+
+class DenseDetector(nn.Module):
+    """A one-stage detector behind its pyramid, of exchangeable parts.
+
+    Args:
+        head: see :class:`dyhead.detection.DenseHead`.
+        in_features: names of the levels, fine to coarse.
+        anchors: at every cell.
+        box_form: what the head's box numbers mean.
+        assigner: which place is which object's.
+        class_loss: the sum over places and classes, from logits and targets.
+        score: at test time.
+        normalizer: what losses are divided by.
+        box_loss: how the box losses are summed up.
+        inference: how predictions become detections.
+        loss_names: of the class, box and quality loss.
+
+    Raises:
+        ValueError: a score that needs a quality, but a head that predicts none.
+
+    Example:
+        >>> import torch
+        >>> from dyhead.detection import DETECTORS, Targets
+        >>> fcos = DETECTORS["DyHeadFCOS"].options(num_classes=3, in_features=("p3", "p4"))
+        >>> detector = fcos.build(channels=64, strides=[8, 16])
+        >>> predictions = detector({"p3": torch.randn(1, 64, 8, 8), "p4": torch.randn(1, 64, 4, 4)})
+        >>> objects = Targets(torch.tensor([[4.0, 4.0, 40.0, 40.0]]), torch.tensor([2]))
+        >>> sorted(detector.losses(predictions, [objects]))
+        ['loss_fcos_cls', 'loss_fcos_ctr', 'loss_fcos_loc']
+        >>> detections = detector.detections(predictions, [(64, 64)])
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        in_features: Sequence[str],
+        anchors: Anchors,
+        box_form: BoxForm,
+        assigner: Callable[[Places, Tensor], Tensor],
+        class_loss: Callable[[Tensor, Tensor], Tensor],
+        score: Score,
+        normalizer: LossNormalizer,
+        *,
+        box_loss: BoxLoss = BoxLoss(),  # noqa: B008 (immutable)
+        inference: Inference = Inference(),  # noqa: B008
+        loss_names: tuple[str, str, str] = ("loss_cls", "loss_box_reg", "loss_quality"),
+    ) -> None:
+        super().__init__()
+        if score.score != "class" and head.quality is None:
+            raise ValueError(f"SCORE {score.score}: the detector predicts no quality")
+        self.head = head
+        self.in_features = tuple(in_features)
+        self.anchors = anchors
+        self.box_form = box_form
+        self.assigner = assigner
+        self.class_loss = class_loss
+        self.score = score
+        self.loss_normalizer = normalizer
+        self.box_loss = box_loss
+        self.inference = inference
+        self.loss_names = loss_names
+
+    def forward(self, pyramid: Mapping[str, Tensor]) -> Predictions:
+        """What the head says, from levels (N, C, H, W) by name, of which ``in_features`` are read."""
+        levels = [pyramid[name] for name in self.in_features]
+        logits, boxes, quality = self.head(levels)
+        return Predictions(
+            torch.cat([_by_place(level, self.anchors.per_cell) for level in logits], dim=1),
+            torch.cat([_by_place(level, self.anchors.per_cell) for level in boxes], dim=1),
+            None if quality is None else torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in quality], dim=1),
+            [tuple(level.shape[-2:]) for level in levels],
+        )
+
+    def losses(self, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """The losses by name, each a scalar.
+
+        Args:
+            predictions: of :meth:`forward`.
+            targets: of each image, in the pixels that the network saw.
+        """
+        # Autocast would take products of coordinates to half precision.
+        with torch.autocast(predictions.logits.device.type, enabled=False):
+            return self._losses(predictions, targets)
+
+    def _losses(self, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        logits, numbers, quality, _ = predictions
+        places = self.places(predictions)
+        assigned = self.assign(places, targets)
+        positive = assigned >= 0
+        owners = [own[own >= 0] for own in assigned]
+        boxes = torch.cat([t.boxes[own] for t, own in zip(targets, owners, strict=True)]).to(logits.dtype)
+        labels = torch.cat([t.labels[own] for t, own in zip(targets, owners, strict=True)])
+        divisor = self.loss_normalizer(positive.sum(dim=1)).to(logits.dtype)
+
+        truth = torch.zeros_like(logits)
+        truth[positive, labels] = 1
+        costs = assigned != IGNORED
+        names = self.loss_names
+        losses = {names[0]: self.class_loss(logits[costs], truth[costs]) / divisor}
+
+        anchors = places.anchors.expand(len(logits), -1, -1)[positive]
+        box_losses = self.box_form.loss(numbers[positive], anchors, boxes)
+        box_divisor = divisor
+        if quality is not None:
+            good = centerness((anchors[:, :2] + anchors[:, 2:]) / 2, boxes)
+            quality_losses = nn.functional.binary_cross_entropy_with_logits(quality[positive], good, reduction="sum")
+            losses[names[2]] = quality_losses / divisor
+            if self.box_loss.by_centerness:
+                box_losses = box_losses * good
+                box_divisor = mean_over_devices(good.sum()).clamp(min=self.box_loss.smallest_sum)
+        losses[names[1]] = self.box_loss.weight * box_losses.sum() / box_divisor
+        return losses
+
+    def detections(self, predictions: Predictions, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """What is found in each image.
+
+        Args:
+            predictions: of :meth:`forward`.
+            sizes: (height, width) of each image before padding, in the pixels that the network saw.
+        """
+        places = self.places(predictions)
+        with torch.autocast(predictions.logits.device.type, enabled=False):
+            return [self._detections_of(predictions, i, places, size) for i, size in enumerate(sizes)]
+
+    def places(self, predictions: Predictions) -> Places:
+        """Where the predictions were made."""
+        logits = predictions.logits
+        return self.anchors(predictions.shapes, dtype=logits.dtype, device=logits.device)
+
+    @torch.no_grad()
+    def assign(self, places: Places, targets: Sequence[Targets]) -> Tensor:
+        """Which object each place belongs to, (N, R); see :mod:`dyhead.detection.assigners`."""
+        return torch.stack([self.assigner(places, target.boxes.to(places.anchors.dtype)) for target in targets])
+
+    def _detections_of(self, predictions: Predictions, image: int, places: Places, size: tuple[int, int]) -> Detections:
+        quality = None if predictions.quality is None else predictions.quality[image]
+        thresholded, ranked, score = self.score(predictions.logits[image], quality)
+        numbers = predictions.boxes[image]
+        found, first = [], 0
+        for count in places.counts:
+            level = slice(first, first + count)
+            first += count
+            place, label = torch.nonzero(thresholded[level] > self.inference.score_thresh, as_tuple=True)
+            rank = ranked[level][place, label]
+            best = rank.topk(min(self.inference.topk, len(rank))).indices
+            place, label = place[best], label[best]
+            boxes = self.box_form.decode(numbers[level][place], places.anchors[level][place])
+            found.append((boxes, score[level][place, label], label))
+        boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
+        if self.inference.clip_before_nms:
+            boxes, scores, labels = _inside(boxes, scores, labels, size)
+        keep = batched_nms(boxes, scores, labels, self.inference.nms_thresh)[: self.inference.limit]
+        return Detections(*_inside(boxes[keep], scores[keep], labels[keep], size))
+
+
+def _by_place(level: Tensor, anchors: int) -> Tensor:
+    """(N, A*X, H, W) to (N, H*W*A, X)."""
+    n, channels, h, w = level.shape
+    split = level.view(n, anchors, channels // anchors, h, w)
+    return split.permute(0, 3, 4, 1, 2).reshape(n, h * w * anchors, channels // anchors)
+
+
+def _inside(boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of boxes inside an image of this (height, width)."""
+    height, width = size
+    limits = boxes.new_tensor([width, height, width, height])
+    boxes = boxes.clamp(min=0).minimum(limits)
+    left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return boxes[left], scores[left], labels[left]
