@@ -15,7 +15,7 @@ from dyhead.checkpoints.errors import CheckpointError
 #: The keys under which projects store the weights, in the order in which they are looked for.
 CONTAINERS = ("model", "state_dict", "model_state", "module", "ema", "ema_state_dict")
 
-_NAMED = 8  # so many keys are named in a message, the rest is counted
+_NAMED = 12  # so many keys are named in a message, the rest is counted
 
 # What the arrays of a pickle are made of. Python 2's numpy and numpy 1 have other names for the same functions.
 _HARMLESS = {

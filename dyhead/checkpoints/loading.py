@@ -56,12 +56,16 @@ def load_into(
     unexpected = [
         theirs.get(name, name) for name in weights.state if name not in canonical and not name.endswith(_COUNTER)
     ]
+    without = {
+        reason: [k for k, why in weights.left_over.items() if why == reason] for reason in weights.left_over.values()
+    }
     problems = [
-        f"{title}: {some(keys)}"
+        f"{title}: {some(sorted(keys))}"
         for title, keys in (
             ("missing in the file", missing),
-            ("not in the model", [*unexpected, *weights.left_over]),
+            ("not in the model", unexpected),
             ("of another shape", misshapen),
+            *((f"without a counterpart in any model ({reason})", keys) for reason, keys in without.items()),
         )
         if keys
     ]
