@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if os.path.exists(args.out):
             raise CheckpointError(f"{args.out}: exists and is not overwritten")
-        conversion = convert(read_state(args.source))
+        conversion = convert(read_state(args.source), f"checkpoint {args.source}")
         if not conversion.state:
             raise CheckpointError(f"checkpoint {args.source}: none of its keys has a counterpart here")
         # A file appears when it is complete.

@@ -64,11 +64,12 @@ class Conversion:
     added: dict[str, str] = field(default_factory=dict)
 
 
-def convert(state: Mapping[str, Tensor]) -> Conversion:
+def convert(state: Mapping[str, Tensor], origin: str = "state dict") -> Conversion:
     """Rename the weights of a checkpoint to the canonical keys (:mod:`dyhead.checkpoints.ours`).
 
     Args:
         state: tensors by key, as :func:`dyhead.checkpoints.read_state` returns them; it is left as it is.
+        origin: what errors call the checkpoint.
 
     Returns:
         The weights and an account of every key. Blocks of DyHead are those of ``DyHead(C, block="released")``.
@@ -88,7 +89,15 @@ def convert(state: Mapping[str, Tensor]) -> Conversion:
     """
     nested = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if nested:
-        raise TypeError(f"state: expected tensors by key, got {type(state[nested[0]]).__name__} under {some(nested)}")
+        kind = type(state[nested[0]]).__name__
+        raise TypeError(f"{origin}: expected tensors by key, got {kind} under {some(nested)}")
+    try:
+        return _convert(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _convert(state: Mapping[str, Tensor]) -> Conversion:
     source = _recognise(state)
     rows = list(source.rows(state))
     out = Conversion({}, source.name)

@@ -17,13 +17,14 @@ CONTAINERS = ("model", "state_dict", "model_state", "module", "ema", "ema_state_
 
 _NAMED = 12  # so many keys are named in a message, the rest is counted
 
-# What the arrays of a pickle are made of. Python 2's numpy and numpy 1 have other names for the same functions.
+# What arrays in a pickle are made of, under the names of numpy 1 and 2.
 _HARMLESS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
 }
 
 

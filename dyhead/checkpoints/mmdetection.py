@@ -18,11 +18,12 @@ _RPN = "proposal_generator.rpn_head."
 def _rows(state: Mapping[str, Tensor]) -> list[Row]:
     first = first_stage(state, _NECK + r"lateral_convs\.(\d+)\.")
 
-    def output(match: re.Match) -> str:
-        # Levels that are computed from others follow those with a stage of their own.
+    def output(match: re.Match) -> str | None:
+        # Levels that are computed from others follow those with a stage of their own; here they have no norm.
         level = first + int(match[1])
-        name = f"fpn_output{level}" if level <= LAST_STAGE else f"top_block.p{level}"
-        return f"{BACKBONE}{name}.{'norm.' if match[2] != 'conv' else ''}{match[3]}"
+        if level > LAST_STAGE:
+            return f"{BACKBONE}top_block.p{level}.{match[3]}" if match[2] == "conv" else None
+        return f"{BACKBONE}fpn_output{level}.{'' if match[2] == 'conv' else 'norm.'}{match[3]}"
 
     return [
         *torchvision_resnet(r"backbone\."),

@@ -15,13 +15,13 @@ class Row(NamedTuple):
 
     Attributes:
         theirs: matches the whole key.
-        ours: the canonical key, as a template of ``re.Match.expand`` or as a function of the match. ``NAME[i]`` is
-            element i of the vector NAME.
+        ours: the canonical key, as a template of ``re.Match.expand`` or as a function of the match, which may return
+            None: there is none. ``NAME[i]`` is element i of the vector NAME.
         value: makes our tensor of theirs; by default they are the same.
     """
 
     theirs: str
-    ours: str | Callable[[re.Match], str]
+    ours: str | Callable[[re.Match], str | None]
     value: Callable[[Tensor], Tensor] | None = None
 
     def rename(self, key: str) -> str | None:

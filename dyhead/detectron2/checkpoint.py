@@ -40,9 +40,10 @@ class Checkpointer(DetectionCheckpointer):
         self._complete, self._origin = checkpointables is None, f"checkpoint {path}"
         try:
             return super().load(path, checkpointables)
-        except (CheckpointError, ConfigError) as error:
-            message = str(error)
-            raise ConfigError(message if message.startswith("checkpoint ") else f"{self._origin}: {message}") from error
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        except ConfigError as error:
+            raise ConfigError(f"{self._origin}: {error}") from error
         except (AssertionError, EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{self._origin}: cannot be loaded ({type(error).__name__}: {error})") from error
         finally:
@@ -67,6 +68,6 @@ class Checkpointer(DetectionCheckpointer):
             state = align_and_update_state_dicts(own, state, c2_conversion=checkpoint.get("__author__") == "Caffe2")
             conversion, names = Conversion(state, "matched by the ends of the keys"), None
         else:
-            conversion, names = convert(state), canonical_names(own)
+            conversion, names = convert(state, self._origin), canonical_names(own)
         checkpoint.pop("model", None)
         load_into(self.model, conversion, names, strict=self._complete, origin=self._origin)

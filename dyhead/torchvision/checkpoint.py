@@ -70,12 +70,11 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
     origin = f"checkpoint {weights}"
     names = canonical_names(model.state_dict())
     try:
-        conversion = convert(find_state(_read_weights(weights), origin))
+        conversion = convert(find_state(_read_weights(weights), origin), origin)
         _background_first(model, conversion.state)
         load_into(model, conversion, names, strict=strict, origin=origin)
     except CheckpointError as error:
-        message = str(error)
-        raise ConfigError(message if message.startswith(origin) else f"{origin}: {message}") from error
+        raise ConfigError(str(error)) from error
 
 
 class Checkpoints(L.Callback):
