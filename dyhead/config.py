@@ -38,8 +38,8 @@ def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     dyhead = cfg.MODEL.DYHEAD = node()
     # Blocks stacked on the pyramid; the paper's best trade is 6. 0 leaves the pyramid as it is.
     dyhead.NUM_BLOCKS = 6
-    # "paper": Eqs. 3-5 in the pyramid's own geometry. "released": the block of the published weights, for checkpoints;
-    # "mmdetection": that of mmdetection's.
+    # "paper": Eqs. 3-5 in the pyramid's own geometry. "released" (or "mmdetection"): the block of the weights that
+    # microsoft/DynamicHead and mmdetection published; "mmdetection_main": that of mmdetection's main branch after 3.3.
     dyhead.BLOCK = "paper"
     # Levels on each side of a level that Eq. 4 sums over; null is the whole pyramid.
     dyhead.WINDOW = 1

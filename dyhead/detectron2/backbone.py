@@ -30,6 +30,9 @@ class DyHeadBackbone(Backbone):
     Called with a config instead, ``DyHeadBackbone(cfg, backbone)``, it takes all but the backbone from
     ``MODEL.DYHEAD``.
 
+    A state dict with the keys of the wrapped backbone alone (``bottom_up.stem.conv1.weight``), as detectors without a
+    Dynamic Head have them, loads into the wrapped backbone.
+
     Raises:
         ValueError: the output of ``backbone`` is no pyramid (the levels are named), or DyHead refuses an option.
 
@@ -73,6 +76,7 @@ class DyHeadBackbone(Backbone):
             offset_groups=offset_groups,
             norm_groups=norm_groups,
         )
+        self.register_load_state_dict_pre_hook(_wrap_keys)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, backbone: Backbone) -> dict[str, Any]:
@@ -129,6 +133,14 @@ def require_dyhead(backbone: Backbone, detector: str) -> None:
             f"{detector}: expected a backbone with a Dynamic Head (DyHeadBackbone, or MODEL.BACKBONE.NAME one of "
             f"{', '.join(names)}), got {type(backbone).__name__}"
         )
+
+
+def _wrap_keys(module: DyHeadBackbone, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before ``module`` loads: give the keys of its wrapped backbone the prefix that they have inside it, in place."""
+    own = set(module.state_dict())
+    for name in module.backbone.state_dict():
+        if prefix + name in state_dict and name not in own:
+            state_dict[f"{prefix}backbone.{name}"] = state_dict.pop(prefix + name)
 
 
 def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:

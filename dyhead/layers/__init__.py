@@ -5,7 +5,6 @@ half the size of the one before it. K taps of a kernel, G offset groups.
 """
 
 from dyhead.layers.block import DyHeadBlock
-from dyhead.layers.checkpoint import convert_checkpoint
 from dyhead.layers.head import DyHead
 from dyhead.layers.predictor import DensePredictor
 from dyhead.layers.released import ReleasedDyHeadBlock
@@ -21,5 +20,4 @@ __all__ = [
     "ScaleAwareAttention",
     "SpatialAwareAttention",
     "TaskAwareAttention",
-    "convert_checkpoint",
 ]

@@ -10,6 +10,12 @@ from dyhead.layers.block import DyHeadBlock
 from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid, to_channels_last
 from dyhead.layers.released import ReleasedDyHeadBlock
 
+# How the published blocks read the importances of their coarser branch.
+_COARSE_MASKS = {"released": "flat", "mmdetection": "flat", "mmdetection_main": "corner"}
+
+#: The blocks that :class:`DyHead` can stack.
+BLOCKS = ("paper", *_COARSE_MASKS)
+
 
 class DyHead(nn.Module):
     """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks on a feature pyramid; a pyramid in, a pyramid out.
@@ -17,9 +23,10 @@ class DyHead(nn.Module):
     Args:
         channels: channels C of every level, in and out.
         num_blocks: how many blocks are stacked; the paper's best trade is 6. 0 is the identity.
-        block: "paper" is :class:`DyHeadBlock`. "released" and "mmdetection" are :class:`ReleasedDyHeadBlock` as the
-            published checkpoints of the one and the other project need it (:func:`convert_checkpoint`); the options
-            below do not apply to these.
+        block: "paper" is :class:`DyHeadBlock`. "released" is :class:`ReleasedDyHeadBlock`, the block of all published
+            weights of microsoft/DynamicHead and mmdetection (``dyhead convert`` renames their keys); "mmdetection" is
+            another name for it. "mmdetection_main" is the same with ``coarse_mask="corner"``, for weights that were
+            trained with mmdetection's main branch after release 3.3. The options below apply to "paper" alone.
         window: levels on each side of a level that the spatial-aware attention sees; None is the whole pyramid.
         scale_aware: apply Eq. 3.
         spatial_aware: apply Eq. 4.
@@ -44,7 +51,7 @@ class DyHead(nn.Module):
         channels: int,
         num_blocks: int = 6,
         *,
-        block: Literal["paper", "released", "mmdetection"] = "paper",
+        block: Literal["paper", "released", "mmdetection", "mmdetection_main"] = "paper",
         window: int | None = 1,
         scale_aware: bool = True,
         spatial_aware: bool = True,
@@ -65,15 +72,15 @@ class DyHead(nn.Module):
         }
         if block == "paper":
             blocks = [DyHeadBlock(channels, **options) for _ in range(num_blocks)]
-        elif block in ("released", "mmdetection"):
+        elif block in _COARSE_MASKS:
             changed = {name: value for name, value in options.items() if value != DyHead.__init__.__kwdefaults__[name]}
             if changed:
                 given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
                 raise ValueError(f"block={block!r} has no options, its weights fix them all; got {given}")
-            coarse_mask = "flat" if block == "released" else "corner"
+            coarse_mask = _COARSE_MASKS[block]
             blocks = [ReleasedDyHeadBlock(channels, coarse_mask=coarse_mask) for _ in range(num_blocks)]
         else:
-            raise ValueError(f"block: expected 'paper', 'released' or 'mmdetection', got {block!r}")
+            raise ValueError(f"block: expected one of {', '.join(map(repr, BLOCKS))}, got {block!r}")
         self.channels = channels
         self.blocks = nn.ModuleList(blocks)
 
@@ -82,7 +89,7 @@ class DyHead(nn.Module):
 
         Args:
             pyramid: levels (N, C, H_l, W_l), each half the size of the one before it; an odd size is rounded either
-                way ("released" and "mmdetection": up).
+                way (all blocks but "paper": up).
 
         Returns:
             Levels with channels last in memory, whatever the input's layout (0 blocks: the input itself).

@@ -33,7 +33,7 @@ class DeformConvNorm(nn.Module):
 
 
 class ReleasedDyHeadBlock(nn.Module):
-    """The block of microsoft/DynamicHead's published weights, or of mmdetection's, bit by bit. Train ``DyHeadBlock``.
+    """The block of microsoft/DynamicHead's and of mmdetection's published weights, bit by bit. Train ``DyHeadBlock``.
 
     What it does, level by level, and where it leaves the paper:
 
@@ -47,17 +47,19 @@ class ReleasedDyHeadBlock(nn.Module):
     * The offsets for the coarser branch have the size of the level, which is larger than that branch's output: its
       kernel reads the start of each image's memory as if it had the smaller size. Published weights were trained so.
 
-    mmdetection's block (``coarse_mask="corner"``) has the same arithmetic but for two things. It cuts the upper left
-    corner, of the coarser level's size, out of offsets and importances. For the importances that is what happens; but
-    the cut offsets are a view that mmcv's kernels (CPU and CUDA) read from its first element as plain memory, which is
-    the released reading again. And its convolutions have no bias, which a bias of zero expresses. (mmcv stores the
-    gradient of those offsets at the corner; the gradient here is that of the forward pass.)
+    mmdetection's block, up to its release 3.3 and with it all of its published weights, has the same arithmetic; that
+    its convolutions have no bias, a bias of zero expresses. mmdetection's main branch later cut the upper left corner,
+    of the coarser level's size, out of offsets and importances. For the importances that is what happens
+    (``coarse_mask="corner"``); the cut offsets are a view that mmcv's kernels (CPU and CUDA) read from its first
+    element as plain memory, which is the released reading again. No published weights are known that were trained so.
+    (mmcv stores the gradient of those offsets at the corner; the gradient here is that of the forward pass.)
 
     Sizes must halve with rounding up from level to level.
 
     Args:
         channels: channels C of every level; a multiple of 16.
-        coarse_mask: how the importances of the coarser branch are read: "flat" (released) or "corner" (mmdetection).
+        coarse_mask: how the importances of the coarser branch are read: "flat", as its offsets, for all published
+            weights; "corner" for weights that were trained with mmdetection's main branch after release 3.3.
 
     Raises:
         ValueError: ``channels`` is not a multiple of 16; ``coarse_mask`` is neither.

@@ -6,6 +6,7 @@ from torch import nn
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone, build_backbone
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
@@ -134,3 +135,61 @@ def test_strides_that_do_not_double_are_named():
 def test_levels_of_different_channels_are_named():
     with pytest.raises(ValueError, match="level b: expected 32 channels as in level a, got 16"):
         DyHeadBackbone(Toy(a=(32, 4), b=(16, 8)))
+
+
+class Project(nn.Module):
+    """A detector of somebody's own project on the Dynamic Head."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(3, 3)
+
+
+@pytest.fixture
+def plain(tiny_cfg):
+    """A detector and the checkpoint of one without a Dynamic Head: the keys of its ResNet-FPN with other values."""
+    model = Project(build_backbone(tiny_cfg("fcos", {"MODEL.RESNETS.NORM": "FrozenBN"})))
+    state = {f"backbone.{key}": torch.rand_like(value) for key, value in model.backbone.backbone.state_dict().items()}
+    for name in ("bottom_up.stem.conv1.norm.running_var", "fpn_lateral3.weight", "top_block.p7.bias"):
+        assert f"backbone.{name}" in state
+    return model, state | {f"head.{key}": torch.rand_like(value) for key, value in model.head.state_dict().items()}
+
+
+def assert_loaded(model, state):
+    loaded = model.state_dict()
+    for key, value in state.items():
+        key = key.replace("backbone.", "backbone.backbone.", 1) if key.startswith("backbone.") else key
+        assert torch.equal(loaded[key], value), key
+
+
+def test_detectron2s_own_checkpointer_loads_a_plain_backbone_into_the_wrapped_one(plain, tmp_path):
+    model, state = plain
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "plain.pth")
+    before = {key: value.clone() for key, value in model.backbone.dyhead.state_dict().items()}
+    DetectionCheckpointer(model).load(str(tmp_path / "plain.pth"))
+    assert_loaded(model, state)
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.dyhead.state_dict().items())
+
+
+def test_torch_loads_a_plain_backbone_into_the_wrapped_one(plain):
+    model, state = plain
+    given = dict(state)
+    found = model.load_state_dict(state, strict=False)
+    assert state.keys() == given.keys()
+    assert_loaded(model, state)
+    assert not found.unexpected_keys
+    assert {key.removeprefix("backbone.").split(".")[0] for key in found.missing_keys} == {"dyhead"}
+    alone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    found = model.backbone.load_state_dict(alone, strict=False)
+    assert not found.unexpected_keys
+
+
+def test_keys_that_are_no_plain_backbones_stay_as_they_are(plain):
+    model, _ = plain
+    state = {key: torch.rand_like(value) for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    surplus = {"backbone.bottom_up.stem.conv9.weight": torch.rand(1), "backbone.dyhead.surplus": torch.rand(1)}
+    found = model.load_state_dict(surplus, strict=False)
+    assert sorted(found.unexpected_keys) == sorted(surplus)

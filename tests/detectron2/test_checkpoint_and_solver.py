@@ -48,11 +48,11 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_naming_the_keys(saved):
 
     model, file = saved
     checkpointer = Checkpointer(model)
-    with pytest.raises(ConfigError, match="changed.pth: does not fit the model") as error:
+    with pytest.raises(ConfigError, match=r"changed\.pth .* does not fit the model") as error:
         checkpointer.load(changed(file, change))
-    assert "1 missing keys: head.deltas.bias\n" in str(error.value)
-    assert "1 unexpected keys: head.surplus\n" in str(error.value)
-    assert "head.logits.weight (expected (2, 32, 3, 3), got (5, 32, 3, 3))" in str(error.value)
+    assert "missing in the file: head.deltas.bias\n" in str(error.value)
+    assert "not in the model: head.surplus\n" in str(error.value)
+    assert "head.logits.weight (5, 32, 3, 3) in the file, (2, 32, 3, 3) in the model" in str(error.value)
     checkpointer.load(str(file))  # the error leaves nothing behind
 
 
@@ -67,7 +67,7 @@ def test_for_training_what_fits_is_loaded(saved, tiny_cfg):
 def test_a_file_that_is_no_checkpoint_is_named(saved, tmp_path):
     model, _ = saved
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ConfigError, match=r"text\.pth: cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"text\.pth: not a file of tensors"):
         Checkpointer(model).load(str(tmp_path / "text.pth"))
     with pytest.raises(ConfigError, match=r"absent\.pth: cannot be loaded"):
         Checkpointer(model).load(str(tmp_path / "absent.pth"))
@@ -75,7 +75,7 @@ def test_a_file_that_is_no_checkpoint_is_named(saved, tmp_path):
 
 def test_weights_of_a_detector_without_the_head_go_into_the_wrapped_backbone(saved, tiny_cfg):
     def unwrap(state):
-        for key in [key for key in state if key.startswith("backbone.")]:
+        for key in list(state):
             value = state.pop(key)
             if key.startswith("backbone.backbone."):
                 state[key.removeprefix("backbone.")] = value

@@ -74,7 +74,7 @@ def test_a_run_is_not_overwritten(finished):
 def test_evaluation_refuses_weights_that_do_not_fit(finished):
     arguments, folder, _ = finished
     settings = {"MODEL.WEIGHTS": str(folder / "model_final.pth"), "MODEL.DYHEAD.NUM_BLOCKS": 2}
-    with pytest.raises(ConfigError, match=r"missing keys: backbone\.dyhead\.blocks\.1"):
+    with pytest.raises(ConfigError, match=r"missing in the file: backbone\.dyhead\.blocks\.1"):
         main(arguments(settings, eval_only=True))
 
 
@@ -112,7 +112,7 @@ def test_resuming_continues_from_the_saved_state(blocks, tiny_cfg):
 
 def test_a_resumed_run_refuses_another_model(finished):
     arguments, _, _ = finished
-    with pytest.raises(ConfigError, match="keys of another shape: .*expected .*64"):
+    with pytest.raises(ConfigError, match=r"of another shape: .*\(32,\) in the file, \(64,\) in the model"):
         main(arguments({"MODEL.FPN.OUT_CHANNELS": 64, "SOLVER.MAX_ITER": 5}, resume=True))
 
 
@@ -138,8 +138,7 @@ def test_training_from_other_weights_takes_what_fits(finished, arguments, tmp_pa
     given = torch.load(folder / "model_final.pth")["model"]
     assert torch.equal(loaded["head.deltas.weight"], given["head.deltas.weight"])
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "not found in the checkpoint" in log
-    assert "backbone.dyhead.blocks.1" in log
+    assert "missing in the file: backbone.dyhead.blocks.1" in log
 
 
 @pytest.mark.parametrize("mixed", [False, True])

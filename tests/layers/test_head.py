@@ -6,7 +6,7 @@ import torch
 from dyhead.layers import DyHead
 from dyhead.ops import library
 
-BLOCKS = ("paper", "released", "mmdetection")
+BLOCKS = ("paper", "released", "mmdetection", "mmdetection_main")
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -208,7 +208,10 @@ def test_the_released_block_wants_sizes_rounded_up():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block": "papre"}, "block: expected 'paper', 'released' or 'mmdetection', got 'papre'"),
+        (
+            {"block": "papre"},
+            "block: expected one of 'paper', 'released', 'mmdetection', 'mmdetection_main', got 'papre'",
+        ),
         ({"num_blocks": -1}, "num_blocks: expected at least 0, got -1"),
         ({"norm_groups": 5}, "norm_groups: expected a divisor of the 16 channels, got 5"),
         ({"block": "released", "window": None}, "block='released' has no options, .*got window=None"),

@@ -1,5 +1,7 @@
-"""The released block against the released arithmetic; mmdetection's against its own, written from its source."""
+"""The released block against the released arithmetic; mmdetection's against its own results and its source."""
 
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dyhead.layers import DyHead, convert_checkpoint
+from dyhead.checkpoints import convert
+from dyhead.layers import DyHead
 
-RELEASED = Path(__file__).parent.parent / "data" / "released_block_small.npz"
+DATA = Path(__file__).parent.parent / "data"
+RELEASED = DATA / "released_block_small.npz"
+MMDETECTION = DATA / "mmdetection_block.npz"
 NAMES = ("p3", "p4", "p5", "p6")
 
 
@@ -32,9 +37,9 @@ def test_equals_the_released_blocks(released, num_blocks, dtype, output_toleranc
     # Ours by key, each with the key of its gradient in the file.
     state = tensors(released, "param/")
     head = DyHead(32, 2, block="released").to(dtype)
-    loaded = convert_checkpoint(state)
-    head.load_state_dict({key.removeprefix("dyhead."): value for key, value in loaded.items()})
-    origin = {ours.removeprefix("dyhead."): theirs for ours, theirs in zip(loaded, state, strict=True)}
+    loaded = convert(state)
+    head.load_state_dict({key.removeprefix("backbone.dyhead."): value for key, value in loaded.state.items()})
+    origin = {ours.removeprefix("backbone.dyhead."): theirs for theirs, ours in loaded.renamed.items()}
 
     inputs = {name: released[f"input/{name}"].to(dtype, copy=True).requires_grad_() for name in NAMES}
     out = inputs
@@ -55,11 +60,22 @@ def test_equals_the_released_blocks(released, num_blocks, dtype, output_toleranc
         check(parameter.grad, key, parameter_tolerance)
 
 
-def mmdetection_block(p, levels):
-    """One block of mmdetection 3 on mmcv 2, read from their source, with torchvision's convolution.
+def mmdetection_head(state, block):
+    """A head of one block with weights under mmdetection's names, `dyhead_blocks.0.` left out."""
+    converted = convert({f"dyhead_blocks.0.{key}": value for key, value in state.items()}).state
+    offset = state["spatial_conv_offset.weight"]
+    head = DyHead(offset.shape[1], 1, block=block).to(offset.dtype)
+    head.load_state_dict({key.removeprefix("backbone.dyhead."): value for key, value in converted.items()})
+    return head
 
-    mmdetection cuts ``[..., :h, :w]`` out of offsets and mask logits for the coarser level. mmcv's kernels take the
-    data pointer of an image's offsets and count on from there; the sigmoid has made a new, dense tensor of the mask.
+
+def mmdetection_block(p, levels, main=False):
+    """One block of mmdetection 2.20 to 3.3, or of its later main branch, read from their source.
+
+    Offsets and masks of a level go as they are to the convolution of the coarser level. mmcv's kernels take the data
+    pointer of an image's and count on from there with the output's size. The main branch cuts `[..., :h, :w]` out of
+    both: of the offsets that is a view, of which the kernels again take the pointer; the sigmoid has made a new, dense
+    tensor of the masks.
     """
     deform_conv2d = pytest.importorskip("torchvision").ops.deform_conv2d
 
@@ -79,9 +95,12 @@ def mmdetection_block(p, levels):
             branches.append(conv("spatial_conv_low", levels[m - 1], offset, mask, stride=2))
         if m < len(levels) - 1:
             h, w = levels[m + 1].shape[2:]
-            cut = both[:, :18, :h, :w]
-            read = torch.stack([torch.as_strided(image, (18, h, w), (h * w, w, 1)) for image in cut])
-            x = conv("spatial_conv_high", levels[m + 1], read, both[:, 18:, :h, :w].sigmoid())
+
+            def from_pointer(x, channels, h=h, w=w):
+                return torch.stack([torch.as_strided(image, (channels, h, w), (h * w, w, 1)) for image in x])
+
+            read = mask[:, :, :h, :w] if main else from_pointer(mask, 9)
+            x = conv("spatial_conv_high", levels[m + 1], from_pointer(offset, 18), read)
             branches.append(functional.interpolate(x, level.shape[2:], mode="bilinear", align_corners=True))
         x = 0
         for branch in branches:
@@ -113,22 +132,58 @@ def mmdetection_state(channels):
     return {key: 0.2 * torch.randn(shape, dtype=torch.float64) for key, shape in shapes.items()}
 
 
-def test_equals_mmdetections_block(make_pyramid):
+@pytest.mark.parametrize(("block", "main"), [("mmdetection", False), ("released", False), ("mmdetection_main", True)])
+def test_equals_mmdetections_block(make_pyramid, block, main):
     state = mmdetection_state(32)
     levels = make_pyramid(9, 13, levels=4, channels=32)
-    head = DyHead(32, 1, block="mmdetection").double()
-    head.load_state_dict(convert_checkpoint({f"dyhead_blocks.0.{key}": value for key, value in state.items()}))
-    for ours, theirs in zip(head(levels), mmdetection_block(state, levels), strict=True):
+    head = mmdetection_head(state, block)
+    for ours, theirs in zip(head(levels), mmdetection_block(state, levels, main), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_mmdetections_block_is_not_the_released_one(make_pyramid):
+def test_the_main_branch_of_mmdetection_reads_other_importances(make_pyramid):
     levels = make_pyramid(9, 13, levels=2, channels=32)
-    state = {f"dyhead_blocks.0.{key}": value for key, value in mmdetection_state(32).items()}
-    outputs = []
-    for block in ("released", "mmdetection"):
-        head = DyHead(32, 1, block=block).double()
-        head.load_state_dict(convert_checkpoint(state))
-        outputs.append(head(levels))
-    assert not torch.allclose(outputs[0][0], outputs[1][0])
-    torch.testing.assert_close(outputs[0][1], outputs[1][1])  # the coarsest level has no coarser one
+    state = mmdetection_state(32)
+    published, main = (mmdetection_head(state, block)(levels) for block in ("mmdetection", "mmdetection_main"))
+    assert not torch.allclose(published[0], main[0])
+    torch.testing.assert_close(published[1], main[1])  # the coarsest level has no coarser one
+
+
+# Gains and shifts of the stored case's weights: the first whose name is in the key applies.
+GAINS = [
+    ("spatial_conv_offset.weight", 1.5, 0.0),
+    ("high.norm.weight", 1.6, 0.0),
+    ("mid.norm.weight", 1.6, 0.0),
+    ("low.norm.weight", 1.6, 0.0),
+    ("scale_attn_module.1.weight", 1.5, 0.0),
+    ("scale_attn_module.1.bias", 8.0, 1.2),
+    ("task_attn_module.conv1.conv.weight", 2.5, 0.0),
+    ("task_attn_module.conv2.conv.weight", 1.6, 0.0),
+]
+
+
+def stored_weight(key, shape):
+    """Uniform values in a fixed order from the key, as tests/data/released.md says."""
+    generator = np.random.Philox(key=zlib.crc32(f"1:neck.1.dyhead_blocks.0.{key}".encode()))
+    uniform = (generator.random_raw(math.prod(shape)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    value = 2 * uniform.reshape(shape) - 1
+    if key.endswith("bias"):
+        value = 0.1 * value
+    elif len(shape) > 1:
+        value = value * math.sqrt(3 / math.prod(shape[1:]))
+    else:
+        value = 1 + 0.2 * value
+    gain, shift = next(((gain, shift) for name, gain, shift in GAINS if name in key), (1.0, 0.0))
+    return torch.from_numpy((gain * value + shift).astype(np.float32))
+
+
+@pytest.mark.parametrize("block", ["mmdetection", "released"])
+def test_gives_what_mmdetection_computed(block):
+    """Weights of the published recipe's shapes: the two coarsest levels behind mmdetection 3.3's own first block."""
+    head = mmdetection_head({k: stored_weight(k, v.shape) for k, v in mmdetection_state(256).items()}, block)
+    with np.load(MMDETECTION) as arrays, torch.no_grad():
+        out = head({name: torch.from_numpy(arrays[f"input/{name}"])[None] for name in ("p5", "p6", "p7")})
+        for name in ("p6", "p7"):  # p5 lacks its finer neighbour here
+            expected = torch.from_numpy(arrays[f"out/{name}"])
+            error = (out[name][0, ::16] - expected).abs().max() / expected.abs().max()
+            assert error < 2e-5, name

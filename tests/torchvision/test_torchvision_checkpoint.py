@@ -105,6 +105,9 @@ def test_for_evaluation_everything_must_fit(model, tmp_path):
 
 def test_a_file_of_which_nothing_fits_is_refused(model, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"w\.pth: expected the keys of one project, got a, .* none of"):
+        load_weights(model, str(tmp_path / "w.pth"), strict=False)
+    torch.save({"head.predictor.surplus.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match="does not fit the model"):
         load_weights(model, str(tmp_path / "w.pth"), strict=False)
 
@@ -154,6 +157,7 @@ MMDETECTION = {
     "backbone.layer1.0.downsample.0.weight": "backbone.body.layer1.0.downsample.0.weight",
     "backbone.bn1.running_mean": "backbone.body.bn1.running_mean",
     "neck.0.lateral_convs.0.conv.weight": "backbone.fpn.inner_blocks.0.0.weight",
+    "neck.0.lateral_convs.2.conv.weight": "backbone.fpn.inner_blocks.2.0.weight",
     "neck.0.fpn_convs.2.conv.bias": "backbone.fpn.layer_blocks.2.0.bias",
     "neck.0.fpn_convs.4.conv.weight": "backbone.fpn.extra_blocks.p7.weight",
     "neck.1.dyhead_blocks.1.spatial_conv_high.norm.weight": "backbone.dyhead.blocks.1.coarser.norm.weight",

@@ -1,0 +1,76 @@
+"""``dyhead convert``: a checkpoint of any project that is known, with this project's keys."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from dyhead.checkpoints.convert import SOURCES, Conversion, convert
+from dyhead.checkpoints.errors import CheckpointError
+from dyhead.checkpoints.files import read_state
+
+_NAMED = 10  # so many keys with the same reason are listed, the rest is counted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.description = (
+        "Write the weights of a checkpoint under this project's keys, for MODEL.WEIGHTS of either engine. "
+        f"Sources: {'; '.join(source.name for source in SOURCES)}."
+    )
+    parser.add_argument("source", metavar="SOURCE", help="the checkpoint: a .pth, .pt, .pkl or .safetensors file")
+    parser.add_argument("out", metavar="OUT", help="the file to write; it must not be there yet")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert ``args.source`` to ``args.out`` and print what became of its keys; returns the exit code, 0 or 1."""
+    try:
+        if os.path.exists(args.out):
+            raise CheckpointError(f"{args.out}: exists and is not overwritten")
+        conversion = convert(read_state(args.source), f"checkpoint {args.source}")
+        if not conversion.state:
+            raise CheckpointError(f"checkpoint {args.source}: none of its keys has a counterpart here")
+        # A file appears when it is complete.
+        torch.save({"model": conversion.state, "source": conversion.source}, args.out + ".partial")
+        os.replace(args.out + ".partial", args.out)
+    except (CheckpointError, OSError, RuntimeError) as error:
+        print(f"dyhead convert: {error}", file=sys.stderr)
+        return 1
+    print(_report(conversion, args))
+    return 0
+
+
+def _report(conversion: Conversion, args: argparse.Namespace) -> str:
+    counts = {
+        "source": conversion.source,
+        "keys": len(conversion.renamed) + len(conversion.dropped) + len(conversion.left_over),
+        "renamed": sum(theirs != ours for theirs, ours in conversion.renamed.items()),
+        "kept": sum(theirs == ours for theirs, ours in conversion.renamed.items()),
+        "dropped": len(conversion.dropped),
+        "left over": len(conversion.left_over),
+        "added": len(conversion.added),
+        "written": f"{len(conversion.state)} tensors to {args.out}",
+    }
+    width = max(map(len, counts))
+    lines = [f"{name:<{width}}  {value}" for name, value in counts.items()]
+    for title, keys in (
+        ("dropped", conversion.dropped),
+        ("left over", conversion.left_over),
+        ("added", conversion.added),
+    ):
+        lines += _by_reason(title, keys)
+    return "\n".join(lines)
+
+
+def _by_reason(title: str, keys: Mapping[str, str]) -> list[str]:
+    lines = []
+    for reason, count in Counter(keys.values()).items():
+        lines.append(f"{title}, {reason}:")
+        named = [key for key, why in keys.items() if why == reason][:_NAMED]
+        lines += [f"  {key}" for key in named] + ([f"  and {count - len(named)} more"] if count > len(named) else [])
+    return lines

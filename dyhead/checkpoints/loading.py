@@ -1,0 +1,80 @@
+"""Loading canonical weights into a model of either engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import nn
+
+from dyhead.checkpoints.convert import Conversion
+from dyhead.checkpoints.errors import CheckpointError
+from dyhead.checkpoints.files import some
+
+_log = logging.getLogger(__name__)
+
+# Used in training only, and where it is missing the model's own is a good start.
+_OPTIONAL = "detector.loss_normalizer"
+_COUNTER = "num_batches_tracked"
+
+
+def load_into(
+    model: nn.Module, weights: Conversion, names: Mapping[str, str] | None = None, *, strict: bool, origin: str
+) -> None:
+    """Load the weights of a checkpoint into a model.
+
+    Args:
+        model: the detector.
+        weights: what :func:`dyhead.checkpoints.convert` makes of the checkpoint.
+        names: the model's own keys -> canonical keys (:func:`dyhead.checkpoints.canonical_names`). None: they are the
+            same.
+        strict: whether all keys must fit. Otherwise what fits is loaded and the rest is named in the log.
+        origin: what messages call the checkpoint.
+
+    Raises:
+        CheckpointError: nothing fits, or not everything with ``strict``. Keys that the file lacks are named as the
+            model calls them, others as the file does. ``detector.loss_normalizer``, which is for training, and
+            ``num_batches_tracked``, which frozen batch normalization does not have, may differ.
+    """
+    own = model.state_dict()
+    names = {key: key for key in own} if names is None else {key: names.get(key, key) for key in own}
+    theirs = {}  # canonical -> the file's key; that of the first element of a vector
+    for key, name in weights.renamed.items():
+        theirs.setdefault(name.partition("[")[0], key)
+
+    fitting, missing, misshapen = {}, [], []
+    for key, name in names.items():
+        value = weights.state.get(name)
+        if value is None:
+            if name != _OPTIONAL and not name.endswith(_COUNTER):
+                missing.append(key)
+        elif value.shape != own[key].shape:
+            misshapen.append(f"{key} {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model")
+        else:
+            fitting[key] = value
+    canonical = set(names.values())
+    unexpected = [
+        theirs.get(name, name) for name in weights.state if name not in canonical and not name.endswith(_COUNTER)
+    ]
+    without = {
+        reason: [k for k, why in weights.left_over.items() if why == reason] for reason in weights.left_over.values()
+    }
+    problems = [
+        f"{title}: {some(sorted(keys))}"
+        for title, keys in (
+            ("missing in the file", missing),
+            ("not in the model", unexpected),
+            ("of another shape", misshapen),
+            *((f"without a counterpart in any model ({reason})", keys) for reason, keys in without.items()),
+        )
+        if keys
+    ]
+    if not fitting or (problems and strict):
+        raise CheckpointError(
+            f"{origin} ({weights.source}) does not fit the model ({len(fitting)} of {len(own)} tensors do)\n  "
+            + "\n  ".join(problems)
+        )
+    model.load_state_dict(fitting, strict=False)
+    _log.info("Loaded %d of %d tensors from %s (%s)", len(fitting), len(own), origin, weights.source)
+    if problems:
+        _log.info("Not loaded:\n  %s", "\n  ".join(problems))

@@ -1,0 +1,123 @@
+"""The names of this project's own models: the canonical ones, those of the torchvision engine's modules, earlier ones.
+
+====================================  ================================================================================
+canonical key                         what
+====================================  ================================================================================
+``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...)
+``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
+``backbone.dyhead.blocks.I.*``        the Dynamic Head
+``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
+                                      ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level)
+``detector.loss_normalizer``          a dense detector's running mean of positives; for training
+``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
+``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``
+====================================  ================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from dyhead.checkpoints.pyramid import BACKBONE, first_stage, torchvision_resnet
+from dyhead.checkpoints.source import Row, Source
+
+_PREDICTORS = "logits|deltas|quality|delta_scale"
+_LINEAR = r"roi_heads\.box_head\.(\d+)\.(weight|bias)"
+
+
+def canonical_names(keys: Iterable[str], first: int | None = None) -> dict[str, str]:
+    """The canonical key of every key of a model of either engine.
+
+    A checkpoint is saved under the canonical keys and loaded by the same dict the other way round.
+
+    Args:
+        keys: all keys of the model's state dict.
+        first: the stage that level 0 of torchvision's pyramid is computed from, 3 for "res3". None: the pyramid ends at
+            stage 5.
+
+    Returns:
+        Own key -> canonical key. Keys that are canonical, and those of modules that are not this project's, are their
+        own.
+    """
+    keys = list(keys)
+    rows = [*_torchvision_rows(keys, first), *_EARLIER]
+    return {key: next((name for row in rows if (name := row.rename(key)) is not None), key) for key in keys}
+
+
+def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row]:
+    """The modules of the torchvision engine, beside the canonical names; values are the same but for the predictor."""
+    keys = list(keys)
+    if first is None:
+        first = first_stage(keys, r"backbone\.fpn\.inner_blocks\.(\d+)\.")
+    convolutions = {match[1] for key in keys if (match := re.match(r"rpn\.head\.conv\.(\d+)\.", key))}
+    linear = sorted({int(match[1]) for key in keys if (match := re.fullmatch(_LINEAR, key))})
+    pyramid = r"backbone\.fpn\.{}_blocks\.(\d+)\.{}\.(.+)"
+
+    def level(name: str, norm: str = "") -> Callable[[re.Match], str]:
+        return lambda m: f"{BACKBONE}fpn_{name}{first + int(m[1])}.{norm}{m[2]}"
+
+    return [
+        *torchvision_resnet(r"backbone\.body\."),
+        Row(pyramid.format("inner", 0), level("lateral")),
+        Row(pyramid.format("inner", 1), level("lateral", "norm.")),
+        Row(pyramid.format("layer", 0), level("output")),
+        Row(pyramid.format("layer", 1), level("output", "norm.")),
+        Row(r"backbone\.fpn\.extra_blocks\.(.+)", BACKBONE + r"top_block.\1"),
+        # Detectron2 numbers the proposal network's convolutions where there are several.
+        Row(
+            r"rpn\.head\.conv\.(\d+)\.0\.(.+)",
+            r"proposal_generator.rpn_head.conv.conv\1.\2"
+            if len(convolutions) > 1
+            else r"proposal_generator.rpn_head.conv.\2",
+        ),
+        Row(r"rpn\.head\.cls_logits\.(.+)", r"proposal_generator.rpn_head.objectness_logits.\1"),
+        Row(r"rpn\.head\.bbox_pred\.(.+)", r"proposal_generator.rpn_head.anchor_deltas.\1"),
+        # torchvision counts convolutions, the flattening, linear layers and ReLUs in one sequence.
+        Row(r"roi_heads\.box_head\.(\d+)\.0\.(.+)", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.{m[2]}"),
+        Row(r"roi_heads\.box_head\.(\d+)\.1\.(.+)", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.norm.{m[2]}"),
+        Row(_LINEAR, lambda m: f"roi_heads.box_head.fc{linear.index(int(m[1])) + 1}.{m[2]}"),
+    ]
+
+
+# The predictors of dense detectors before both engines had the same detectors.
+_EARLIER = [
+    Row(rf"head\.predictor\.((?:{_PREDICTORS})(?:\..+)?)", r"detector.head.\1"),
+    Row(rf"head\.((?:{_PREDICTORS})(?:\..+)?)", r"detector.head.\1"),
+]
+
+
+def _torchvision(state: Mapping[str, Tensor]) -> list[Row]:
+    rows = _torchvision_rows(state)
+    scores, boxes = (state.get(f"roi_heads.box_predictor.{name}.weight") for name in ("cls_score", "bbox_pred"))
+    if scores is not None and boxes is not None and len(boxes) == 4 * len(scores):
+        # torchvision's own predictor: background is class 0 and has boxes, too.
+        rows += [
+            Row(r"(roi_heads\.box_predictor\.cls_score\..+)", r"\1", lambda x: x.roll(-1, dims=0)),
+            Row(r"(roi_heads\.box_predictor\.bbox_pred\..+)", r"\1", lambda x: x[4:].clone()),
+        ]
+    return [*rows, *_EARLIER]
+
+
+CANONICAL = Source(
+    "dyhead",
+    r"^(backbone\.(backbone|dyhead)|detector)\.",
+    lambda state: [],
+    unless=r"^backbone\.(body|fpn|dyhead_tower)\.|^head\.",
+    remainder=None,
+)
+EARLIER_DETECTRON2 = Source(
+    "dyhead on Detectron2, earlier names",
+    rf"^head\.({_PREDICTORS})\.",
+    lambda state: _EARLIER,
+    unless=r"^backbone\.(body|fpn)\.",
+    remainder=None,
+)
+TORCHVISION = Source(
+    "dyhead on torchvision, the modules' own names",
+    r"^backbone\.(body|fpn)\.|^head\.predictor\.",
+    _torchvision,
+    remainder=None,
+)
