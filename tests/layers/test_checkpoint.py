@@ -6,7 +6,7 @@ import torch
 
 from dyhead.layers import DyHead, convert_checkpoint
 
-KEYS = Path(__file__).parent.parent / "data" / "released_keys.json"
+KEYS = Path(__file__).parent / "released" / "keys.json"
 
 
 @pytest.fixture(scope="module")

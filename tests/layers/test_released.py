@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dyhead.layers import DyHead, convert_checkpoint
 
-RELEASED = Path(__file__).parent.parent / "data" / "released_block_small.npz"
+RELEASED = Path(__file__).parent / "released" / "block_small.npz"
 NAMES = ("p3", "p4", "p5", "p6")
 
 
