@@ -8,8 +8,8 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
+from dyhead.data import shapes
 from dyhead.data.errors import DataError
 
 # name: (annotation file, picture folder), both under the data sets' folder, laid out as Detectron2 wants COCO.
@@ -51,7 +51,7 @@ def register_coco_json(name: str, json_file: str | os.PathLike, image_root: str 
         DataError: the name is taken, by a built-in data set or by other paths.
     """
     info = DatasetInfo(name, os.path.expanduser(json_file), os.path.expanduser(image_root))
-    if name in _COCO or name in _drawn().SPECS:
+    if name in _COCO or name in shapes.SPECS:
         raise DataError(f"data set name '{name}': it is the name of a built-in data set, choose another")
     known = _registered.setdefault(name, info)
     if _absolute(known) != _absolute(info):
@@ -75,7 +75,7 @@ def register_from_config(entries: Iterable[Sequence[str]]) -> None:
 
 def names() -> list[str]:
     """All names that `get` knows, sorted."""
-    return sorted({*_COCO, *_drawn().SPECS, *_registered})
+    return sorted({*_COCO, *shapes.SPECS, *_registered})
 
 
 def get(name: str) -> DatasetInfo:
@@ -84,8 +84,8 @@ def get(name: str) -> DatasetInfo:
     Raises:
         DataError: the name is not known (the nearest ones are named), or its files are not where they should be.
     """
-    if name in _drawn().SPECS:
-        return DatasetInfo(name, *_drawn().prepare(name, datasets_root()))
+    if name in shapes.SPECS:
+        return DatasetInfo(name, *shapes.prepare(name, datasets_root()))
     if name in _COCO:
         json_file, image_root = (os.path.join(datasets_root(), path) for path in _COCO[name])
         info = DatasetInfo(name, json_file, image_root)
@@ -110,13 +110,6 @@ def get(name: str) -> DatasetInfo:
     if not os.path.isdir(info.image_root):
         raise DataError(f"data set '{name}': picture folder {info.image_root} does not exist; {hint}")
     return info
-
-
-def _drawn() -> ModuleType:
-    # Imported late, so that `python -m dyhead.data.shapes` does not find itself loaded already.
-    from dyhead.data import shapes
-
-    return shapes
 
 
 def _absolute(info: DatasetInfo) -> tuple[str, str]:
