@@ -1,7 +1,8 @@
-"""`python -m dyhead.info`: versions, what was built, and why anything did not load. For bug reports and first aid."""
+"""`dyhead info`: versions, what was built, and why anything did not load. For bug reports and troubleshooting."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 
@@ -19,7 +20,7 @@ def _version(package: str) -> str:
 
 
 def collect() -> dict[str, str]:
-    """What `python -m dyhead.info` prints, as a title and a text per line."""
+    """What `dyhead info` prints: a title and a text per line."""
     if torch.cuda.is_available():
         devices = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     else:
@@ -54,6 +55,16 @@ def main() -> None:
     width = max(map(len, lines))
     for title, text in lines.items():
         print(f"{title:<{width}}  {text}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand takes no arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns the exit code."""
+    main()
+    return 0
 
 
 if __name__ == "__main__":

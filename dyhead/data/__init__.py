@@ -1,4 +1,4 @@
-"""Data sets by name: COCO, any COCO-format json, and `shapes`, which the project draws itself. Needs no torch."""
+"""Datasets by name: COCO, any COCO-format JSON file, and `shapes`, which the project draws itself. Needs no torch."""
 
 from dyhead.data.catalog import DatasetInfo, get, names, register_coco_json, register_from_config
 from dyhead.data.coco import CocoSplit, load

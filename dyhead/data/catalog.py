@@ -1,18 +1,19 @@
-"""Which data sets there are: a name stands for an annotation file in COCO's format and a folder of pictures.
+"""The known datasets: a name stands for an annotation file in COCO's format and a folder of images.
 
-Three kinds of names: COCO's own (`coco_2017_train`, ...), looked for under the folder `DETECTRON2_DATASETS`; the
-`shapes` sets, drawn there on first use; and those a user registers, in code or by the config key `DATASETS.REGISTER`.
+Three kinds of names: COCO's own (`coco_2017_train`, ...), expected in the folder `DETECTRON2_DATASETS`; the
+`shapes` sets, drawn there on first use; and those that a user registers, in code or with the config key
+`DATASETS.REGISTER`.
 """
 
 import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
+from dyhead.data import shapes
 from dyhead.data.errors import DataError
 
-# name: (annotation file, picture folder), both under the data sets' folder, laid out as Detectron2 wants COCO.
+# name: (annotation file, image folder), both in the datasets folder, laid out as Detectron2 expects COCO.
 _COCO = {
     "coco_2014_train": ("coco/annotations/instances_train2014.json", "coco/train2014"),
     "coco_2014_val": ("coco/annotations/instances_val2014.json", "coco/val2014"),
@@ -26,7 +27,7 @@ _COCO = {
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A data set: its name, its annotation file in COCO's format, and the folder that holds its pictures."""
+    """A dataset: its name, its annotation file in COCO's format, and the folder that holds its images."""
 
     name: str
     json_file: str
@@ -37,86 +38,79 @@ _registered: dict[str, DatasetInfo] = {}
 
 
 def datasets_root() -> str:
-    """The folder that holds the data sets: the environment variable `DETECTRON2_DATASETS`, or `datasets`."""
+    """The folder that holds the datasets: the environment variable `DETECTRON2_DATASETS`, or `datasets`."""
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS") or "datasets")
 
 
 def register_coco_json(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
-    """Gives a COCO-format annotation file and its folder of pictures a name.
+    """Gives a name to a COCO-format annotation file and its image folder.
 
-    Nothing is read yet: `get` says whether the files are there, `dyhead.data.coco.load` whether they are sound.
-    Registering the same again changes nothing.
+    Nothing is read yet: `get` checks that the files exist, `dyhead.data.coco.load` that they are valid. Registering
+    the same paths again changes nothing.
 
     Raises:
-        DataError: the name is taken, by a built-in data set or by other paths.
+        DataError: the name is taken, by a built-in dataset or by other paths.
     """
     info = DatasetInfo(name, os.path.expanduser(json_file), os.path.expanduser(image_root))
-    if name in _COCO or name in _drawn().SPECS:
-        raise DataError(f"data set name '{name}': it is the name of a built-in data set, choose another")
+    if name in _COCO or name in shapes.SPECS:
+        raise DataError(f"dataset name '{name}': expected a name that is not a built-in dataset's, choose another")
     known = _registered.setdefault(name, info)
     if _absolute(known) != _absolute(info):
         raise DataError(
-            f"data set name '{name}': registered before with ({known.json_file}, {known.image_root}), "
-            f"now with ({info.json_file}, {info.image_root})"
+            f"dataset name '{name}': already registered with ({known.json_file}, {known.image_root}), "
+            f"got ({info.json_file}, {info.image_root})"
         )
 
 
 def register_from_config(entries: Iterable[Sequence[str]]) -> None:
-    """Registers what the config key `DATASETS.REGISTER` holds: a list of `[name, json file, picture folder]`.
+    """Registers the entries of the config key `DATASETS.REGISTER`, each `[name, JSON file, image folder]`.
 
     Raises:
         DataError: an entry is not three strings, or its name is taken.
     """
     for entry in entries:
         if isinstance(entry, str) or len(entry) != 3 or not all(isinstance(part, str) and part for part in entry):
-            raise DataError(f"DATASETS.REGISTER: expected entries [name, json file, picture folder], got {entry!r}")
+            raise DataError(f"DATASETS.REGISTER: expected entries [name, JSON file, image folder], got {entry!r}")
         register_coco_json(*entry)
 
 
 def names() -> list[str]:
     """All names that `get` knows, sorted."""
-    return sorted({*_COCO, *_drawn().SPECS, *_registered})
+    return sorted({*_COCO, *shapes.SPECS, *_registered})
 
 
 def get(name: str) -> DatasetInfo:
-    """Finds a data set by its name; a `shapes` set that is not there yet is drawn now (seconds to a few minutes).
+    """Finds a dataset by its name; a `shapes` set that does not exist yet is drawn now (seconds to a few minutes).
 
     Raises:
-        DataError: the name is not known (the nearest ones are named), or its files are not where they should be.
+        DataError: the name is unknown (similar ones are suggested), or its files are missing.
     """
-    if name in _drawn().SPECS:
-        return DatasetInfo(name, *_drawn().prepare(name, datasets_root()))
+    if name in shapes.SPECS:
+        return DatasetInfo(name, *shapes.prepare(name, datasets_root()))
     if name in _COCO:
         json_file, image_root = (os.path.join(datasets_root(), path) for path in _COCO[name])
         info = DatasetInfo(name, json_file, image_root)
-        annotations, pictures = (path.removeprefix("coco/") for path in _COCO[name])
+        annotations, images = (path.removeprefix("coco/") for path in _COCO[name])
         hint = (
-            f"put {annotations} and the folder {pictures} of https://cocodataset.org into "
+            f"put {annotations} and the folder {images} from https://cocodataset.org into "
             f"{os.path.abspath(os.path.join(datasets_root(), 'coco'))}, "
-            "or set DETECTRON2_DATASETS to the folder that holds your coco"
+            "or set DETECTRON2_DATASETS to the folder that contains your coco folder"
         )
     elif name in _registered:
         info = _registered[name]
-        hint = f"it was registered with this path; relative paths start from {os.getcwd()}"
+        hint = f"this is the path it was registered with; relative paths start at {os.getcwd()}"
     else:
-        near = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.5)
+        similar = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.5)
         raise DataError(
-            f"data set '{name}' is not known. "
-            + (f"Did you mean {' or '.join(near)}? " if near else "")
-            + f"Known: {', '.join(names())}; others can be registered with DATASETS.REGISTER [[name, json, folder]]"
+            f"dataset '{name}' is not known. "
+            + (f"Did you mean {' or '.join(similar)}? " if similar else "")
+            + f"Known: {', '.join(names())}; register others with DATASETS.REGISTER [[name, JSON file, image folder]]"
         )
     if not os.path.isfile(info.json_file):
-        raise DataError(f"data set '{name}': annotation file {info.json_file} does not exist; {hint}")
+        raise DataError(f"dataset '{name}': annotation file {info.json_file} does not exist; {hint}")
     if not os.path.isdir(info.image_root):
-        raise DataError(f"data set '{name}': picture folder {info.image_root} does not exist; {hint}")
+        raise DataError(f"dataset '{name}': image folder {info.image_root} does not exist; {hint}")
     return info
-
-
-def _drawn() -> ModuleType:
-    # Imported late, so that `python -m dyhead.data.shapes` does not find itself loaded already.
-    from dyhead.data import shapes
-
-    return shapes
 
 
 def _absolute(info: DatasetInfo) -> tuple[str, str]:

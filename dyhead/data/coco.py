@@ -1,13 +1,13 @@
-"""Loads annotations in COCO's format and checks the whole file up front, so that no run fails hours later.
+"""Loads annotations in COCO's format and checks the whole file first, so that no run fails hours later.
 
-What is asked of a file: the sections images, annotations and categories; ids that exist once; annotations of known
-pictures and categories; boxes [x, y, width, height] in pixels, finite, not negative, inside the picture; every picture
-file in place. Real files need some tolerance, and get this much:
+A valid file has the sections images, annotations and categories; unique ids; annotations of known images and
+categories; boxes [x, y, width, height] in pixels, finite, not negative, inside the image; and every image file exists.
+Real files need some tolerance:
 
-* A box that sticks out of its picture by at most `TOLERANCE` pixel, as rounding leaves it, is clipped. Further out is
-  an error.
-* A box of exactly zero width or height (COCO train2017 has a few) is left out, and one warning says how many and which.
-* Pictures without annotations and crowd annotations (iscrowd 1) are legal and kept.
+* A box that extends beyond its image by at most `TOLERANCE` pixels, as rounding may cause, is clipped. A larger excess
+  is an error.
+* A box of exactly zero width or height (COCO train2017 has a few) is dropped; one warning gives their number and ids.
+* Images without annotations and crowd annotations (iscrowd 1) are valid and kept.
 """
 
 import json
@@ -23,23 +23,23 @@ from dyhead.data.catalog import DatasetInfo
 from dyhead.data.errors import DataError
 
 TOLERANCE = 1.0
-_NAMED = 5  # so many of a file's faults are named in an error, the rest is counted
+_NAMED = 5  # an error names this many of a file's faults and counts the rest
 _XYXY_ABS = 0  # detectron2.structures.BoxMode.XYXY_ABS
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """A loaded data set.
+    """A loaded dataset.
 
     Attributes:
-        info: where it came from.
+        info: where the dataset came from.
         class_names: names of the classes, ordered by their id in the file.
         category_ids: the ids in the file; `category_ids[i]` is the id of class i.
-        records: one dict per picture, in Detectron2's standard form: file_name (with the folder), height, width,
+        records: one dict per image, in Detectron2's standard form: file_name (with the folder), height, width,
             image_id (the file's) and annotations, a list of dicts with bbox [x0, y0, x1, y1] in pixels, bbox_mode 0
-            (BoxMode.XYXY_ABS), category_id (the class 0, 1, ...), iscrowd, area in pixels, and segmentation as the
-            file gives it, where it does.
+            (BoxMode.XYXY_ABS), category_id (the class 0, 1, ...), iscrowd, area in pixels, and segmentation as in
+            the file, if it has one.
     """
 
     info: DatasetInfo
@@ -49,7 +49,7 @@ class CocoSplit:
 
 
 def read_json(json_file: str | os.PathLike) -> dict[str, Any]:
-    """Reads an annotation file and checks that it is COCO's format: a dict whose three sections are lists of dicts.
+    """Reads an annotation file and checks COCO's format: a dict whose three sections are lists of dicts.
 
     Raises:
         DataError: the file is missing, is not JSON, or lacks a section.
@@ -73,12 +73,12 @@ def read_json(json_file: str | os.PathLike) -> dict[str, Any]:
 
 
 def load(info: DatasetInfo) -> CocoSplit:
-    """Loads and checks a data set; the module's head says what is asked of it.
+    """Loads and checks a dataset; the module's docstring says what makes it valid.
 
-    COCO train2017 (118,000 pictures, 860,000 annotations) takes 15 to 30 seconds, two thirds of it in the JSON parser.
+    COCO train2017 (118,000 images, 860,000 annotations) takes 15 to 30 seconds, two thirds of it in the JSON parser.
 
     Raises:
-        DataError: the file or what it says is not sound. Names the file, the first faults by their ids, and the count.
+        DataError: the file or its content is not valid. Names the file, the ids of the first faults, and their number.
     """
     data = read_json(info.json_file)
     categories = _by_id(data["categories"], "category", info)
@@ -86,9 +86,9 @@ def load(info: DatasetInfo) -> CocoSplit:
     _fail(info, [f"category {i} has no name" for i, c in categories.items() if not isinstance(c.get("name"), str)])
     class_names = [categories[i]["name"] for i in category_ids]
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    _fail(info, [f"category name '{name}' is there more than once" for name in repeated])
+    _fail(info, [f"category name '{name}' appears more than once" for name in repeated])
     if not categories:
-        raise DataError(f"{info.json_file} (data set '{info.name}'): it has no categories")
+        raise DataError(f"{info.json_file} (dataset '{info.name}'): it has no categories")
     records = _records(data["images"], info)
     _attach_annotations(records, data["annotations"], {c: i for i, c in enumerate(category_ids)}, info)
     return CocoSplit(info, class_names, category_ids, list(records.values()))
@@ -112,14 +112,14 @@ def _records(images: list[dict], info: DatasetInfo) -> dict[int, dict[str, Any]]
             }
     _fail(info, faults)
     if not records:
-        raise DataError(f"{info.json_file} (data set '{info.name}'): it has no images")
+        raise DataError(f"{info.json_file} (dataset '{info.name}'): it has no images")
     missing = _missing_files([record["file_name"] for record in records.values()])
-    _fail(info, [f"picture {path} does not exist" for path in missing])
+    _fail(info, [f"image {path} does not exist" for path in missing])
     return records
 
 
 def _missing_files(paths: list[str]) -> list[str]:
-    """Lists each folder once: asking for 118,000 files one by one takes minutes on a network disk."""
+    """Lists each folder once: checking 118,000 files one by one takes minutes on a network disk."""
     folders: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         folders[os.path.dirname(path)].append(path)
@@ -153,7 +153,7 @@ def _attach_annotations(
     outside = ~bad & ((low < -TOLERANCE) | (high > size + TOLERANCE)).any(axis=1)
     for i in np.flatnonzero(bad | outside):
         a, record = annotations[i], records[annotations[i]["image_id"]]
-        what = "lies outside the picture" if outside[i] else "has no proper size"
+        what = "lies outside the image" if outside[i] else "has no valid size"
         faults.append(
             f"annotation {a['id']} of image {a['image_id']} ({record['file_name']}, {record['width']} x "
             f"{record['height']}): box [x, y, width, height] = {a['bbox']} {what}"
@@ -165,7 +165,7 @@ def _attach_annotations(
     if empty.any():
         first = ", ".join(str(annotations[i]["id"]) for i in np.flatnonzero(empty)[:_NAMED])
         _log.warning(
-            "%s: %d of %d boxes have no width or no height and are left out (annotation ids %s%s)",
+            "%s: %d of %d boxes have no width or no height and were dropped (annotation ids %s%s)",
             info.json_file, empty.sum(), len(boxes), first, ", ..." if empty.sum() > _NAMED else "",
         )  # fmt: skip
     areas = boxes[:, 2:].prod(axis=1).tolist()
@@ -185,14 +185,14 @@ def _attach_annotations(
 
 
 def _annotation_fault(a: dict, ids: set, records: dict, classes: dict) -> str | None:
-    """What is wrong with an annotation but for the place of its box; None if nothing. Adds its id to `ids`."""
+    """The fault of an annotation other than the position of its box, or None. Adds its id to `ids`."""
     missing = [key for key in ("id", "image_id", "category_id", "bbox") if key not in a]
     if missing:
         return f"annotation {a.get('id', '')} has no {' and no '.join(missing)}: {str(a)[:100]}"
     name = f"annotation {a['id']} of image {a['image_id']}"
     try:
         if a["id"] in ids:
-            return f"annotation id {a['id']} is there more than once"
+            return f"annotation id {a['id']} appears more than once"
         ids.add(a["id"])
         if a["image_id"] not in records:
             return f"{name}: no image has the id {a['image_id']!r}"
@@ -211,9 +211,9 @@ def _by_id(entries: list[dict], kind: str, info: DatasetInfo) -> dict[int, dict]
     for entry in entries:
         key = entry.get("id")
         if not isinstance(key, int if kind == "category" else (int, str)):
-            faults.append(f"{kind} without a proper id: {str(entry)[:100]}")
+            faults.append(f"{kind} without a valid id: {str(entry)[:100]}")
         elif key in found:
-            faults.append(f"{kind} id {key!r} is there more than once")
+            faults.append(f"{kind} id {key!r} appears more than once")
         else:
             found[key] = entry
     _fail(info, faults)
@@ -224,4 +224,4 @@ def _fail(info: DatasetInfo, faults: list[str]) -> None:
     if faults:
         more = f"\n  ... and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         listed = "\n  ".join(faults[:_NAMED])
-        raise DataError(f"{info.json_file} (data set '{info.name}'):\n  {listed}{more}")
+        raise DataError(f"{info.json_file} (dataset '{info.name}'):\n  {listed}{more}")

@@ -1,5 +1,5 @@
-"""The one error of the data part."""
+"""The error that everything in `dyhead.data` raises."""
 
 
 class DataError(ValueError):
-    """A data set, an annotation file or a picture cannot be used. The message names it and says what was expected."""
+    """A dataset, an annotation file or an image cannot be used. The message names it and says what was expected."""

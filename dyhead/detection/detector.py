@@ -131,8 +131,8 @@ class DenseDetector(nn.Module):
         score: Score,
         normalizer: LossNormalizer,
         *,
-        box_loss: BoxLoss = BoxLoss(),  # noqa: B008 (immutable)
-        inference: Inference = Inference(),  # noqa: B008
+        box_loss: BoxLoss = BoxLoss(),
+        inference: Inference = Inference(),
         loss_names: tuple[str, str, str] = ("loss_cls", "loss_box_reg", "loss_quality"),
     ) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ from dyhead.detectron2.datasets import check_classes, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation import plot_losses
-from dyhead.run import check_run
+from dyhead.preflight import check_run
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with a warning.
 
     Raises:
-        ConfigError: the config cannot be read or used, see also :func:`dyhead.run.check_run`.
+        ConfigError: the config cannot be read or used, see also :func:`dyhead.preflight.check_run`.
     """
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)

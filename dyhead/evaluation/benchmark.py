@@ -28,11 +28,11 @@ class Timing:
     Attributes:
         latency_ms: median time of a call, milliseconds.
         latency_p95_ms: 95th percentile.
-        images_per_second: images of all timed calls by their time.
-        batch_size: images in a call (the most, if batches differ).
-        calls: how many calls were timed.
+        images_per_second: images of all timed calls, divided by their time.
+        batch_size: images per call (the largest, if batches differ).
+        calls: number of timed calls.
         memory_mib: peak memory, MiB; None where it cannot be measured.
-        memory_kind: what that is, in words.
+        memory_kind: description of what `memory_mib` measures.
     """
 
     latency_ms: float
@@ -49,17 +49,16 @@ def measure(
 ) -> Timing:
     """Times `model_fn(batch)` over batches, without gradients.
 
-    First come the warm-up calls, which are not timed; in them memory is watched. Then each batch is timed once.
-    Memory on CUDA is the allocator's peak in all calls, with the weights and whatever else lies there. On a CPU it is
-    the growth of the process's resident memory in the warm-up calls, looked at every 2 ms. That is a lower bound, tight
-    in a fresh process: shorter peaks are missed, and memory that the process had before and its allocator kept does not
-    count again.
+    After the warm-up calls, which are not timed, each batch is timed once. Memory on CUDA is the allocator's peak over
+    all calls, including weights and everything else it holds. On a CPU it is the growth of the process's resident
+    memory during the warm-up calls, sampled every 2 ms. This is a lower bound, tight in a new process: shorter peaks
+    are missed, and memory that the allocator kept from earlier work is not counted again.
 
     Args:
-        model_fn: takes one batch; for CUDA it may return before the work is done, `measure` waits for it.
-        batches: what to call it with; `len(batch)` is its number of images.
-        device: where the model runs: decides what waiting and memory mean.
-        warmup: number of warm-up calls, at least 1, over the first batches (again from the first if there are fewer).
+        model_fn: takes one batch; on CUDA it may return before the work is done, since `measure` synchronises.
+        batches: its arguments; `len(batch)` is the number of images.
+        device: where the model runs; determines synchronisation and what memory means.
+        warmup: number of warm-up calls, at least 1, over the first batches (cyclically if there are fewer).
 
     Raises:
         ValueError: no batches, or no warm-up.
@@ -101,15 +100,15 @@ def measure(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, frozen ones included, shared ones once."""
+    """Number of parameters, including frozen ones, counting shared ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_flops(model_fn: Callable[..., Any], *inputs: Any) -> float:
     """Multiply-adds of one call `model_fn(*inputs)`, in billions: the "GFLOPs" of detection papers and of fvcore.
 
-    Counted are convolutions, matrix products and attention, and `pyramid_deform_conv2d`; not what works element by
-    element, nor operators that `torch.utils.flop_counter` has no formula for.
+    Convolutions, matrix products, attention and `pyramid_deform_conv2d` are counted; elementwise operators and others
+    that `torch.utils.flop_counter` has no formula for are not.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model_fn(*inputs)
@@ -118,11 +117,11 @@ def count_flops(model_fn: Callable[..., Any], *inputs: Any) -> float:
 
 @contextmanager
 def resident_growth(interval: float = 0.002) -> Iterator[list[int]]:
-    """Watches this process's resident memory; afterwards the list holds its peak above the start in bytes, if known."""
+    """Samples this process's resident memory; afterwards the list holds the peak growth in bytes, if known."""
     growth: list[int] = []
     gc.collect()
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what glibc keeps, so that the start is low
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # returns the memory that glibc keeps, so that the start is low
     if not os.path.exists("/proc/self/statm"):
         yield growth
         return

@@ -1,4 +1,4 @@
-"""COCO average precision, by pycocotools."""
+"""COCO average precision, computed by pycocotools."""
 
 import contextlib
 import io
@@ -22,22 +22,22 @@ _log = logging.getLogger(__name__)
 
 
 def evaluate_coco(truth: DatasetInfo | str | os.PathLike, detections: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """COCO's average precision of boxes, over all images of a data set.
+    """COCO's average precision of boxes over all images of a dataset.
 
     Args:
-        truth: a data set, or its annotation file, as `dyhead.data.coco.load` takes it.
+        truth: a dataset, or its annotation file in COCO's format.
         detections: COCO's result dicts: image_id and category_id (both as in the file), bbox [x, y, width, height] in
             pixels, score.
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, then `AP-<class>` for every class, all in percent; NaN where the data set has no
+        AP, AP50, AP75, APs, APm, APl, then `AP-<class>` for every class, all in percent; NaN where the dataset has no
         object of that class or size. Without detections all others are 0.
 
     Raises:
-        DataError: the file is not COCO's format; or a detection is incomplete or not finite, or names an image or a
+        DataError: the file is not in COCO's format; or a detection is incomplete, not finite, or of an image or a
             category that is not in the file.
     """
-    # Speed is measured where it is not installed, too.
+    # Imported here, so that speed can be measured without pycocotools.
     from pycocotools.cocoeval import COCOeval
 
     path = truth.json_file if isinstance(truth, DatasetInfo) else os.fspath(truth)
@@ -64,9 +64,9 @@ def evaluate_coco(truth: DatasetInfo | str | os.PathLike, detections: Iterable[d
 
 
 def _index(data: dict[str, Any], annotations: list[dict[str, Any]]) -> "COCO":
-    """pycocotools' index over copies of annotations, completed where files other than COCO's own are often not.
+    """pycocotools' index of copies of the annotations, with the fields that files other than COCO's own often lack.
 
-    They are numbered from 1: pycocotools takes an object of id 0 for "no match".
+    Ids start at 1, because pycocotools takes an object of id 0 for "no match".
     """
     from pycocotools.coco import COCO
 

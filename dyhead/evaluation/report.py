@@ -15,7 +15,7 @@ from dyhead.evaluation.coco import METRICS
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What speed depends on: device (the GPU's or CPU's name), threads PyTorch computes with, torch and system."""
+    """What speed depends on: the device's name, the number of PyTorch's threads, versions and system."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
@@ -29,18 +29,18 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 @dataclass
 class Report:
-    """Results on one data set.
+    """Results on one dataset.
 
     Attributes:
-        model: what was evaluated, in a word or two (the meta-architecture, or the config file's name).
-        dataset: the data set's name.
-        metrics: `evaluate_coco`'s.
+        model: name of what was evaluated (the meta-architecture, or the config file).
+        dataset: its name.
+        metrics: result of `evaluate_coco`.
         parameters: number of parameters.
-        timing: `measure`'s, or None.
-        gflops: `count_flops`'s, for one picture of `input_size`, or None.
-        input_size: (height, width) in pixels of the picture that `gflops` is for.
+        timing: result of `measure`, or None.
+        gflops: result of `count_flops` for one image of `input_size`, or None.
+        input_size: (height, width) in pixels of the image that `gflops` is for.
         engine: library that trained or ran it, with its version.
-        machine: `describe_machine`'s.
+        machine: result of `describe_machine`.
     """
 
     model: str
@@ -55,8 +55,8 @@ class Report:
 
 
 def format_table(reports: Sequence[Report]) -> str:
-    """One aligned plain-text table, a row per report, and below it what the columns were measured on."""
-    header = ["model", "data set", *METRICS, "ms", "ms p95", "images/s", "MiB", "params (M)", "GFLOPs"]
+    """One aligned plain-text table, one row per report, followed by how the columns were measured."""
+    header = ["model", "dataset", *METRICS, "ms", "ms p95", "images/s", "MiB", "params (M)", "GFLOPs"]
     rows = [header]
     for r in reports:
         t = r.timing
@@ -82,7 +82,7 @@ def write_results(reports: Sequence[Report], output_dir: str | os.PathLike) -> s
     with open(partial, "w", encoding="utf-8") as file:
         json.dump({"results": [_jsonable(asdict(r)) for r in reports]}, file, indent=2, allow_nan=False)
         file.write("\n")
-    os.replace(partial, path)  # never half a file, also if the disk is full
+    os.replace(partial, path)  # never a partial file, even if the disk is full
     return path
 
 
@@ -93,7 +93,7 @@ def _note(r: Report) -> str:
         lines.append(f"ms and images/s: {r.timing.calls} calls of batch {r.timing.batch_size}")
         lines.append(f"MiB: {r.timing.memory_kind}")
     if r.input_size:
-        lines.append(f"GFLOPs: multiply-adds for one picture of {r.input_size[0]} x {r.input_size[1]} (height x width)")
+        lines.append(f"GFLOPs: multiply-adds for one image of {r.input_size[0]} x {r.input_size[1]} (height x width)")
     return "\n".join(lines)
 
 
@@ -110,7 +110,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _cpu_name() -> str:
-    """The processor's name, with the numbers that tell its generation: a virtual machine may name many alike."""
+    """The processor's name, with the numbers of its generation: virtual machines give many the same name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             lines = [line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line]

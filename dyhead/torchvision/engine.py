@@ -24,7 +24,7 @@ import dyhead
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.data import CocoSplit, DataError
-from dyhead.run import check_run
+from dyhead.preflight import check_run
 from dyhead.torchvision.checkpoint import Checkpoints, last_checkpoint, load_weights, read_checkpoint
 from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
 from dyhead.torchvision.data import DetectionLoader, evaluation_loader, load_splits, load_train, train_records

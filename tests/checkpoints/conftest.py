@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-DATA = Path(__file__).parents[1] / "data"
+KEYS = Path(__file__).parent / "published_keys.json.gz"
 
 
 @pytest.fixture(scope="session")
 def published():
     """By published file: key -> shape."""
-    with gzip.open(DATA / "published_keys.json.gz") as file:
+    with gzip.open(KEYS) as file:
         return json.load(file)
 
 

@@ -93,7 +93,7 @@ def test_released_weights_of_the_head_fit(configs, tmp_path):
     load_config(cfg, configs / "faster_rcnn_dyhead_R50.yaml", overrides)
     model = build_model(cfg)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.dyhead.")}
-    tower = json.loads((Path(__file__).parents[1] / "data" / "released_keys.json").read_text())
+    tower = json.loads((Path(__file__).parents[1] / "layers" / "released" / "keys.json").read_text())
     state.update({key: torch.full((1,), 0.5).expand(shape) for key, shape in tower.items()})
     torch.save({"model": state}, tmp_path / "released.pth")
     Checkpointer(model).load(str(tmp_path / "released.pth"))

@@ -89,7 +89,7 @@ def test_an_unsound_json_is_refused_before_anything_runs(own_set):
     def move_out(data):
         data["annotations"][1]["bbox"] = [30, 0, 300, 20]
 
-    with pytest.raises(DataError, match=r"annotation 1 of image 7.*lies outside the picture"):
+    with pytest.raises(DataError, match=r"annotation 1 of image 7.*lies outside the image"):
         own_set("own_outside", move_out)
     assert "own_outside" not in DatasetCatalog
 
@@ -117,13 +117,13 @@ def test_a_broken_picture_is_named(own_set, tiny_cfg, tmp_path):
     picture = Path(record["file_name"])
     whole = picture.read_bytes()
     picture.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"a\.png: the picture cannot be read"):
+    with pytest.raises(DataError, match=r"a\.png: the image cannot be read"):
         mapper(record)
     picture.unlink()
-    with pytest.raises(DataError, match=r"a\.png: the picture does not exist"):
+    with pytest.raises(DataError, match=r"a\.png: the image does not exist"):
         mapper(record)
     Image.new("RGB", (40, 60)).save(picture)
-    with pytest.raises(DataError, match=r"a\.png: the picture is 40 x 60 .*annotations say 60 x 40"):
+    with pytest.raises(DataError, match=r"a\.png: the image is 40 x 60 .*annotations say 60 x 40"):
         mapper(record)
 
 

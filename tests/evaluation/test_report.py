@@ -15,12 +15,12 @@ def report():
 
 
 def test_a_row_stands_below_its_header(report):
-    lines = format_table([report, Report("other", "a_data_set_of_a_long_name", {}, 5)]).splitlines()
+    lines = format_table([report, Report("other", "a_dataset_of_a_long_name", {}, 5)]).splitlines()
     header, rule, first, second = lines[:4]
-    cells = dict(zip(header.replace("data set", "data_set").replace("ms p95", "ms_p95").replace(" (M)", "").split(),
+    cells = dict(zip(header.replace("ms p95", "ms_p95").replace(" (M)", "").split(),
                      first.split(), strict=True))  # fmt: skip
     assert cells == {
-        "model": "DyHeadFCOS", "data_set": "shapes_val", "AP": "42.6", "AP50": "60.0", "AP75": "46.4", "APs": "20.0",
+        "model": "DyHeadFCOS", "dataset": "shapes_val", "AP": "42.6", "AP50": "60.0", "AP75": "46.4", "APs": "20.0",
         "APm": "45.0", "APl": "-", "ms": "12.3", "ms_p95": "15.0", "images/s": "81.0", "MiB": "123.4", "params": "1.23",
         "GFLOPs": "3.21",
     }  # fmt: skip

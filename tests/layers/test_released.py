@@ -12,8 +12,8 @@ from torch.nn import functional
 from dyhead.checkpoints import convert
 from dyhead.layers import DyHead
 
-DATA = Path(__file__).parent.parent / "data"
-RELEASED = DATA / "released_block_small.npz"
+DATA = Path(__file__).parent / "released"
+RELEASED = DATA / "block_small.npz"
 MMDETECTION = DATA / "mmdetection_block.npz"
 NAMES = ("p3", "p4", "p5", "p6")
 

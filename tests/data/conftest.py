@@ -1,4 +1,4 @@
-"""A small data set in COCO's format, to be spoilt by each test in its own way."""
+"""A small dataset in COCO's format, which each test breaks in its own way."""
 
 import json
 
@@ -10,7 +10,7 @@ from dyhead.data import DatasetInfo
 
 
 class SmallSet:
-    """Two pictures of 40 x 30 (width x height), three objects, ids that are neither contiguous nor sorted."""
+    """Two images of 40 x 30 (width x height), three objects, ids that are neither contiguous nor sorted."""
 
     def __init__(self, folder):
         self.folder = folder

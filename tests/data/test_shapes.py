@@ -13,6 +13,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dyhead.data import DataError, get, load, read_image, shapes
+from dyhead.data.shapes import __main__ as command_line
+from dyhead.data.shapes import cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 
@@ -30,9 +32,9 @@ def easy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def standard():
-    """(picture shape, annotations) of 200 standard pictures; without textures, which annotations do not depend on."""
+    """(image shape, annotations) of 200 standard images; without textures, which annotations do not depend on."""
     plain = replace(STANDARD, textured=False, noise=0)
-    return [(picture.shape, found) for picture, found in (shapes.draw(plain, i) for i in range(200))]
+    return [(image.shape, found) for image, found in (shapes.draw(plain, i) for i in range(200))]
 
 
 def masks(annotations):
@@ -81,13 +83,13 @@ def test_boxes_and_areas_are_those_of_the_seen_part(standard):
     assert overlapping > 100  # and yet many objects are partly hidden
 
 
-def test_masks_agree_with_the_drawn_picture(easy):
+def test_masks_agree_with_the_drawn_image(easy):
     coco, compared = COCO(easy.json_file), 0
-    for image in coco.loadImgs(coco.getImgIds()):
-        picture = np.asarray(Image.open(os.path.join(easy.image_root, image["file_name"]))).astype(float)
-        objects = [coco.annToMask(a).astype(bool) for a in coco.loadAnns(coco.getAnnIds(image["id"]))]
-        ground = np.median(picture[~np.any(objects, axis=0)], axis=0)
-        elsewhere = np.ones(picture.shape[:2], bool)
+    for entry in coco.loadImgs(coco.getImgIds()):
+        image = np.asarray(Image.open(os.path.join(easy.image_root, entry["file_name"]))).astype(float)
+        objects = [coco.annToMask(a).astype(bool) for a in coco.loadAnns(coco.getAnnIds(entry["id"]))]
+        ground = np.median(image[~np.any(objects, axis=0)], axis=0)
+        elsewhere = np.ones(image.shape[:2], bool)
         for mask in objects:
             x, y, width, height = tight_box(mask)
             near = np.s_[max(y - 2, 0) : y + height + 2, max(x - 2, 0) : x + width + 2]
@@ -95,12 +97,12 @@ def test_masks_agree_with_the_drawn_picture(easy):
             if sum(other[near].any() for other in objects) > 1:
                 continue
             # How far each pixel is on the way from the ground's colour to the object's; halfway it is on the edge.
-            way = np.median(picture[mask], axis=0) - ground
-            cover = (picture[near] - ground) @ way / (way @ way)
+            way = np.median(image[mask], axis=0) - ground
+            cover = (image[near] - ground) @ way / (way @ way)
             doubtful = np.abs(cover - 0.5) < 0.02
             np.testing.assert_array_equal((cover > 0.5) | doubtful, mask[near] | doubtful)
             compared += 1
-        assert (picture[elsewhere] == ground).all()  # nothing is drawn that is not annotated
+        assert (image[elsewhere] == ground).all()  # nothing is drawn that is not annotated
     assert compared > 150
 
 
@@ -164,15 +166,17 @@ def test_all_classes_are_drawn_about_equally_often(standard):
 
 
 def test_textures_and_noise_do_not_move_the_objects(standard):
-    picture, annotations = shapes.draw(STANDARD, 3)
+    image, annotations = shapes.draw(STANDARD, 3)
     assert annotations == standard[3][1]
-    assert picture.std(axis=(0, 1)).min() > 3
+    assert image.std(axis=(0, 1)).min() > 3
 
 
 def test_drawing_is_reproducible(easy):
     first, second = shapes.draw(STANDARD, 5), shapes.draw(STANDARD, 5)
     np.testing.assert_array_equal(first[0], second[0])
     assert first[1] == second[1]
+    # Sets that are on disk already are found again, unless DRAWING_VERSION goes up.
+    assert os.path.basename(os.path.dirname(easy.json_file)) == "shapes_easy_val-c749856c45"
     # The annotations are the same on every machine and in every version, or DRAWING_VERSION must go up.
     with open(easy.json_file, encoding="utf-8") as file:
         annotations = json.load(file)["annotations"]
@@ -183,7 +187,7 @@ def test_drawing_is_reproducible(easy):
 
 
 @pytest.mark.parametrize("level", ["shapes_easy", "shapes", "shapes_hard"])
-def test_train_and_val_share_no_picture(level):
+def test_train_and_val_share_no_image(level):
     train, val = ([shapes.draw(shapes.SPECS[f"{level}_{part}"], i) for i in range(10)] for part in ("train", "val"))
     assert not {p.tobytes() for p, _ in train} & {p.tobytes() for p, _ in val}
     assert not {str(a) for _, a in train} & {str(a) for _, a in val}
@@ -191,24 +195,24 @@ def test_train_and_val_share_no_picture(level):
 
 @pytest.fixture
 def few(monkeypatch):
-    """The easy validation set, cut to five pictures."""
-    spec = replace(shapes.SPECS["shapes_easy_val"], pictures=5)
+    """The easy validation set, cut to five images."""
+    spec = replace(shapes.SPECS["shapes_easy_val"], images=5)
     monkeypatch.setitem(shapes.SPECS, "shapes_easy_val", spec)
     return spec
 
 
 def test_a_set_is_drawn_once(few, monkeypatch, tmp_path):
     paths = shapes.prepare("shapes_easy_val", tmp_path)
-    monkeypatch.setattr(shapes, "draw", None)
+    monkeypatch.setattr(cache, "draw", None)
     assert shapes.prepare("shapes_easy_val", tmp_path) == paths
 
 
 def test_a_changed_set_is_drawn_anew(few, monkeypatch, tmp_path):
     json_file, images = shapes.prepare("shapes_easy_val", tmp_path)
-    monkeypatch.setitem(shapes.SPECS, "shapes_easy_val", replace(few, pictures=6))
+    monkeypatch.setitem(shapes.SPECS, "shapes_easy_val", replace(few, images=6))
     changed, changed_images = shapes.prepare("shapes_easy_val", tmp_path)
     assert (len(os.listdir(images)), len(os.listdir(changed_images))) == (5, 6)
-    monkeypatch.setattr(shapes, "DRAWING_VERSION", shapes.DRAWING_VERSION + 1)
+    monkeypatch.setattr(cache, "DRAWING_VERSION", cache.DRAWING_VERSION + 1)
     assert shapes.prepare("shapes_easy_val", tmp_path)[0] not in (json_file, changed)
 
 
@@ -220,11 +224,11 @@ def test_an_interrupted_drawing_leaves_nothing_behind(few, monkeypatch, tmp_path
             raise KeyboardInterrupt
         return draw(spec, index)
 
-    monkeypatch.setattr(shapes, "draw", interrupted)
+    monkeypatch.setattr(cache, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shapes.prepare("shapes_easy_val", tmp_path)
     assert [n for n in os.listdir(tmp_path / "shapes") if not n.endswith(".lock")] == []
-    monkeypatch.setattr(shapes, "draw", draw)
+    monkeypatch.setattr(cache, "draw", draw)
     assert len(os.listdir(shapes.prepare("shapes_easy_val", tmp_path)[1])) == 5
 
 
@@ -238,8 +242,8 @@ def test_the_slower_of_two_drawings_takes_the_faster_ones_result(few, monkeypatc
             nested.append(shapes.prepare("shapes_easy_val", tmp_path))
         return draw(spec, index)
 
-    monkeypatch.setattr(shapes, "_lock", lambda path: contextlib.nullcontext())
-    monkeypatch.setattr(shapes, "draw", overtaken)
+    monkeypatch.setattr(cache, "_lock", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr(cache, "draw", overtaken)
     paths = shapes.prepare("shapes_easy_val", tmp_path)
     assert paths == nested[1]
     assert len(os.listdir(paths[1])) == 5
@@ -249,7 +253,7 @@ def test_the_slower_of_two_drawings_takes_the_faster_ones_result(few, monkeypatc
 def test_several_processes_may_draw_at_once(tmp_path):
     code = (
         "import sys; from dataclasses import replace; from dyhead.data import shapes;"
-        "shapes.SPECS['shapes_easy_val'] = replace(shapes.SPECS['shapes_easy_val'], pictures=40);"
+        "shapes.SPECS['shapes_easy_val'] = replace(shapes.SPECS['shapes_easy_val'], images=40);"
         "print(shapes.prepare('shapes_easy_val', sys.argv[1])[0])"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -265,16 +269,16 @@ def test_several_processes_may_draw_at_once(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"'shapes_easy_val' is drawn into .*file/shapes.*DETECTRON2_DATASETS"):
+    with pytest.raises(DataError, match=r"'shapes_easy_val' could not be drawn .*file/shapes.*DETECTRON2_DATASETS"):
         shapes.prepare("shapes_easy_val", tmp_path / "file")
 
 
 def test_the_command_line_draws_sets_and_previews(few, tmp_path, capsys):
-    shapes.main(["shapes_easy_val", "--root", str(tmp_path)])
+    command_line.main(["shapes_easy_val", "--root", str(tmp_path)])
     assert os.path.isfile(capsys.readouterr().out.split()[0])
-    shapes.main(["shapes_easy_val", "shapes_hard_val", "--preview", str(tmp_path / "sheet.png")])
+    command_line.main(["shapes_easy_val", "shapes_hard_val", "--preview", str(tmp_path / "sheet.png")])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > sheet.height > 400
     with pytest.raises(SystemExit):
-        shapes.main(["shapes_difficult"])
+        command_line.main(["shapes_difficult"])
     assert "shapes_easy_val" in capsys.readouterr().err

@@ -3,12 +3,12 @@ import pytest
 from PIL import Image
 
 from dyhead.data import CocoSplit, DatasetInfo
-from dyhead.evaluation import draw_predictions, pictures, plot_losses
+from dyhead.evaluation import draw_predictions, plot_losses, visualization
 
 
 @pytest.fixture
 def split(tmp_path):
-    """Five grey pictures of 320 x 160 (width x height), each with one object."""
+    """Five grey images of 320 x 160 (width x height), each with one object."""
     records = []
     for i in range(5):
         Image.fromarray(np.full((160, 320, 3), 128, np.uint8)).save(tmp_path / f"{i}.png")
@@ -30,24 +30,24 @@ def detection(image, score=0.9):
 def test_predictions_are_drawn_right_of_the_ground_truth_and_in_place(split, tmp_path):
     empty = drawn(split, [], tmp_path, count=1)
     changed = np.argwhere((drawn(split, [detection(10)], tmp_path, count=1) != empty).any(axis=2))
-    # The right picture's left edge: a gap, a picture of 320, a gap. The label stands above the box.
+    # The right image's left edge: a gap, an image of 320, a gap. The label stands above the box.
     left, top = 8 + 320 + 8, 22
     rows, columns = changed[:, 0] - top, changed[:, 1] - left
     assert (columns.min(), rows.max()) == (200 - 1, 60 + 40)
     assert 200 + 80 <= columns.max() + 1 < 320
     assert 60 - 20 < rows.min() < 60
-    # The ground truth's box is in the left picture and in no other.
+    # The ground truth's box is in the left image and in no other.
     grey = (empty == 128).all(axis=2)
     assert not grey[top + 50, 8 + 100 : 8 + 200].any()
     assert grey[top + 50, left + 100 : left + 200].all()
 
 
-def test_unsure_detections_and_those_of_other_pictures_are_not_drawn(split, tmp_path):
+def test_unsure_detections_and_those_of_other_images_are_not_drawn(split, tmp_path):
     empty = drawn(split, [], tmp_path, count=1)
     np.testing.assert_array_equal(drawn(split, [detection(10, 0.29), detection(11)], tmp_path, count=1), empty)
 
 
-def test_as_many_pictures_as_there_are(split, tmp_path):
+def test_as_many_images_as_there_are(split, tmp_path):
     three, all_five = drawn(split, [], tmp_path, count=3), drawn(split, [], tmp_path, count=50)
     assert three.shape[0] == 22 + 2 * (160 + 8)
     assert all_five.shape[0] == 22 + 3 * (160 + 8)
@@ -61,7 +61,7 @@ def test_losses_are_read_by_iteration(tmp_path):
         '{"iteration": 20, "total_loss": 2.5, "loss_cls": 1.5}\n'  # a resumed run
         '{"iteration": 40, "total_'
     )
-    assert pictures.read_losses(tmp_path / "metrics.json") == {
+    assert visualization.read_losses(tmp_path / "metrics.json") == {
         "total_loss": {0: 3.0, 20: 2.5},
         "loss_cls": {0: 2.0, 20: 1.5},
     }

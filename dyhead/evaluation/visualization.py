@@ -1,4 +1,4 @@
-"""Pictures of results: predictions beside the ground truth, and loss curves."""
+"""Predictions beside the ground truth, and loss curves, as images."""
 
 import colorsys
 import json
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dyhead.data.coco import CocoSplit
 from dyhead.data.images import read_image
 
-_SIDE = 320  # pixels: the longer side of each picture on the sheet
+_SIDE = 320  # pixels: the longer side of each image on the sheet
 _GAP = 8
 _HEAD = 22
 
@@ -28,13 +28,13 @@ def draw_predictions(
     count: int = 8,
     score_threshold: float = 0.3,
 ) -> None:
-    """Draws some pictures of a data set in pairs, ground truth left, predictions right.
+    """Draws some images of a dataset in pairs, ground truth on the left and predictions on the right.
 
     Args:
-        split: the data set; `count` pictures are taken, evenly spread over it.
-        detections: COCO's result dicts, as for `evaluate_coco`; those of other pictures are ignored.
+        split: the dataset; `count` images are taken, evenly spread over it.
+        detections: COCO's result dicts, as for `evaluate_coco`; those of other images are ignored.
         png_path: file to write.
-        score_threshold: detections below are not drawn.
+        score_threshold: detections with lower scores are not drawn.
     """
     count = min(count, len(split.records))
     chosen = [split.records[i * len(split.records) // count] for i in range(count)]
@@ -49,15 +49,15 @@ def draw_predictions(
         truth = [(a["bbox"], a["category_id"], "") for a in record["annotations"] if not a["iscrowd"]]
         predicted = [
             ([x, y, x + w, y + h], classes[d["category_id"]], f" {d['score']:.2f}")
-            for d in sorted(found[record["image_id"]], key=lambda d: d["score"])  # the surest on top
+            for d in sorted(found[record["image_id"]], key=lambda d: d["score"])  # the most confident on top
             for x, y, w, h in [d["bbox"]]
         ]
-        picture = Image.fromarray(read_image(record["file_name"], size=(record["height"], record["width"])))
-        pairs.append([_with_boxes(picture, boxes, split.class_names) for boxes in (truth, predicted)])
+        image = Image.fromarray(read_image(record["file_name"], size=(record["height"], record["width"])))
+        pairs.append([_with_boxes(image, boxes, split.class_names) for boxes in (truth, predicted)])
 
     columns = min(2, count)  # of pairs
     rows = [pairs[i : i + columns] for i in range(0, count, columns)]
-    heights = [max(picture.height for pair in row for picture in pair) + _GAP for row in rows]
+    heights = [max(image.height for pair in row for image in pair) + _GAP for row in rows]
     sheet = Image.new("RGB", (columns * 2 * (_SIDE + _GAP) + _GAP, _HEAD + sum(heights)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column in range(2 * columns):
@@ -65,14 +65,14 @@ def draw_predictions(
         pen.text((_GAP + column * (_SIDE + _GAP), 3), title, "black", font)
     y = _HEAD
     for row, height in zip(rows, heights, strict=True):
-        for column, picture in enumerate(picture for pair in row for picture in pair):
-            sheet.paste(picture, (_GAP + column * (_SIDE + _GAP), y))
+        for column, image in enumerate(image for pair in row for image in pair):
+            sheet.paste(image, (_GAP + column * (_SIDE + _GAP), y))
         y += height
     sheet.save(png_path)
 
 
 def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) -> None:
-    """Plots the losses in a metrics.json over iterations: total_loss and each loss_*.
+    """Plots the losses in a metrics.json, total_loss and each loss_*, over iterations.
 
     Raises:
         ValueError: the file holds no losses.
@@ -97,9 +97,8 @@ def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) ->
 def read_losses(metrics_json: str | os.PathLike) -> dict[str, dict[int, float]]:
     """The losses in a metrics.json: for total_loss and each loss_*, its value by iteration.
 
-    The file holds one JSON dict a line, as Detectron2 writes it. Lines without an iteration or a loss (those of
-    evaluations) and a last line cut short are passed over; where a resumed run repeats an iteration, its later line
-    counts.
+    The file holds one JSON dict per line, as Detectron2 writes it. Lines without an iteration or a loss (those of
+    evaluations) and a truncated last line are skipped; where a resumed run repeats an iteration, the later line counts.
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     with open(metrics_json, encoding="utf-8") as file:
@@ -114,12 +113,10 @@ def read_losses(metrics_json: str | os.PathLike) -> dict[str, dict[int, float]]:
     return curves
 
 
-def _with_boxes(
-    picture: Image.Image, boxes: Sequence[tuple[Sequence[float], int, str]], names: list[str]
-) -> Image.Image:
-    """A copy fitted into the sheet's cell, with boxes (x0, y0, x1, y1 in pixels of the picture), classes and scores."""
-    scale = _SIDE / max(picture.size)
-    small = picture.resize([max(1, round(n * scale)) for n in picture.size])
+def _with_boxes(image: Image.Image, boxes: Sequence[tuple[Sequence[float], int, str]], names: list[str]) -> Image.Image:
+    """A copy that fits the sheet's cell, with boxes (x0, y0, x1, y1 in pixels of the image), classes and scores."""
+    scale = _SIDE / max(image.size)
+    small = image.resize([max(1, round(n * scale)) for n in image.size])
     pen, font = ImageDraw.Draw(small), ImageFont.load_default(11)
     for box, class_index, score in boxes:
         x0, y0, x1, y1 = (v * scale for v in box)

@@ -29,7 +29,7 @@ def test_segmentations_are_passed_on_as_they_are(small_set):
     assert load(small_set.write()).records[0]["annotations"][0]["segmentation"] == polygon
 
 
-def test_pictures_without_annotations_are_kept(small_set):
+def test_images_without_annotations_are_kept(small_set):
     small_set.data["annotations"] = []
     assert [r["annotations"] for r in load(small_set.write()).records] == [[], []]
 
@@ -39,13 +39,13 @@ def test_boxes_that_stick_out_by_rounding_are_clipped(small_set):
     assert load(small_set.write()).records[0]["annotations"][0]["bbox"] == [0, 0, 40, 30]
 
 
-def test_boxes_of_zero_size_are_left_out_with_one_warning(small_set, caplog):
+def test_boxes_of_zero_size_are_dropped_with_one_warning(small_set, caplog):
     small_set.data["annotations"][0]["bbox"] = [3, 3, 5, 0]
     small_set.data["annotations"][2]["bbox"] = [40, 3, 0.5, 5]  # nothing is left of it when clipped
     with caplog.at_level(logging.WARNING):
         split = load(small_set.write())
     assert [len(r["annotations"]) for r in split.records] == [1, 0]
-    assert [r.getMessage().endswith("2 of 3 boxes have no width or no height and are left out (annotation ids 11, 13)")
+    assert [r.getMessage().endswith("2 of 3 boxes have no width or no height and were dropped (annotation ids 11, 13)")
             for r in caplog.records] == [True]  # fmt: skip
 
 
@@ -76,29 +76,29 @@ def test_a_file_that_is_missing_is_named(small_set):
         ("annotations", 0, {"category_id": 5}, r"annotation 11 of image 7 .*a\.png.*no category has the id 5"),
         ("annotations", 0, {"image_id": 8}, r"annotation 11 of image 8: no image has the id 8"),
         ("annotations", 0, {"image_id": [8]}, r"annotation 11 of image \[8\]: an id is neither"),
-        ("annotations", 0, {"id": 12}, r"annotation id 12 is there more than once"),
+        ("annotations", 0, {"id": 12}, r"annotation id 12 appears more than once"),
         ("annotations", 0, {"bbox": [1, 2, 3]}, r"annotation 11 of image 7 .*a\.png.*four numbers, got \[1, 2, 3\]"),
         ("annotations", 0, {"bbox": [1, 2, None, 4]}, r"annotation 11 .*four numbers"),
-        ("annotations", 0, {"bbox": [1, 2, -3, 4]}, r"annotation 11 of image 7 .*a\.png, 40 x 30.*-3.*no proper size"),
-        ("annotations", 0, {"bbox": [1, 2, math.nan, 4]}, r"annotation 11 .*no proper size"),
-        ("annotations", 0, {"bbox": [1, 2, math.inf, 4]}, r"annotation 11 .*no proper size"),
+        ("annotations", 0, {"bbox": [1, 2, -3, 4]}, r"annotation 11 of image 7 .*a\.png, 40 x 30.*-3.*no valid size"),
+        ("annotations", 0, {"bbox": [1, 2, math.nan, 4]}, r"annotation 11 .*no valid size"),
+        ("annotations", 0, {"bbox": [1, 2, math.inf, 4]}, r"annotation 11 .*no valid size"),
         (
             "annotations",
             0,
             {"bbox": [30, 2, 12, 4]},
-            r"annotation 11 of image 7 .*a\.png, 40 x 30.*outside the picture",
+            r"annotation 11 of image 7 .*a\.png, 40 x 30.*outside the image",
         ),
-        ("annotations", 2, {"bbox": [3, -2, 5, 5]}, r"annotation 13 of image 3 .*b\.png.*outside the picture"),
-        ("images", 1, {"id": 7}, "image id 7 is there more than once"),
-        ("images", 1, {"id": None}, "image without a proper id"),
+        ("annotations", 2, {"bbox": [3, -2, 5, 5]}, r"annotation 13 of image 3 .*b\.png.*outside the image"),
+        ("images", 1, {"id": 7}, "image id 7 appears more than once"),
+        ("images", 1, {"id": None}, "image without a valid id"),
         ("images", 1, {"height": 0}, r"image 3 \(b\.png\): expected a height and a width, got 0 and 40"),
         ("images", 1, {"width": None}, r"image 3 \(b\.png\): expected a height and a width"),
         ("images", 1, {"file_name": None}, "image 3 has no file_name"),
-        ("images", 1, {"file_name": "c.png"}, r"picture .*images/c\.png does not exist"),
-        ("images", 1, {"file_name": "sub/b.png"}, r"picture .*images/sub/b\.png does not exist"),
-        ("categories", 1, {"id": 9}, "category id 9 is there more than once"),
-        ("categories", 1, {"id": "4"}, "category without a proper id"),
-        ("categories", 1, {"name": "cat"}, "category name 'cat' is there more than once"),
+        ("images", 1, {"file_name": "c.png"}, r"image .*images/c\.png does not exist"),
+        ("images", 1, {"file_name": "sub/b.png"}, r"image .*images/sub/b\.png does not exist"),
+        ("categories", 1, {"id": 9}, "category id 9 appears more than once"),
+        ("categories", 1, {"id": "4"}, "category without a valid id"),
+        ("categories", 1, {"name": "cat"}, "category name 'cat' appears more than once"),
         ("categories", 1, {"name": None}, "category 4 has no name"),
     ],
 )

@@ -45,14 +45,14 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         catalog.get("coco_2017_vall")
 
 
-def test_coco_is_looked_for_in_the_data_sets_folder(tmp_path):
+def test_coco_is_looked_for_in_the_datasets_folder(tmp_path):
     with pytest.raises(
         DataError, match="'coco_2017_val'.*instances_val2017.json does not exist.*put .*val2017.*sets/coco"
     ):
         catalog.get("coco_2017_val")
     (tmp_path / "sets/coco/annotations").mkdir(parents=True)
     (tmp_path / "sets/coco/annotations/instances_val2017.json").write_text("{}")
-    with pytest.raises(DataError, match="picture folder .*val2017 does not exist"):
+    with pytest.raises(DataError, match="image folder .*val2017 does not exist"):
         catalog.get("coco_2017_val")
     (tmp_path / "sets/coco/val2017").mkdir()
     assert catalog.get("coco_2017_val").image_root == str(tmp_path / "sets/coco/val2017")

@@ -1,4 +1,4 @@
-"""What both engines check before a run starts, so that no run fails late, and none writes over another."""
+"""Checks that both engines make before a run starts, so that it neither fails late nor overwrites another run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _log = logging.getLogger(__name__)
 
 
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Check that a configuration and a command line go together with this machine and with what ``OUTPUT_DIR`` holds.
+    """Check that a configuration and a command line suit this machine and the contents of ``OUTPUT_DIR``.
 
     Nothing is written. Where there is no CUDA device, ``MODEL.DEVICE`` becomes "cpu" in ``cfg``, with a warning.
 
     Args:
         cfg: the configuration, not frozen.
         args: ``eval_only``, ``resume``, ``num_gpus``, ``num_machines``, ``machine_rank`` and ``dist_url`` of
-            ``train_net.py``. Without CUDA, ``num_gpus`` is a number of processes.
+            ``train_net.py``. Without CUDA, ``num_gpus`` is the number of processes.
 
     Raises:
-        ConfigError: a device that is none; more devices than there are; a batch that they cannot share; an
-            ``OUTPUT_DIR`` with a run that is not to be continued; weights that are asked for and not there.
+        ConfigError: an invalid device; more devices than there are; a batch that they cannot share equally; an
+            ``OUTPUT_DIR`` that holds a run which is not resumed; weights that are needed and missing.
     """
     _check_device(cfg)
     _check_processes(cfg, args)

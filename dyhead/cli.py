@@ -1,0 +1,43 @@
+"""The command line `dyhead SUBCOMMAND ...`, or `python -m dyhead SUBCOMMAND ...`. Training is `train_net.py`.
+
+A subcommand is a module with two functions, `add_arguments(parser) -> None` and `run(args) -> int`, which returns the
+exit code. It is imported only when it is named, so that `dyhead --help` does not load PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+#: Subcommands by name: the module, and a line of help.
+SUBCOMMANDS = {
+    "convert": ("dyhead.checkpoints.command", "give another project's checkpoint this project's names"),
+    "info": ("dyhead.info", "print versions, what was built, and why anything did not load"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments; default: the process's.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: the arguments are wrong (2), or help was asked for (0).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="dyhead", description="Dynamic Head for any feature-pyramid detector.")
+    subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    for name, (module_name, summary) in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name in argv:
+            module = importlib.import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

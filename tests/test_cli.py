@@ -1,0 +1,61 @@
+"""The command `dyhead`: finds its subcommands, and loads nothing before one is named."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dyhead import cli, info
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_info_prints_every_line(capsys):
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.split(r"\s{2,}", line.strip(), maxsplit=1)[0] for line in lines] == [k.strip() for k in info.collect()]
+
+
+def test_a_subcommand_gets_its_arguments_and_gives_the_exit_code(monkeypatch, tmp_path):
+    (tmp_path / "subcommand_of_a_test.py").write_text(
+        "def add_arguments(parser): parser.add_argument('code', type=int)\ndef run(args): return args.code + 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.SUBCOMMANDS, "next", ("subcommand_of_a_test", "return the next number"))
+    assert cli.main(["next", "3"]) == 4
+
+
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_every_subcommand_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main([name, "--help"])
+    assert error.value.code == 0
+    assert f"usage: dyhead {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["inform"], ["info", "--bogus"]])
+def test_wrong_arguments_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(argv)
+    assert error.value.code == 2
+    assert "usage: dyhead" in capsys.readouterr().err
+
+
+def test_help_names_the_subcommands_and_loads_no_torch():
+    code = "import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_module('dyhead', run_name='__main__')\n"
+    code += "finally: print('torch' in sys.modules)"
+    environment = {**os.environ, "COLUMNS": "200"}  # no line is wrapped
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    for name, (_, summary) in cli.SUBCOMMANDS.items():
+        assert re.search(rf"{name} +{summary}", run.stdout)
+    assert run.stdout.splitlines()[-1] == "False"
+
+
+def test_the_console_script_is_the_command_line():
+    module, function = re.search(r'^dyhead = "([\w.]+):(\w+)"$', (ROOT / "pyproject.toml").read_text(), re.M).groups()
+    assert getattr(importlib.import_module(module), function) is cli.main
