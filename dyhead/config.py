@@ -1,7 +1,7 @@
 """Configuration that both engines share: the keys this project adds to Detectron2's, and how a YAML file is read.
 
-Keys and their meaning are Detectron2's wherever Detectron2 has one. Defaults of the added keys stand in
-:func:`add_dyhead_config` and nowhere else.
+Keys and their meaning are Detectron2's wherever Detectron2 has one. The added keys, their defaults and the checks of
+their values are the options of the parts that read them (:mod:`dyhead.options`).
 """
 
 from __future__ import annotations
@@ -10,73 +10,163 @@ import ast
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
-#: For each meta-architecture of this project, the key that holds its number of classes.
-NUM_CLASSES_KEYS = {
-    "DyHeadFCOS": "MODEL.FCOS.NUM_CLASSES",
-    "DyHeadRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
-    "DyHeadRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
-}
+from dyhead.detection import DETECTORS
+from dyhead.detection.anchors import AnchorOptions
+from dyhead.necks import NECKS, Stack
+from dyhead.options import Check, at_least, leaves, one_of, option, read
+
+#: The meta-architecture of two-stage detectors, which are those of the engine.
+TWO_STAGE = "DyHeadRCNN"
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file or key, what was expected and what came."""
 
 
+@dataclass(frozen=True)
+class _FPNOptions:
+    p6p7_in_feature: str = option("p5", "the level that P6 and P7 are computed from", one_of("p5", "res5"))
+    p7_relu: bool = option(True, "apply ReLU to P6 before P7 is computed from it; mmdetection does not")
+
+
+@dataclass(frozen=True)
+class _BackboneOptions:
+    size_divisibility: int = option(
+        0,
+        "images are padded to multiples of it, in pixels; 0: of what the backbone and the necks ask for",
+        at_least(0),
+    )
+
+
+@dataclass(frozen=True)
+class _ModelOptions:
+    necks: tuple = option(
+        (),
+        "what follows the backbone's pyramid, in this order",
+        Check(
+            f"some of {', '.join(map(repr, NECKS))}, each once",
+            lambda v: set(v) <= set(NECKS) and len(set(v)) == len(v),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _DatasetOptions:
+    register: tuple = option(
+        (),
+        "datasets in COCO's format to register: [[name, json file, image folder], ...]; paths from the working folder",
+    )
+
+
+@dataclass(frozen=True)
+class _SolverOptions:
+    optimizer: str = option("SGD", "SGD has MOMENTUM and NESTEROV", one_of("SGD", "ADAMW"))
+
+
+@dataclass(frozen=True)
+class _BenchmarkOptions:
+    num_images: int = option(50, "images of the first test set that are timed", at_least(1))
+    batch_size: int = option(1, "images at a time", at_least(1))
+
+
+#: The options that stand in the configuration, by node; where Detectron2 has a key of the name, it is Detectron2's.
+OPTIONS: dict[str, type] = {
+    "MODEL": _ModelOptions,
+    "MODEL.BACKBONE": _BackboneOptions,
+    "MODEL.FPN": _FPNOptions,
+    "MODEL.ANCHOR_GENERATOR": AnchorOptions,
+    **{neck.node: neck.options for neck in NECKS.values()},
+    **{detector.node: detector.options for detector in DETECTORS.values()},
+    "DATASETS": _DatasetOptions,
+    "SOLVER": _SolverOptions,
+    "TEST.BENCHMARK": _BenchmarkOptions,
+}
+
+
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     """Add this project's keys, with their defaults, to ``cfg`` in place and return it.
 
     ``cfg`` is a tree that already holds Detectron2's keys (``detectron2.config.get_cfg()`` or
-    ``dyhead.torchvision.get_cfg()``).
+    ``dyhead.torchvision.get_cfg()``). docs/config.md lists the keys.
     """
-    node = type(cfg)
-
-    dyhead = cfg.MODEL.DYHEAD = node()
-    # Blocks stacked on the pyramid; the paper's best trade is 6. 0 leaves the pyramid as it is.
-    dyhead.NUM_BLOCKS = 6
-    # "paper": Eqs. 3-5 in the pyramid's own geometry. "released" (or "mmdetection"): the block of the weights that
-    # microsoft/DynamicHead and mmdetection published; "mmdetection_main": that of mmdetection's main branch after 3.3.
-    dyhead.BLOCK = "paper"
-    # Levels on each side of a level that Eq. 4 sums over; null is the whole pyramid.
-    dyhead.WINDOW = 1
-    # The three attentions, each switchable (the paper's ablation).
-    dyhead.SCALE_AWARE = True
-    dyhead.SPATIAL_AWARE = True
-    dyhead.TASK_AWARE = True
-    # Offset groups of the spatial attention, and groups of its GroupNorm.
-    dyhead.OFFSET_GROUPS = 1
-    dyhead.NORM_GROUPS = 16
-
-    fcos = cfg.MODEL.FCOS = node()
-    fcos.NUM_CLASSES = 80
-    fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Positive locations lie within this many strides of a box's centre.
-    fcos.CENTER_SAMPLING_RADIUS = 1.5
-    fcos.FOCAL_LOSS_ALPHA = 0.25
-    fcos.FOCAL_LOSS_GAMMA = 2.0
-    fcos.PRIOR_PROB = 0.01
-    fcos.SCORE_THRESH_TEST = 0.05
-    fcos.TOPK_CANDIDATES_TEST = 1000
-    fcos.NMS_THRESH_TEST = 0.6
-
-    # The level that P6 and P7 are computed from, "p5" or "res5".
-    cfg.MODEL.FPN.P6P7_IN_FEATURE = "p5"
-
-    # COCO-format data sets to register: [[name, json file, picture folder], ...]; relative to the working folder.
-    cfg.DATASETS.REGISTER = []
-
-    # "SGD" (with SOLVER.MOMENTUM and SOLVER.NESTEROV) or "ADAMW".
-    cfg.SOLVER.OPTIMIZER = "SGD"
-
-    # What the benchmark row of the report is measured on: pictures of the first test set, and how many at a time.
-    cfg.TEST.BENCHMARK = node()
-    cfg.TEST.BENCHMARK.NUM_IMAGES = 50
-    cfg.TEST.BENCHMARK.BATCH_SIZE = 1
+    for name, options in OPTIONS.items():
+        node = cfg
+        for part in name.split("."):
+            if part not in node:
+                node[part] = type(cfg)()
+            node = node[part]
+        for leaf in leaves(options):
+            if leaf.key not in node:
+                node[leaf.key] = _as_lists(leaf.default)
     return cfg
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check what can be checked before anything is built: the meta-architecture, and every option that it reads.
+
+    Raises:
+        ConfigError: names the key, what was expected and what came.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    num_classes(cfg)  # the meta-architecture is one of ours
+    unread = {detector.node for other, detector in DETECTORS.items() if other != name}
+    for node in OPTIONS:
+        if node not in unread:
+            options_of(cfg, node)
+
+
+def options_of(cfg: CfgNode, node: str) -> Any:
+    """The options dataclass of a node, from the values in ``cfg``.
+
+    Raises:
+        ConfigError: a value out of its range, or values that do not fit each other.
+    """
+    check_options(cfg, node)
+    try:
+        return read(OPTIONS[node], lambda key: get(cfg, f"{node}.{key}"))
+    except ValueError as error:
+        raise ConfigError(f"{node}: {error}") from error
+
+
+def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:
+    """Necks by name, in their order, for levels of so many channels and these strides, in pixels.
+
+    Raises:
+        ConfigError: ``MODEL.NECKS`` is not sound, or options do not fit.
+    """
+    check_options(cfg, "MODEL")
+    options = {name: options_of(cfg, NECKS[name].node) for name in names}
+    try:
+        necks = {name.lower(): option.build(channels) for name, option in options.items()}
+    except ValueError as error:
+        raise ConfigError(f"MODEL.NECKS {list(names)} cannot be built as configured: {error}") from error
+    return Stack(necks, [option.size_divisibility(strides) for option in options.values()])
+
+
+def necks_with_dyhead(cfg: CfgNode) -> list[str]:
+    """``MODEL.NECKS``, with DyHead in front if it is not among them: for backbones with DyHead in their name."""
+    names = list(cfg.MODEL.NECKS)
+    return names if "DyHead" in names else ["DyHead", *names]
+
+
+def check_options(cfg: CfgNode, node: str) -> None:
+    """Raise :class:`ConfigError`, naming the key, if a value of a node's options is out of its range."""
+    for leaf in leaves(OPTIONS[node]):
+        value = get(cfg, f"{node}.{leaf.key}")
+        if leaf.check is None:
+            continue
+        try:
+            fits = leaf.check.fits(value)
+        except TypeError:  # not a value that can be compared so
+            fits = False
+        if not fits:
+            raise ConfigError(f"{node}.{leaf.key}: expected {leaf.check.text}, got {value!r}")
 
 
 def load_config(cfg: CfgNode, file: str | os.PathLike, opts: Sequence[str] = ()) -> set[str]:
@@ -135,11 +225,22 @@ def get(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
+def meta_architectures() -> list[str]:
+    """All values of ``MODEL.META_ARCHITECTURE`` that are this project's."""
+    return [*DETECTORS, TWO_STAGE]
+
+
 def _num_classes_key(cfg: CfgNode) -> str:
     name = cfg.MODEL.META_ARCHITECTURE
-    if name not in NUM_CLASSES_KEYS:
-        raise ConfigError(f"MODEL.META_ARCHITECTURE: expected one of {', '.join(NUM_CLASSES_KEYS)}, got {name!r}")
-    return NUM_CLASSES_KEYS[name]
+    if name in DETECTORS:
+        return f"{DETECTORS[name].node}.NUM_CLASSES"
+    if name == TWO_STAGE:
+        return "MODEL.ROI_HEADS.NUM_CLASSES"
+    raise ConfigError(f"MODEL.META_ARCHITECTURE: expected one of {', '.join(meta_architectures())}, got {name!r}")
+
+
+def _as_lists(value: Any) -> Any:
+    return list(map(_as_lists, value)) if isinstance(value, tuple) else value
 
 
 def _read_yaml(file: str | os.PathLike) -> dict:

@@ -13,8 +13,8 @@ from dyhead.checkpoints.files import some
 
 _log = logging.getLogger(__name__)
 
-# Used in training only, and where it is missing the model's own is a good start.
-_OPTIONAL = "detector.loss_normalizer"
+# Used in training only, by some models; where it is missing the model's own is a good start.
+_OPTIONAL = "detector.loss_normalizer.average"
 _COUNTER = "num_batches_tracked"
 
 
@@ -33,7 +33,7 @@ def load_into(
 
     Raises:
         CheckpointError: nothing fits, or not everything with ``strict``. Keys that the file lacks are named as the
-            model calls them, others as the file does. ``detector.loss_normalizer``, which is for training, and
+            model calls them, others as the file does. ``detector.loss_normalizer.average``, which is for training, and
             ``num_batches_tracked``, which frozen batch normalization does not have, may differ.
     """
     own = model.state_dict()
@@ -54,7 +54,9 @@ def load_into(
             fitting[key] = value
     canonical = set(names.values())
     unexpected = [
-        theirs.get(name, name) for name in weights.state if name not in canonical and not name.endswith(_COUNTER)
+        theirs.get(name, name)
+        for name in weights.state
+        if name not in {*canonical, _OPTIONAL} and not name.endswith(_COUNTER)
     ]
     without = {
         reason: [k for k, why in weights.left_over.items() if why == reason] for reason in weights.left_over.values()

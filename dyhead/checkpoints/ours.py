@@ -8,7 +8,7 @@ canonical key                         what
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level)
-``detector.loss_normalizer``          a dense detector's running mean of positives; for training
+``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``
 ====================================  ================================================================================

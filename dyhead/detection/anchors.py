@@ -51,8 +51,9 @@ class Anchors:
     """Boxes of given areas and shapes around every cell.
 
     Args:
-        sizes: for every level the square roots of the anchors' areas, in pixels; one entry serves all levels.
-        aspect_ratios: for every level the ratios of height to width; one entry serves all levels.
+        sizes: for every level the square roots of the anchors' areas, in pixels; one entry, or a plain list of numbers,
+            serves all levels.
+        aspect_ratios: for every level the ratios of height to width, likewise.
         strides: of the levels, in pixels.
         offset: where the first cell's center lies, in strides: 0 is the corner of the image, 0.5 the center of the
             level's first pixel.
@@ -96,6 +97,8 @@ class Anchors:
 
 
 def _per_level(key: str, values: Sequence[Sequence[float]], levels: int) -> list[Sequence[float]]:
+    if values and all(isinstance(value, (int, float)) for value in values):
+        values = [values]
     listed = all(isinstance(value, (list, tuple)) and len(value) for value in values)
     if len(values) not in (1, levels) or not listed:
         raise ValueError(

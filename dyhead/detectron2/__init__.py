@@ -17,30 +17,35 @@ arguments, as LazyConfig wants them.
 from dyhead.config import add_dyhead_config
 from dyhead.detectron2.backbone import (
     DyHeadBackbone,
+    NeckBackbone,
+    build_backbone,
     build_resnet_fpn_dyhead_backbone,
+    build_resnet_fpn_p6p7_backbone,
     build_retinanet_resnet_fpn_dyhead_backbone,
 )
 from dyhead.detectron2.checkpoint import Checkpointer
+from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
 from dyhead.detectron2.datasets import register_datasets
 from dyhead.detectron2.engine import main, setup
-from dyhead.detectron2.fcos import DyHeadFCOS
-from dyhead.detectron2.head import DenseHead
 from dyhead.detectron2.rcnn import DyHeadRCNN
-from dyhead.detectron2.retinanet import DyHeadRetinaNet
 from dyhead.detectron2.trainer import Trainer
+
+globals().update(META_ARCHITECTURES)  # DyHeadFCOS, DyHeadRetinaNet, ...
 
 __all__ = [
     "Checkpointer",
-    "DenseHead",
+    "DenseMetaArchitecture",
     "DyHeadBackbone",
-    "DyHeadFCOS",
     "DyHeadRCNN",
-    "DyHeadRetinaNet",
+    "NeckBackbone",
     "Trainer",
     "add_dyhead_config",
+    "build_backbone",
     "build_resnet_fpn_dyhead_backbone",
+    "build_resnet_fpn_p6p7_backbone",
     "build_retinanet_resnet_fpn_dyhead_backbone",
     "main",
     "register_datasets",
     "setup",
 ]
+__all__ += META_ARCHITECTURES

@@ -1,40 +1,91 @@
-"""The Dynamic Head on any Detectron2 backbone that puts out a pyramid, and registered ResNet-FPN builders with it."""
+"""Necks on any Detectron2 backbone that puts out a pyramid, and registered ResNet-FPN builders."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling import build_backbone as build_detectron2_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from dyhead.config import ConfigError
-from dyhead.layers import DyHead
+from dyhead.config import build_necks, necks_with_dyhead, options_of
+from dyhead.layers import P6P7
+from dyhead.necks import DyHeadOptions, Stack
 
 
-class DyHeadBackbone(Backbone):
-    """A backbone with a pyramid (ResNet-FPN, RegNet-FPN, Swin-FPN, ViTDet, ...) and the Dynamic Head on all its levels.
+class NeckBackbone(Backbone):
+    """A backbone with a pyramid (ResNet-FPN, RegNet-FPN, Swin-FPN, ViTDet, ...) and necks on all its levels.
 
-    To the detector it is a backbone of the same output shapes, so it goes wherever the wrapped one went (Fig. 2b of the
-    paper, and the pyramid form for two-stage detectors).
+    To the detector it is a backbone of the same output shapes, so it goes wherever the wrapped one went.
+
+    A state dict with the keys of the wrapped backbone alone (``bottom_up.stem.conv1.weight``), as detectors without
+    necks have them, loads into the wrapped backbone.
 
     Args:
         backbone: what makes the pyramid. Levels have equal channels, and the stride doubles from level to level.
-        num_blocks: DyHead blocks; 0 leaves the pyramid as it is.
-        block, window, scale_aware, spatial_aware, task_aware, offset_groups, norm_groups: see
-            :class:`dyhead.layers.DyHead`.
+        necks: by name, in their order; the names become those of the children.
+        size_divisibility: images are padded to multiples of it, in pixels; 0: of what backbone and necks ask for.
+
+    Raises:
+        ValueError: the output of ``backbone`` is not a valid pyramid (the levels are named).
+    """
+
+    def __init__(self, backbone: Backbone, necks: Stack, size_divisibility: int = 0) -> None:
+        super().__init__()
+        self._shapes = _by_stride(backbone.output_shape())
+        _pyramid_channels(self._shapes)
+        self.backbone = backbone
+        for name, neck in necks.named_children():
+            self.add_module(name, neck)
+        self._necks = [name for name, _ in necks.named_children()]
+        self._size_divisibility = size_divisibility or math.lcm(
+            max(backbone.size_divisibility, 1), necks.size_divisibility
+        )
+        self.register_load_state_dict_pre_hook(_wrap_keys)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) in, the pyramid after the necks out, by level, fine to coarse."""
+        pyramid = self.backbone(x)
+        pyramid = {name: pyramid[name] for name in self._shapes}
+        for name in self._necks:
+            pyramid = getattr(self, name)(pyramid)
+        return pyramid
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level, those of the wrapped backbone, fine to coarse."""
+        return self._shapes
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of it, in pixels."""
+        return self._size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """What the wrapped backbone asks of the image's padding."""
+        return self.backbone.padding_constraints
+
+
+class DyHeadBackbone(NeckBackbone):
+    """A backbone with a pyramid and the Dynamic Head on all its levels (Fig. 2b of the paper).
+
+    Args:
+        backbone: see :class:`NeckBackbone`.
+        **dyhead: the arguments of :class:`dyhead.layers.DyHead` but for the channels.
 
     Called with a config instead, ``DyHeadBackbone(cfg, backbone)``, it takes all but the backbone from
     ``MODEL.DYHEAD``.
 
-    A state dict with the keys of the wrapped backbone alone (``bottom_up.stem.conv1.weight``), as detectors without a
-    Dynamic Head have them, loads into the wrapped backbone.
-
     Raises:
-        ValueError: the output of ``backbone`` is no pyramid (the levels are named), or DyHead refuses an option.
+        ValueError: the output of ``backbone`` is not a valid pyramid, or DyHead refuses an option.
+        TypeError: an argument that DyHead does not have.
 
     Example:
         >>> from detectron2.modeling import FPN
@@ -47,95 +98,63 @@ class DyHeadBackbone(Backbone):
     """
 
     @configurable
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        num_blocks: int = 6,
-        block: str = "paper",
-        window: int | None = 1,
-        scale_aware: bool = True,
-        spatial_aware: bool = True,
-        task_aware: bool = True,
-        offset_groups: int = 1,
-        norm_groups: int = 16,
-    ) -> None:
-        super().__init__()
-        shapes = backbone.output_shape()
-        self._levels = sorted(shapes, key=lambda name: shapes[name].stride)
-        self._shapes = {name: shapes[name] for name in self._levels}
-        self.backbone = backbone
-        self.dyhead = DyHead(
-            _pyramid_channels(self._shapes),
-            num_blocks,
-            block=block,
-            window=window,
-            scale_aware=scale_aware,
-            spatial_aware=spatial_aware,
-            task_aware=task_aware,
-            offset_groups=offset_groups,
-            norm_groups=norm_groups,
-        )
-        self.register_load_state_dict_pre_hook(_wrap_keys)
+    def __init__(self, backbone: Backbone, **dyhead: Any) -> None:
+        options, shapes = DyHeadOptions(**dyhead), backbone.output_shape()
+        divisor = options.size_divisibility([shape.stride for shape in shapes.values()])
+        super().__init__(backbone, Stack({"dyhead": options.build(_pyramid_channels(shapes))}, [divisor]))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, backbone: Backbone) -> dict[str, Any]:
         """The keyword arguments that ``MODEL.DYHEAD`` stands for."""
-        options = {name.lower(): value for name, value in cfg.MODEL.DYHEAD.items()}
-        return {"backbone": backbone, **options}
+        return {"backbone": backbone, **asdict(options_of(cfg, "MODEL.DYHEAD"))}
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Pictures (N, 3, H, W) in, the pyramid after the Dynamic Head out, by level, fine to coarse."""
-        pyramid = self.backbone(x)
-        return self.dyhead({name: pyramid[name] for name in self._levels})
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every level, those of the wrapped backbone, fine to coarse."""
-        return self._shapes
+def build_backbone(cfg: CfgNode) -> Backbone:
+    """The backbone of ``MODEL.BACKBONE.NAME`` with the necks of ``MODEL.NECKS``; what this package's detectors stand on.
 
-    @property
-    def size_divisibility(self) -> int:
-        """What the wrapped backbone asks of the picture's size."""
-        return self.backbone.size_divisibility
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        """What the wrapped backbone asks of the picture's padding."""
-        return self.backbone.padding_constraints
+    Raises:
+        ConfigError: necks that cannot be built as configured.
+    """
+    backbone = build_detectron2_backbone(cfg)
+    return backbone if isinstance(backbone, NeckBackbone) else _with_necks(cfg, backbone, cfg.MODEL.NECKS)
 
 
 @BACKBONE_REGISTRY.register()
-def build_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DyHeadBackbone:
-    """ResNet-FPN with a pooled last level (p2 to p6 from res2 to res5) and DyHead: for two-stage detectors."""
-    return DyHeadBackbone(cfg, _fpn(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool()))
+def build_resnet_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """ResNet-FPN with convolved P6 and P7 (p3 to p7 from res3 to res5): for one-stage detectors.
 
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DyHeadBackbone:
-    """ResNet-FPN with convolved P6 and P7 (p3 to p7 from res3 to res5) and DyHead: for one-stage detectors.
-
-    ``MODEL.FPN.P6P7_IN_FEATURE`` says what P6 is computed from: "p5" or "res5".
+    ``MODEL.FPN.P6P7_IN_FEATURE`` says what P6 is computed from, "p5" or "res5", and ``P7_RELU`` how P7 is.
     """
     resnet = build_resnet_backbone(cfg, input_shape)
-    in_feature = cfg.MODEL.FPN.P6P7_IN_FEATURE
-    if in_feature not in ("p5", "res5"):
-        raise ConfigError(f"MODEL.FPN.P6P7_IN_FEATURE: expected 'p5' or 'res5', got {in_feature!r}")
-    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
-    in_channels = out_channels if in_feature == "p5" else resnet.output_shape()["res5"].channels
-    return DyHeadBackbone(cfg, _fpn(cfg, resnet, LastLevelP6P7(in_channels, out_channels, in_feature)))
+    options = options_of(cfg, "MODEL.FPN")
+    source, channels = options.p6p7_in_feature, cfg.MODEL.FPN.OUT_CHANNELS
+    in_channels = channels if source == "p5" else resnet.output_shape()["res5"].channels
+    return _fpn(cfg, resnet, P6P7(in_channels, channels, source, relu=options.p7_relu))
 
 
-def require_dyhead(backbone: Backbone, detector: str) -> None:
-    """Raise :class:`ConfigError` unless ``backbone``, which ``detector`` was given, is a :class:`DyHeadBackbone`."""
-    if not isinstance(backbone, DyHeadBackbone):
-        names = [name for name, _ in BACKBONE_REGISTRY if "dyhead" in name]
-        raise ConfigError(
-            f"{detector}: expected a backbone with a Dynamic Head (DyHeadBackbone, or MODEL.BACKBONE.NAME one of "
-            f"{', '.join(names)}), got {type(backbone).__name__}"
-        )
+@BACKBONE_REGISTRY.register()
+def build_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NeckBackbone:
+    """ResNet-FPN with a pooled last level (p2 to p6 from res2 to res5) and DyHead: for two-stage detectors.
+
+    It gives DyHead to meta-architectures that do not know ``MODEL.NECKS``, such as Detectron2's own.
+    """
+    fpn = _fpn(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
+    return _with_necks(cfg, fpn, necks_with_dyhead(cfg))
 
 
-def _wrap_keys(module: DyHeadBackbone, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+@BACKBONE_REGISTRY.register()
+def build_retinanet_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NeckBackbone:
+    """:func:`build_resnet_fpn_p6p7_backbone` with DyHead, for any one-stage meta-architecture."""
+    return _with_necks(cfg, build_resnet_fpn_p6p7_backbone(cfg, input_shape), necks_with_dyhead(cfg))
+
+
+def _with_necks(cfg: CfgNode, backbone: Backbone, names: Sequence[str]) -> NeckBackbone:
+    shapes = backbone.output_shape()
+    necks = build_necks(cfg, names, _pyramid_channels(shapes), [shape.stride for shape in shapes.values()])
+    return NeckBackbone(backbone, necks, options_of(cfg, "MODEL.BACKBONE").size_divisibility)
+
+
+def _wrap_keys(module: NeckBackbone, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Before ``module`` loads: give the keys of its wrapped backbone the prefix that they have inside it, in place."""
     own = set(module.state_dict())
     for name in module.backbone.state_dict():
@@ -154,10 +173,15 @@ def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
     )
 
 
+def _by_stride(shapes: dict[str, ShapeSpec]) -> dict[str, ShapeSpec]:
+    return dict(sorted(shapes.items(), key=lambda item: item[1].stride))
+
+
 def _pyramid_channels(shapes: dict[str, ShapeSpec]) -> int:
-    """The channels that all levels share, after checking that ``shapes``, sorted by stride, are a pyramid's."""
+    """The channels that all levels share, after checking that they are a pyramid's."""
     if not shapes:
         raise ValueError("backbone: expected a pyramid of at least one level, got no output")
+    shapes = _by_stride(shapes)
     first, channels = next((name, shape.channels) for name, shape in shapes.items())
     for name, shape in shapes.items():
         if shape.channels != channels:

@@ -14,7 +14,7 @@ from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from dyhead.config import ConfigError, add_dyhead_config, load_config, num_classes
+from dyhead.config import ConfigError, add_dyhead_config, check_config, load_config
 from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import check_classes, register_datasets
@@ -25,12 +25,8 @@ from dyhead.preflight import check_run
 
 _log = logging.getLogger(__name__)
 
-# Keys of Detectron2's that are not read although one might think so, by meta-architecture.
-_NOT_HONOURED = {
-    "DyHeadFCOS": {"VIS_PERIOD", "TEST.AUG.ENABLED"},
-    "DyHeadRetinaNet": {"MODEL.RETINANET.NUM_CONVS", "MODEL.RETINANET.NORM", "TEST.AUG.ENABLED"},
-    "DyHeadRCNN": {"TEST.AUG.ENABLED"},
-}
+# Keys of Detectron2's that are not read although one might think so.
+_NOT_HONOURED = {"TEST.AUG.ENABLED"}
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -44,8 +40,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)
-    num_classes(cfg)  # the meta-architecture is one of ours
-    ignored = sorted(given & _NOT_HONOURED[cfg.MODEL.META_ARCHITECTURE])
+    check_config(cfg)
+    ignored = sorted(given & _NOT_HONOURED)
     if ignored:
         _log.warning("%s does not honour %s", cfg.MODEL.META_ARCHITECTURE, ", ".join(ignored))
     check_run(cfg, args)

@@ -1,30 +1,33 @@
-"""Two-stage detectors (Faster R-CNN, Mask R-CNN, ...) on a pyramid that has passed the Dynamic Head."""
+"""Two-stage detectors (Faster R-CNN, Mask R-CNN, ...) on a pyramid that has passed the necks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_proposal_generator, build_roi_heads
 
-from dyhead.detectron2.backbone import DyHeadBackbone, require_dyhead
+from dyhead.detectron2.backbone import build_backbone
 
 
 @META_ARCH_REGISTRY.register()
 class DyHeadRCNN(GeneralizedRCNN):
-    """Detectron2's generalised R-CNN in the pyramid form: DyHead on the pyramid, before the RPN and RoI pooling.
+    """Detectron2's generalized R-CNN with the necks of ``MODEL.NECKS`` before the RPN and RoI pooling.
 
-    It is configured as GeneralizedRCNN is. All that it adds is that a backbone without a Dynamic Head is an error.
-
-    Args:
-        backbone: a :class:`~dyhead.detectron2.DyHeadBackbone`.
-        **kwargs: see :class:`detectron2.modeling.GeneralizedRCNN`.
-
-    Raises:
-        ConfigError: the backbone has no Dynamic Head.
+    It is configured as GeneralizedRCNN is; see :class:`detectron2.modeling.GeneralizedRCNN` for its arguments.
     """
 
-    @configurable
-    def __init__(self, *, backbone: DyHeadBackbone, **kwargs: Any) -> None:
-        require_dyhead(backbone, type(self).__name__)
-        super().__init__(backbone=backbone, **kwargs)
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The keyword arguments that the config stands for."""
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_proposal_generator(cfg, shapes),
+            "roi_heads": build_roi_heads(cfg, shapes),
+            "input_format": cfg.INPUT.FORMAT,
+            "vis_period": cfg.VIS_PERIOD,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }

@@ -6,14 +6,14 @@ half the size of the one before it. K taps of a kernel, G offset groups.
 
 from dyhead.layers.block import DyHeadBlock
 from dyhead.layers.head import DyHead
-from dyhead.layers.predictor import DensePredictor
 from dyhead.layers.released import ReleasedDyHeadBlock
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
+from dyhead.layers.top import P6P7
 
 __all__ = [
-    "DensePredictor",
+    "P6P7",
     "DyHead",
     "DyHeadBlock",
     "ReleasedDyHeadBlock",

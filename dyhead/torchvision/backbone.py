@@ -1,16 +1,16 @@
-"""The pyramid that the detectors stand on: ResNet, FPN, extra levels and DyHead.
+"""The pyramid that the detectors stand on: ResNet, FPN, extra levels and necks.
 
 N batch, C channels, H, W height and width of a level in its own pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
-import torch
 import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -19,7 +19,11 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from dyhead.layers import DyHead
+from dyhead.config import build_necks, necks_with_dyhead, options_of
+from dyhead.layers import P6P7
+from dyhead.necks import Stack
+
+_DIVISOR = 32  # of Detectron2's FPN: what its finest and coarsest stage ask for
 
 _NORMS: dict[str, Callable[[int], nn.Module] | None] = {
     "": None,
@@ -29,9 +33,18 @@ _NORMS: dict[str, Callable[[int], nn.Module] | None] = {
     "GN": partial(nn.GroupNorm, 32),
 }
 
+#: ``MODEL.BACKBONE.NAME``: whether P6 and P7 are convolved (else P6 is pooled), and what from, where the name says it.
+BACKBONES: dict[str, tuple[bool, str | None]] = {
+    "build_resnet_fpn_backbone": (False, None),
+    "build_resnet_fpn_p6p7_backbone": (True, None),
+    "build_retinanet_resnet_fpn_backbone": (True, "res5"),
+    "build_resnet_fpn_dyhead_backbone": (False, None),
+    "build_retinanet_resnet_fpn_dyhead_backbone": (True, None),
+}
 
-class DyHeadPyramid(BackboneWithFPN):
-    """ResNet with a feature pyramid and DyHead on it; torchvision's detectors take it as their backbone.
+
+class Pyramid(BackboneWithFPN):
+    """ResNet with a feature pyramid and necks on it; torchvision's detectors take it as their backbone.
 
     Args:
         resnet: a ResNet of torchvision.
@@ -39,16 +52,12 @@ class DyHeadPyramid(BackboneWithFPN):
             ``["res3", "res4", "res5"]``.
         channels: channels C of every level of the pyramid.
         top: makes the coarser levels from the pyramid and the stages.
-        dyhead: the head on the pyramid.
-        norm: normalisation in the pyramid's convolutions, none by default.
-        out_levels: the levels that are returned, all by default.
+        norm: normalization in the pyramid's convolutions, none by default.
 
     Attributes:
         out_channels: channels C.
-        strides: for every level that is returned, fine to coarse, the distance of its pixels, in pixels of the picture.
-
-    Raises:
-        ValueError: ``out_levels`` names a level that is not there.
+        strides: for every level, fine to coarse, the distance of its pixels, in pixels of the image.
+        size_divisibility: images are padded to multiples of it, in pixels.
     """
 
     def __init__(
@@ -57,9 +66,7 @@ class DyHeadPyramid(BackboneWithFPN):
         in_stages: list[str],
         channels: int,
         top: PooledTop | ConvolvedTop,
-        dyhead: DyHead,
         norm: Callable[[int], nn.Module] | None = None,
-        out_levels: Iterable[str] | None = None,
     ) -> None:
         numbers = [int(stage.removeprefix("res")) for stage in in_stages]
         super().__init__(
@@ -70,17 +77,28 @@ class DyHeadPyramid(BackboneWithFPN):
             extra_blocks=top,
             norm_layer=norm,
         )
-        self.dyhead = dyhead
-        strides = {f"p{n}": 2**n for n in (*numbers, *top.levels)}
-        unknown = [name for name in out_levels or () if name not in strides]
-        if unknown:
-            raise ValueError(f"the pyramid has the levels {', '.join(strides)}, not {', '.join(unknown)}")
-        self.strides = {name: s for name, s in strides.items() if out_levels is None or name in out_levels}
+        self.strides = {f"p{n}": 2**n for n in (*numbers, *top.levels)}
+        self.size_divisibility = _DIVISOR
+        self._necks: list[str] = []
+
+    def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
+        """Let necks follow, each a child of its own name.
+
+        Args:
+            necks: of levels with these strides and channels.
+            size_divisibility: 0: what the pyramid and the necks ask for.
+        """
+        for name, neck in necks.named_children():
+            self.add_module(name, neck)
+            self._necks.append(name)
+        self.size_divisibility = size_divisibility or math.lcm(_DIVISOR, necks.size_divisibility)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Pictures (N, 3, H, W) to the levels (N, C, H / stride, W / stride, sizes rounded up), by name."""
-        levels = self.dyhead(super().forward(x))
-        return OrderedDict((name, levels[name]) for name in self.strides)
+        """Images (N, 3, H, W) to the levels (N, C, H / stride, W / stride, sizes rounded up), by name."""
+        levels = super().forward(x)
+        for name in self._necks:
+            levels = getattr(self, name)(levels)
+        return OrderedDict(levels)
 
 
 class PooledTop(ExtraFPNBlock):
@@ -93,65 +111,36 @@ class PooledTop(ExtraFPNBlock):
         return [*results, F.max_pool2d(results[-1], kernel_size=1, stride=2)], [*names, "p6"]
 
 
-class ConvolvedTop(ExtraFPNBlock):
-    """P6 and P7, by convolutions of stride 2 (Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017).
-
-    Args:
-        in_channels: channels of the level that P6 is computed from.
-        channels: channels C of the pyramid.
-        from_p5: compute P6 from P5 of the pyramid, not from the last stage of the network.
-    """
+class ConvolvedTop(P6P7, ExtraFPNBlock):
+    """:class:`dyhead.layers.P6P7` in the form that torchvision's pyramid asks for."""
 
     levels = (6, 7)
 
-    def __init__(self, in_channels: int, channels: int, *, from_p5: bool) -> None:
-        super().__init__()
-        self.p6 = nn.Conv2d(channels if from_p5 else in_channels, channels, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.from_p5 = from_p5
-        for conv in (self.p6, self.p7):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
-
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append the levels to ``results`` and their names to ``names``; ``x`` are the network's stages."""
-        p5 = results[-1]
-        # Not in half precision: in bfloat16 on a CPU, PyTorch 2.15 leaves parts of the weights' gradient uninitialised
-        # where the input of a strided convolution is one pixel wide, as these levels of small pictures are.
-        with torch.autocast(p5.device.type, enabled=False):
-            p6 = self.p6((p5 if self.from_p5 else x[-1]).float())
-            p7 = self.p7(F.relu(p6))
-        return [*results, p6.to(p5.dtype), p7.to(p5.dtype)], [*names, "p6", "p7"]
+        top = super().forward(results[-1] if self.in_feature == "p5" else x[-1])
+        return [*results, *(level.to(results[-1].dtype) for level in top)], [*names, "p6", "p7"]
 
 
-def build_pyramid(cfg: CfgNode, out_levels: Iterable[str] | None = None) -> DyHeadPyramid:
-    """The pyramid of ``MODEL.BACKBONE``, ``RESNETS``, ``FPN`` and ``DYHEAD``, with random weights.
-
-    Args:
-        cfg: the configuration.
-        out_levels: the levels that are returned, all by default.
+def build_pyramid(cfg: CfgNode) -> Pyramid:
+    """The pyramid of ``MODEL.BACKBONE``, ``RESNETS``, ``FPN`` and ``NECKS``, with random weights.
 
     Raises:
-        ValueError: levels that are not there, channels or groups that do not fit each other.
+        ConfigError, ValueError: channels or groups that do not fit each other.
     """
     resnet = _build_resnet(cfg)
-    fpn, options = cfg.MODEL.FPN, cfg.MODEL.DYHEAD
-    dyhead = DyHead(
-        fpn.OUT_CHANNELS,
-        options.NUM_BLOCKS,
-        block=options.BLOCK,
-        window=options.WINDOW,
-        scale_aware=options.SCALE_AWARE,
-        spatial_aware=options.SPATIAL_AWARE,
-        task_aware=options.TASK_AWARE,
-        offset_groups=options.OFFSET_GROUPS,
-        norm_groups=options.NORM_GROUPS,
-    )
-    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_dyhead_backbone":
-        top = PooledTop()
-    else:
-        top = ConvolvedTop(resnet.inplanes, fpn.OUT_CHANNELS, from_p5=fpn.P6P7_IN_FEATURE == "p5")
-    return DyHeadPyramid(resnet, fpn.IN_FEATURES, fpn.OUT_CHANNELS, top, dyhead, build_norm(fpn.NORM), out_levels)
+    fpn, name = options_of(cfg, "MODEL.FPN"), cfg.MODEL.BACKBONE.NAME
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    convolved, source = BACKBONES[name]
+    source = source or fpn.p6p7_in_feature
+    top = PooledTop()
+    if convolved:
+        top = ConvolvedTop(channels if source == "p5" else resnet.inplanes, channels, source, relu=fpn.p7_relu)
+    pyramid = Pyramid(resnet, cfg.MODEL.FPN.IN_FEATURES, channels, top, build_norm(cfg.MODEL.FPN.NORM))
+    names = necks_with_dyhead(cfg) if "dyhead" in name else cfg.MODEL.NECKS
+    necks = build_necks(cfg, names, channels, list(pyramid.strides.values()))
+    pyramid.add_necks(necks, options_of(cfg, "MODEL.BACKBONE").size_divisibility)
+    return pyramid
 
 
 def build_norm(name: str) -> Callable[[int], nn.Module] | None:

@@ -15,8 +15,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torchvision
-from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torch import nn
 
 from dyhead.checkpoints import CheckpointError, canonical_names, convert, find_state, load_into, read_file
 from dyhead.config import ConfigError
@@ -71,7 +70,6 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
     names = canonical_names(model.state_dict())
     try:
         conversion = convert(find_state(_read_weights(weights), origin), origin)
-        _background_first(model, conversion.state)
         load_into(model, conversion, names, strict=strict, origin=origin)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
@@ -134,15 +132,3 @@ def _read_weights(weights: str) -> dict[str, Any]:
             f"{os.path.join(torch.hub.get_dir(), 'checkpoints')} ({error}). "
             'Put it there, name another file, or train from scratch with MODEL.WEIGHTS ""'
         ) from error
-
-
-def _background_first(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a box predictor its weights in torchvision's order, where background is class 0 and has boxes, too."""
-    predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-    if not isinstance(predictor, FastRCNNPredictor):
-        return
-    for kind in ("weight", "bias"):
-        if (scores := state.get(f"roi_heads.box_predictor.cls_score.{kind}")) is not None:
-            state[f"roi_heads.box_predictor.cls_score.{kind}"] = scores.roll(1, dims=0)
-        if (boxes := state.get(f"roi_heads.box_predictor.bbox_pred.{kind}")) is not None:
-            state[f"roi_heads.box_predictor.bbox_pred.{kind}"] = torch.cat([torch.zeros_like(boxes[:4]), boxes])

@@ -5,12 +5,10 @@ from __future__ import annotations
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dyhead.config import ConfigError
+from dyhead.config import TWO_STAGE, ConfigError
 from dyhead.torchvision.config import check_values
-from dyhead.torchvision.dense import build_fcos, build_retinanet
+from dyhead.torchvision.dense import build_dense
 from dyhead.torchvision.rcnn import build_faster_rcnn
-
-_BUILDERS = {"DyHeadFCOS": build_fcos, "DyHeadRetinaNet": build_retinanet, "DyHeadRCNN": build_faster_rcnn}
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -25,7 +23,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """
     check_values(cfg)
     try:
-        return _BUILDERS[cfg.MODEL.META_ARCHITECTURE](cfg)
+        return (build_faster_rcnn if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE else build_dense)(cfg)
     except ConfigError:
         raise
     except ValueError as error:

@@ -11,19 +11,19 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import roi_align
 
-from dyhead.config import ConfigError, get
+from dyhead.config import ConfigError, get, options_of
+from dyhead.detection import Anchors
+from dyhead.detection.boxes import Deltas
 from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.backbone import build_norm, build_pyramid
 from dyhead.torchvision.config import iou_thresholds
-from dyhead.torchvision.losses import box_loss
 from dyhead.torchvision.normalization import Normalization
 
 
@@ -40,12 +40,58 @@ class FasterRCNN(GeneralizedRCNN):
         return [found | {"labels": found["labels"] - 1} for found in super().forward(images)]
 
 
+class BoxCoder:
+    """A box form with the interface of torchvision's coder of boxes.
+
+    Args:
+        form: what the numbers mean.
+    """
+
+    def __init__(self, form: Deltas) -> None:
+        self.form = form
+
+    def encode(self, boxes: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:
+        """Deltas (Q, 4) of each image's boxes from its anchors."""
+        return [self.form.encode(own, from_) for own, from_ in zip(boxes, anchors, strict=True)]
+
+    def decode(self, numbers: Tensor, anchors: list[Tensor]) -> Tensor:
+        """Boxes (Q, X, 4) from X deltas (Q, X*4) of the anchors of all images."""
+        count = numbers.shape[1] // 4
+        places = torch.cat(anchors).repeat_interleave(count, dim=0)
+        return self.form.decode(numbers.reshape(-1, 4), places).view(len(numbers), count, 4)
+
+
+class BoxPredictor(nn.Module):
+    """Class logits and deltas of regions, with the parameters of Detectron2's and the outputs of torchvision's.
+
+    Detectron2's last class is the background, which has no deltas; torchvision's class 0 is, with deltas that are never
+    read.
+
+    Args:
+        channels: of a region's features.
+        num_classes: classes K.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(channels, num_classes + 1)
+        self.bbox_pred = nn.Linear(channels, 4 * num_classes)
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Regions (Q, C, ...) to logits (Q, 1 + K) and deltas (Q, 4 + 4K), the background first."""
+        x = x.flatten(1)
+        return self.cls_score(x).roll(1, dims=1), F.pad(self.bbox_pred(x), (4, 0))
+
+
 class ProposalNetwork(RegionProposalNetwork):
     """torchvision's region proposal network on some levels of the pyramid, with the losses of the configuration.
 
     Args:
         levels: names of the levels it works on.
-        loss_type, beta: of the boxes, see :func:`box_loss`.
+        box_form: what the deltas mean, and what they cost.
         loss_weights: of the objectness and of the boxes.
         args, kwargs: torchvision's.
     """
@@ -54,15 +100,14 @@ class ProposalNetwork(RegionProposalNetwork):
         self,
         *args,
         levels: Sequence[str],
-        loss_type: str,
-        beta: float,
+        box_form: Deltas,
         loss_weights: tuple[float, float],
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.levels = tuple(levels)
-        self.loss_type = loss_type
-        self.beta = beta
+        self.box_form = box_form
+        self.box_coder = BoxCoder(box_form)
         self.loss_weights = loss_weights
 
     def forward(
@@ -99,14 +144,9 @@ class ProposalNetwork(RegionProposalNetwork):
         sample = positive | negative
         count = len(labels) * self.fg_bg_sampler.batch_size_per_image
         loss_cls = F.binary_cross_entropy_with_logits(logits[sample], torch.stack(labels)[sample], reduction="sum")
-        loss_loc = box_loss(
-            self.loss_type,
-            self.box_coder,
-            deltas[positive],
-            torch.stack(anchors)[positive],
-            torch.stack(matched)[positive],
-            self.beta,
-        )
+        loss_loc = self.box_form.loss(
+            deltas[positive], torch.stack(anchors)[positive], torch.stack(matched)[positive]
+        ).sum()
         weight_cls, weight_loc = self.loss_weights
         return {"loss_rpn_cls": weight_cls * loss_cls / count, "loss_rpn_loc": weight_loc * loss_loc / count}
 
@@ -115,16 +155,16 @@ class BoxHeads(RoIHeads):
     """torchvision's box head, with the losses of the configuration.
 
     Args:
-        loss_type, beta: of the boxes, see :func:`box_loss`.
+        box_form: what the deltas mean, and what they cost.
         loss_weight: of the boxes.
         append_truth: add the true boxes to the proposals in training.
         args, kwargs: torchvision's.
     """
 
-    def __init__(self, *args, loss_type: str, beta: float, loss_weight: float, append_truth: bool, **kwargs) -> None:
+    def __init__(self, *args, box_form: Deltas, loss_weight: float, append_truth: bool, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_type = loss_type
-        self.beta = beta
+        self.box_form = box_form
+        self.box_coder = BoxCoder(box_form)
         self.loss_weight = loss_weight
         self.append_truth = append_truth
 
@@ -152,7 +192,7 @@ class BoxHeads(RoIHeads):
         labels, truth, boxes = torch.cat(labels), torch.cat(truth), torch.cat(proposals)
         positive = torch.where(labels > 0)[0]
         own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
-        loss_box = box_loss(self.loss_type, self.box_coder, own_class, boxes[positive], truth[positive], self.beta)
+        loss_box = self.box_form.loss(own_class, boxes[positive], truth[positive]).sum()
         return [], {
             # Summed and divided, not averaged: the mean of no proposals would be NaN.
             "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1),
@@ -208,7 +248,7 @@ def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
         pyramid,
         _build_proposal_network(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.RPN")),
         _build_box_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
-        Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
+        Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, pyramid.size_divisibility),
     )
 
 
@@ -220,16 +260,16 @@ def _strides(strides: dict[str, int], cfg: CfgNode, node: str) -> dict[str, int]
 
 
 def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]) -> ProposalNetwork:
-    options, anchors = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
+    options, anchors = cfg.MODEL.RPN, options_of(cfg, "MODEL.ANCHOR_GENERATOR")
     if not options.CONV_DIMS or any(width not in (-1, channels) for width in options.CONV_DIMS):
         raise ConfigError(
             f"MODEL.RPN.CONV_DIMS: expected one -1 for each convolution of {channels} channels, got {options.CONV_DIMS}"
         )
-    generator = PyramidAnchors(anchors.SIZES, anchors.ASPECT_RATIOS, list(strides.values()), anchors.OFFSET)
+    grid = Anchors(anchors.sizes, anchors.aspect_ratios, list(strides.values()), anchors.offset)
     low, high = iou_thresholds(cfg, "MODEL.RPN")
     network = ProposalNetwork(
-        generator,
-        RPNHead(channels, generator.num_anchors_per_location()[0], conv_depth=len(options.CONV_DIMS)),
+        PyramidAnchors(grid),
+        RPNHead(channels, grid.per_cell, conv_depth=len(options.CONV_DIMS)),
         high,
         low,
         options.BATCH_SIZE_PER_IMAGE,
@@ -238,11 +278,9 @@ def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]
         {"training": options.POST_NMS_TOPK_TRAIN, "testing": options.POST_NMS_TOPK_TEST},
         options.NMS_THRESH,
         levels=strides,
-        loss_type=options.BBOX_REG_LOSS_TYPE,
-        beta=options.SMOOTH_L1_BETA,
+        box_form=Deltas(tuple(options.BBOX_REG_WEIGHTS), options.BBOX_REG_LOSS_TYPE, options.SMOOTH_L1_BETA),
         loss_weights=(options.LOSS_WEIGHT, options.LOSS_WEIGHT * options.BBOX_REG_LOSS_WEIGHT),
     )
-    network.box_coder = BoxCoder(tuple(options.BBOX_REG_WEIGHTS))
     network.min_size = max(network.min_size, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE)
     return network
 
@@ -257,24 +295,19 @@ def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> Bo
         (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, build_norm(box.NORM)
     )
     last = box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
-    predictor = FastRCNNPredictor(last, options.NUM_CLASSES + 1)
-    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
-        nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
     return BoxHeads(
         PyramidPool(strides, side, box.POOLER_SAMPLING_RATIO, aligned=box.POOLER_TYPE == "ROIAlignV2"),
         head,
-        predictor,
+        BoxPredictor(last, options.NUM_CLASSES),
         high,
         low,
         options.BATCH_SIZE_PER_IMAGE,
         options.POSITIVE_FRACTION,
-        tuple(box.BBOX_REG_WEIGHTS),
+        None,  # its own coder of boxes is not read
         options.SCORE_THRESH_TEST,
         options.NMS_THRESH_TEST,
         cfg.TEST.DETECTIONS_PER_IMAGE,
-        loss_type=box.BBOX_REG_LOSS_TYPE,
-        beta=box.SMOOTH_L1_BETA,
+        box_form=Deltas(tuple(box.BBOX_REG_WEIGHTS), box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA),
         loss_weight=box.BBOX_REG_LOSS_WEIGHT,
         append_truth=options.PROPOSAL_APPEND_GT,
     )

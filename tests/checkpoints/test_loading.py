@@ -20,7 +20,7 @@ class Model(nn.Module):
 NAMES = {
     "head.weight": "detector.head.logits.weight",
     "head.bias": "detector.head.logits.bias",
-    "normalizer": "detector.loss_normalizer",
+    "normalizer": "detector.loss_normalizer.average",
 }
 
 
@@ -52,12 +52,14 @@ def test_without_names_the_models_are_canonical():
     assert torch.equal(model.bias, state["bias"])
 
 
-@pytest.mark.parametrize("key", ["detector.loss_normalizer", "norm.num_batches_tracked"])
+@pytest.mark.parametrize("key", ["detector.loss_normalizer.average", "norm.num_batches_tracked"])
 def test_what_training_alone_needs_may_be_missing(weights, key, caplog):
     caplog.set_level(logging.INFO)
     del weights.state[key]
     model = load(weights)
-    assert model.normalizer == (100 if key.startswith("detector") else weights.state["detector.loss_normalizer"])
+    assert model.normalizer == (
+        100 if key.startswith("detector") else weights.state["detector.loss_normalizer.average"]
+    )
     assert "Loaded 7 of 8 tensors from checkpoint w.pth (theirs)" in caplog.text
     assert "Not loaded" not in caplog.text
 

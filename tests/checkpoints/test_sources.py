@@ -235,11 +235,11 @@ def test_several_convolutions_of_a_proposal_network_are_numbered():
 
 @pytest.mark.parametrize("state", [torchvision_engine(), torchvision_engine(levels=4), torchvision_rcnn()])
 def test_saving_and_loading_are_inverse(state):
-    state |= {"detector.head.logits.weight": torch.rand(2), "detector.loss_normalizer": torch.rand(())}
+    state |= {"detector.head.logits.weight": torch.rand(2), "detector.loss_normalizer.average": torch.rand(())}
     names = canonical_names(state)
     assert len(set(names.values())) == len(names) == len(state)
     assert set(convert({names[key]: value for key, value in state.items()}).state) == set(names.values())
-    assert names["detector.loss_normalizer"] == "detector.loss_normalizer"
+    assert names["detector.loss_normalizer.average"] == "detector.loss_normalizer.average"
 
 
 def test_canonical_names_are_their_own():

@@ -1,10 +1,15 @@
 """The configuration of the torchvision engine."""
 
+import fnmatch
 import logging
+from pathlib import Path
 
 import pytest
+import yaml
 
-from dyhead.config import ConfigError, add_dyhead_config, get
+import dyhead.torchvision as package
+from dyhead.config import OPTIONS, ConfigError, add_dyhead_config, get
+from dyhead.options import leaves as option_leaves
 from dyhead.torchvision import build_model, get_cfg, setup
 from dyhead.torchvision.config import check_values, dump, not_honoured_keys
 
@@ -26,6 +31,13 @@ def test_keys_and_defaults_are_those_of_detectron2():
         key: (type(value), value) for key, value in theirs.items()
     }
     assert not_honoured_keys() < theirs.keys()
+
+
+def test_every_pattern_of_keys_that_are_not_honoured_fits_a_key():
+    path = Path(package.__file__).with_name("detectron2_defaults.yaml")
+    defaults, patterns = yaml.safe_load_all(path.read_text())
+    keys = [key for key, _ in leaves(defaults)]
+    assert [pattern for pattern in patterns if not fnmatch.filter(keys, pattern)] == []
 
 
 def test_a_written_configuration_reads_back_the_same(tiny, configured, command, tmp_path, caplog):
@@ -57,7 +69,7 @@ def test_keys_that_cannot_be_honoured_are_named_with_their_values_in_one_warning
 
 def test_the_shipped_configurations_are_honoured_in_full(tiny, command, caplog):
     caplog.set_level(logging.WARNING)
-    for detector in ("fcos", "retinanet", "faster_rcnn"):
+    for detector in ("atss", "fcos", "retinanet", "faster_rcnn"):
         args = command({key: tiny[key] for key in ("MODEL.DEVICE", "OUTPUT_DIR")}, detector)
         for config in (args.config_file, args.config_file.replace("quickstart/", "").replace("R18_shapes", "R50")):
             args.config_file = config
@@ -73,8 +85,8 @@ def test_a_misspelt_key_is_an_error_that_suggests_the_right_one(tiny, command):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.META_ARCHITECTURE", "MaskRCNN", "DyHeadFCOS, DyHeadRetinaNet, DyHeadRCNN"),
-        ("MODEL.BACKBONE.NAME", "build_swin", "'build_resnet_fpn_dyhead_backbone', 'build_retinanet_resnet_fpn"),
+        ("MODEL.META_ARCHITECTURE", "MaskRCNN", "DyHeadATSS, DyHeadFCOS, DyHeadRetinaNet, DyHeadRCNN"),
+        ("MODEL.BACKBONE.NAME", "build_swin", "'build_resnet_fpn_backbone', 'build_resnet_fpn_p6p7_backbone'"),
         ("MODEL.RESNETS.NORM", "naiveSyncBN", "'BN', 'SyncBN', 'FrozenBN', 'GN'"),
         ("MODEL.RESNETS.DEPTH", 20, "18, 34, 50, 101, 152"),
         ("MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "64 with DEPTH 18"),
@@ -84,7 +96,7 @@ def test_a_misspelt_key_is_an_error_that_suggests_the_right_one(tiny, command):
         ("MODEL.PIXEL_MEAN", [0.0], "3 values"),
         ("MODEL.DYHEAD.BLOCK", "v2", "'paper', 'released'"),
         ("MODEL.DYHEAD.NORM_GROUPS", 7, "norm_groups"),
-        ("MODEL.FCOS.IN_FEATURES", ["p2", "p3"], "p3, p4, p5, p6, p7, not p2"),
+        ("MODEL.FCOS.IN_FEATURES", ["p2", "p3"], "some of the levels p3, p4, p5, p6, p7, got p2"),
         ("INPUT.RANDOM_FLIP", "both", "'horizontal', 'vertical', 'none'"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "any", "'choice', 'range'"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "all", "'value', 'norm', 'full_model'"),
@@ -105,10 +117,10 @@ def test_a_value_that_cannot_be_honoured_names_the_key_and_what_is_supported(tin
 @pytest.mark.parametrize(
     ("detector", "key", "value", "message"),
     [
-        ("retinanet", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l3", "'smooth_l1', 'giou', 'diou', 'ciou'"),
-        ("retinanet", "MODEL.RETINANET.IOU_LABELS", [0, 0, 1], r"\[0, -1, 1\] with IOU_THRESHOLDS"),
+        ("retinanet", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l3", "'smooth_l1', 'iou', 'giou', 'diou', 'ciou'"),
+        ("retinanet", "MODEL.RETINANET.IOU_LABELS", [0, 1], r"expected 3 labels with IOU_THRESHOLDS \[0.4, 0.5\]"),
         ("retinanet", "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]], "1 or 5 lists"),
-        ("retinanet", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [1.0], "1 or 5 lists"),
+        ("retinanet", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0], [2.0]], "1 or 5 lists"),
         ("faster_rcnn", "MODEL.ANCHOR_GENERATOR.SIZES", [[1], [2], [3], [4], [5, 6]], "as many anchors on every level"),
         ("faster_rcnn", "MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "'StandardROIHeads'"),
         ("faster_rcnn", "MODEL.ROI_HEADS.IN_FEATURES", ["res4"], "some of the levels p2, p3, p4, p5, p6"),
@@ -140,15 +152,12 @@ def test_devices_that_are_not_there_are_refused(tiny, command, flags, options, m
 
 
 def test_every_key_that_is_said_to_be_honoured_is_read_somewhere(configured, tiny):
-    """A key in the table of honoured ones that nothing reads would be ignored in silence."""
-    from pathlib import Path
-
-    import dyhead.torchvision as package
-
-    source = "\n".join(path.read_text() for path in Path(package.__file__).parent.glob("*.py") if path.stem != "config")
-    source += Path(package.__file__).with_name("config.py").read_text().split("_NORMS = ", 1)[1]
+    """A key that is said to be honoured and that nothing reads would be ignored in silence."""
+    source = "\n".join(path.read_text() for path in Path(package.__file__).parent.glob("*.py"))
     cfg = get_cfg()
-    names = {key for key, _ in leaves(cfg)} - not_honoured_keys() - {"VERSION"}
+    # Options are read as a whole, by the dataclasses that declare them.
+    options = {f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in option_leaves(options)}
+    names = {key for key, _ in leaves(cfg)} - not_honoured_keys() - options - {"VERSION"}
     unread = [key for key in sorted(names) if key.rsplit(".", 1)[-1] not in source]
     assert not unread
     assert get(cfg, "VERSION") == 2

@@ -5,18 +5,20 @@ import math
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 
+from dyhead.detection import Anchors
 from dyhead.layers import DyHead, ReleasedDyHeadBlock
 from dyhead.torchvision import build_model
 from dyhead.torchvision.anchors import PyramidAnchors
-from dyhead.torchvision.rcnn import FasterRCNN, PyramidPool
+from dyhead.torchvision.dense import DenseModel
+from dyhead.torchvision.rcnn import BoxPredictor, FasterRCNN, PyramidPool
 
 DETECTORS = {
-    "fcos": (FCOS, {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}),
-    "retinanet": (RetinaNet, {"loss_cls", "loss_box_reg"}),
+    "atss": (DenseModel, {"loss_cls", "loss_box_reg", "loss_centerness"}),
+    "fcos": (DenseModel, {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}),
+    "retinanet": (DenseModel, {"loss_cls", "loss_box_reg"}),
     "faster_rcnn": (FasterRCNN, {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}),
 }
 
@@ -65,7 +67,9 @@ def test_pictures_without_objects_only_train_the_background(tiny, configured, de
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_step_lowers_the_loss_of_its_batch(tiny, configured, detector):
-    model = build_model(configured(tiny, detector))
+    # A moving normalizer is another one for the second loss.
+    fixed = {f"MODEL.{name}.LOSS_NORMALIZER": "positives" for name in ("FCOS", "RETINANET")}
+    model = build_model(configured(tiny | fixed, detector))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def loss():
@@ -147,7 +151,7 @@ def test_bottlenecks_stride_where_configured(tiny, configured, in_1x1):
 
 def test_anchors_stand_at_the_strides_whatever_the_padding():
     """64 pixels and a level of stride 128: torchvision's generator would take a stride of 64."""
-    anchors = PyramidAnchors([[10.5], [40]], [[0.25, 1.0]], [32, 128], offset=0.5)
+    anchors = PyramidAnchors(Anchors([[10.5], [40]], [[0.25, 1.0]], [32, 128], offset=0.5))
     picture = ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)])
     (found,) = anchors(picture, [torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 1)])
     centres = (found[:, :2] + found[:, 2:]) / 2
@@ -164,7 +168,7 @@ def test_anchors_are_those_of_detectron2():
     sizes, ratios, strides = [[32, 40.32], [64, 80.63]], [[0.5, 1.0, 2.0]], [8, 16]
     levels = [torch.zeros(1, 1, 6, 9), torch.zeros(1, 1, 3, 5)]
     theirs = DefaultAnchorGenerator(sizes=sizes, aspect_ratios=ratios, strides=strides, offset=0.25)(levels)
-    (ours,) = PyramidAnchors(sizes, ratios, strides, 0.25)(ImageList(None, [(48, 72)]), levels)
+    (ours,) = PyramidAnchors(Anchors(sizes, ratios, strides, 0.25))(ImageList(None, [(48, 72)]), levels)
     assert torch.allclose(ours, torch.cat([boxes.tensor for boxes in theirs]))
 
 
@@ -198,7 +202,8 @@ def test_pictures_are_normalised_in_the_configured_units_and_padded(tiny, config
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_bfloat16_autocast_gives_losses_close_to_float32(tiny, configured, detector):
-    model = build_model(configured(tiny, detector))
+    fixed = {f"MODEL.{name}.LOSS_NORMALIZER": "positives" for name in ("FCOS", "RETINANET")}
+    model = build_model(configured(tiny | fixed, detector))
     with torch.no_grad():
         full = model(*batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -229,25 +234,6 @@ def test_small_pictures_give_sound_gradients_in_bfloat16(tiny, configured):
     assert half.isfinite().all()
 
 
-@pytest.mark.parametrize(("kind", "beta"), [("smooth_l1", 0.0), ("smooth_l1", 0.5), ("giou", 0.0), ("ciou", 0.0)])
-def test_box_losses_of_both_detectors_follow_the_configuration(tiny, configured, kind, beta):
-    """A box that is a pixel off costs what the formula says, whichever detector asks."""
-    from torchvision.models.detection._utils import BoxCoder
-
-    from dyhead.torchvision.losses import box_loss
-
-    coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
-    anchor, truth = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[1.0, 0, 11, 10]])
-    found = box_loss(kind, coder, torch.zeros(1, 4), anchor, truth, beta).item()
-    iou = 90 / 110
-    expected = {
-        "smooth_l1": 0.1 if beta == 0 else 0.1**2 / 2 / beta,
-        "giou": 1 - iou,  # the smallest box around both is their union
-        "ciou": 1 - iou + 1 / (11**2 + 10**2),
-    }[kind]
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
 def test_labels_of_faster_rcnn_start_at_0_outside_and_at_1_behind_its_background_class(tiny, configured, monkeypatch):
     model = build_model(configured(tiny, "faster_rcnn"))
     heads, seen = model.roi_heads.forward, []
@@ -266,23 +252,11 @@ def test_labels_of_faster_rcnn_start_at_0_outside_and_at_1_behind_its_background
     assert model.eval()(images[:1])[0]["labels"].tolist() == [2]
 
 
-def test_fcos_predicts_distances_which_are_not_negative(tiny, configured):
-    model = build_model(configured(tiny))
-    levels = list(model.backbone(torch.randn(2, 3, 64, 64)).values())
-    distances = model.head(levels)["bbox_regression"]
-    places = sum(level.shape[-2] * level.shape[-1] for level in levels)
-    assert distances.shape == (2, places, 4)
-    assert distances.min() == 0 < distances.max()
-
-
-def test_the_focal_loss_takes_its_parameters_from_the_configuration(tiny, configured):
-    losses = {}
-    for alpha, gamma in ((0.25, 2.0), (0.5, 0.0)):
-        torch.manual_seed(0)
-        options = {"MODEL.FCOS.FOCAL_LOSS_ALPHA": alpha, "MODEL.FCOS.FOCAL_LOSS_GAMMA": gamma}
-        head = build_model(configured(tiny | options)).head
-        logits = torch.tensor([[[0.0, 0.0, 0.0]]])
-        positive, classes = torch.tensor([[True]]), torch.tensor([1])
-        losses[alpha, gamma] = head.focal_loss(logits, positive, classes).item()
-    assert losses[0.25, 2.0] == pytest.approx(math.log(2) / 4 * (0.25 + 2 * 0.75))
-    assert losses[0.5, 0.0] == pytest.approx(math.log(2) * 1.5)
+def test_the_box_predictor_puts_the_background_first():
+    predictor = BoxPredictor(5, num_classes=3)
+    x = torch.randn(2, 5)
+    logits, deltas = predictor(x)
+    assert torch.equal(logits[:, 1:], predictor.cls_score(x)[:, :3])
+    assert torch.equal(logits[:, 0], predictor.cls_score(x)[:, 3])
+    assert torch.equal(deltas[:, 4:], predictor.bbox_pred(x))
+    assert (deltas[:, :4] == 0).all()

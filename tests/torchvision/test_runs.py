@@ -13,7 +13,7 @@ from dyhead.data import DataError
 from dyhead.torchvision import main
 from dyhead.torchvision.training import Training
 
-DETECTORS = ("fcos", "retinanet", "faster_rcnn")
+DETECTORS = ("atss", "fcos", "retinanet", "faster_rcnn")
 
 
 @pytest.fixture

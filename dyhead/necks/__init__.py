@@ -1,0 +1,9 @@
+"""Necks: a pyramid in, a pyramid out, between the backbone's own pyramid and the detector; chosen by name.
+
+``MODEL.NECKS`` lists them in their order. A backbone does not know which necks follow.
+"""
+
+from dyhead.necks.dyhead import DyHeadOptions
+from dyhead.necks.registry import NECKS, Registered, Stack, register_neck
+
+__all__ = ["NECKS", "DyHeadOptions", "Registered", "Stack", "register_neck"]

@@ -1,0 +1,50 @@
+"""The Dynamic Head as a neck."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from dyhead.layers import DyHead
+from dyhead.layers.head import BLOCKS
+from dyhead.necks.registry import register_neck
+from dyhead.options import Check, at_least, one_of, option
+
+
+@register_neck("DyHead")
+@dataclass(frozen=True)
+class DyHeadOptions:
+    """``MODEL.DYHEAD``; see :class:`dyhead.layers.DyHead`."""
+
+    num_blocks: int = option(
+        6, "blocks stacked on the pyramid; the paper's best trade is 6. 0 leaves the pyramid as it is", at_least(0)
+    )
+    block: str = option(
+        "paper",
+        '"paper": Eqs. 3 to 5 in the pyramid\'s own geometry. "released" (or "mmdetection"): the block of the '
+        'published weights; images are then padded to multiples of the last stride, as theirs were. "mmdetection_main": that of '
+        "weights trained with mmdetection's main branch after 3.3",
+        one_of(*BLOCKS),
+    )
+    window: int | None = option(
+        1,
+        "levels on each side of a level that Eq. 4 sums over; null is the whole pyramid",
+        Check("at least 1, or null", lambda value: value is None or value >= 1),
+    )
+    scale_aware: bool = option(True, "apply Eq. 3, the scale-aware attention")
+    spatial_aware: bool = option(True, "apply Eq. 4, the spatial-aware attention")
+    task_aware: bool = option(True, "apply Eq. 5, the task-aware attention")
+    offset_groups: int = option(1, "groups of channels with offsets of their own in Eq. 4", at_least(1))
+    norm_groups: int = option(16, "groups of the spatial-aware attention's GroupNorm", at_least(1))
+
+    def build(self, channels: int) -> DyHead:
+        """The module, with random weights.
+
+        Raises:
+            ValueError: options that do not fit each other or the channels.
+        """
+        return DyHead(channels, **asdict(self))
+
+    def size_divisibility(self, strides: Sequence[int]) -> int:
+        """What it asks of the image's height and width, in pixels."""
+        return 1 if self.block == "paper" or not self.num_blocks else max(strides)

@@ -1,0 +1,69 @@
+"""The necks by name, and several of them in a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+_Options = TypeVar("_Options", bound=type)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A neck.
+
+    Attributes:
+        name: what ``MODEL.NECKS`` calls it; in lower case it is the module's name.
+        node: of its options in the configuration, "MODEL.DYHEAD".
+        options: their dataclass, with the methods ``build(channels) -> nn.Module`` and
+            ``size_divisibility(strides) -> int``.
+    """
+
+    name: str
+    node: str
+    options: type
+
+
+#: All necks by name.
+NECKS: dict[str, Registered] = {}
+
+
+def register_neck(name: str) -> Callable[[_Options], _Options]:
+    """Register the options dataclass below as those of the neck ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(options: _Options) -> _Options:
+        if name in NECKS:
+            raise ValueError(f"neck {name!r}: registered before, by {NECKS[name]}")
+        NECKS[name] = Registered(name, f"MODEL.{name.upper()}", options)
+        return options
+
+    return register
+
+
+class Stack(nn.Module):
+    """Necks one after the other, each a child of its own name; the parameters of DyHead are ``dyhead.blocks...``.
+
+    Args:
+        necks: by name, in their order; each takes and returns a pyramid.
+        divisors: what they ask of the image's height and width, in pixels.
+    """
+
+    def __init__(self, necks: Mapping[str, nn.Module], divisors: Sequence[int] = ()) -> None:
+        super().__init__()
+        for name, neck in necks.items():
+            self.add_module(name, neck)
+        self.size_divisibility = math.lcm(1, *divisors)
+
+    def forward(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Levels (N, C, H, W) by name, fine to coarse, through all necks."""
+        for neck in self.children():
+            pyramid = neck(pyramid)
+        return pyramid
