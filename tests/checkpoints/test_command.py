@@ -16,7 +16,8 @@ def run(*arguments):
 
 
 def test_writes_canonical_weights_that_both_engines_and_torch_read(tmp_path, published, state_of, capsys):
-    state = state_of(published["atss_r50_fpn_dyhead_1x_coco"])
+    shapes = published["atss_r50_fpn_dyhead_1x_coco"]
+    state = state_of({key: [min(size, 4) for size in shape] for key, shape in shapes.items()})
     torch.save({"state_dict": state, "meta": {"epoch": 12}}, tmp_path / "theirs.pth")
     assert run(tmp_path / "theirs.pth", tmp_path / "ours.pth") == 0
     content = torch.load(tmp_path / "ours.pth", weights_only=True)
