@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
 
@@ -14,7 +13,7 @@ from dyhead.checkpoints.convert import SOURCES, Conversion, convert
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.checkpoints.files import read_state
 
-_NAMED = 10  # so many keys with the same reason are listed, the rest is counted
+_NAMED = 20  # so many keys that are left over for the same reason are listed, the rest is counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,19 +57,10 @@ def _report(conversion: Conversion, args: argparse.Namespace) -> str:
     }
     width = max(map(len, counts))
     lines = [f"{name:<{width}}  {value}" for name, value in counts.items()]
-    for title, keys in (
-        ("dropped", conversion.dropped),
-        ("left over", conversion.left_over),
-        ("added", conversion.added),
-    ):
-        lines += _by_reason(title, keys)
+    for title, keys in (("dropped", conversion.dropped), ("added", conversion.added)):
+        lines += [f"{title}, {reason}: {count}" for reason, count in Counter(keys.values()).items()]
+    for reason in dict.fromkeys(conversion.left_over.values()):
+        keys = [key for key, why in conversion.left_over.items() if why == reason]
+        lines += [f"left over, {reason}:", *(f"  {key}" for key in keys[:_NAMED])]
+        lines += [f"  and {len(keys) - _NAMED} more"] if len(keys) > _NAMED else []
     return "\n".join(lines)
-
-
-def _by_reason(title: str, keys: Mapping[str, str]) -> list[str]:
-    lines = []
-    for reason, count in Counter(keys.values()).items():
-        lines.append(f"{title}, {reason}:")
-        named = [key for key, why in keys.items() if why == reason][:_NAMED]
-        lines += [f"  {key}" for key in named] + ([f"  and {count - len(named)} more"] if count > len(named) else [])
-    return lines

@@ -105,7 +105,7 @@ CANONICAL = Source(
     "dyhead",
     r"^(backbone\.(backbone|dyhead)|detector)\.",
     lambda state: [],
-    unless=r"^backbone\.(body|fpn|dyhead_tower)\.|^head\.",
+    unless=rf"^backbone\.(body|fpn|dyhead_tower)\.|^head\.(predictor\.)?({_PREDICTORS})",
     remainder=None,
 )
 EARLIER_DETECTRON2 = Source(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from typing import Any
+from urllib.parse import parse_qs
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -57,14 +58,18 @@ class Checkpointer(DetectionCheckpointer):
             # Caffe2's; its detectors hold the weights under "blobs", its networks alone.
             weights = {key: x for key, x in content.get("blobs", content).items() if not key.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-        if "matching_heuristics=True" in self._parsed_url_during_load.query:
-            content = {"model": content, **content, "matching_heuristics": True}
+        queries = parse_qs(self._parsed_url_during_load.query)
+        if queries.pop("matching_heuristics", None) == ["True"]:
+            content["matching_heuristics"] = True
+        if queries:
+            raise CheckpointError(f"{self._origin}: expected no query but matching_heuristics=True, got {queries}")
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        heuristics = checkpoint.pop("matching_heuristics", False)
         state = find_state(checkpoint, self._origin)
         own = self.model.state_dict()
-        if checkpoint.get("matching_heuristics"):
+        if heuristics:
             state = align_and_update_state_dicts(own, state, c2_conversion=checkpoint.get("__author__") == "Caffe2")
             conversion, names = Conversion(state, "matched by the ends of the keys"), None
         else:

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -11,11 +12,12 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.modeling import build_model as build_detectron2
 
-import dyhead.detectron2  # noqa: F401 (registers the models)
 from dyhead.checkpoints import canonical_names, convert
 from dyhead.config import add_dyhead_config, load_config
+from dyhead.detectron2 import Checkpointer
 from dyhead.torchvision import build_model as build_torchvision
 from dyhead.torchvision import get_cfg as get_torchvision_cfg
+from dyhead.torchvision.checkpoint import load_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
 COUNTER = "num_batches_tracked"
@@ -46,3 +48,21 @@ def test_both_engines_have_the_same_canonical_names_and_shapes(detector, options
     state = convert(ours).state
     assert {key: tuple(value.shape) for key, value in state.items() if COUNTER not in key} == expected
     assert {name for name in canonical_names(ours).values() if COUNTER not in name} == expected.keys()
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn"])
+def test_detectron2_loads_what_torchvision_trained(detector, tmp_path):
+    theirs, ours = models(detector)
+    torch.save({"state_dict": ours.state_dict(), "global_step": 3}, tmp_path / "w.pth")
+    Checkpointer(theirs).load(str(tmp_path / "w.pth"))
+    loaded, expected = theirs.state_dict(), convert(ours.state_dict()).state
+    assert all(torch.equal(loaded[key], expected[name]) for key, name in canonical_names(loaded).items())
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn"])
+def test_torchvision_loads_what_detectron2_trained(detector, tmp_path):
+    theirs, ours = models(detector)
+    Checkpointer(theirs, str(tmp_path)).save("w")
+    load_weights(ours, str(tmp_path / "w.pth"), strict=True)
+    given, loaded = theirs.state_dict(), convert(ours.state_dict()).state
+    assert all(torch.equal(given[key], loaded[name]) for key, name in canonical_names(given).items())

@@ -1,5 +1,6 @@
 """What is read from a checkpoint file, and what is refused."""
 
+import io
 import pickle
 import re
 import sys
@@ -90,10 +91,14 @@ def test_a_pickle_that_asks_for_more_than_arrays_names_it(tmp_path):
 def test_files_that_are_none_are_named(tmp_path, suffix):
     with pytest.raises(CheckpointError, match=rf"absent\.{suffix}: no such file"):
         read_file(tmp_path / f"absent.{suffix}")
-    for name, data in (("text", b"hello"), ("empty", b""), ("cut", pickle.dumps({"a": [1.5] * 20})[:30])):
-        (tmp_path / f"{name}.{suffix}").write_bytes(data)
-        with pytest.raises(CheckpointError, match=rf"{name}\.{suffix}: not a (file of tensors|pickle of)"):
-            read_file(tmp_path / f"{name}.{suffix}")
+    content = {key: value.numpy() if suffix == "pkl" else value for key, value in STATE.items()}
+    whole = io.BytesIO()
+    torch.save(content, whole) if suffix == "pth" else pickle.dump(content, whole)
+    damaged = [whole.getvalue()[:end] for end in range(0, len(whole.getvalue()), 40 if suffix == "pth" else 7)]
+    for i, data in enumerate([b"hello", *damaged]):
+        (tmp_path / f"{i}.{suffix}").write_bytes(data)
+        with pytest.raises(CheckpointError, match=rf"/{i}\.{suffix}: not a (file of tensors|pickle of)"):
+            read_file(tmp_path / f"{i}.{suffix}")
 
 
 def test_content_that_holds_no_weights_is_named(tmp_path):

@@ -253,6 +253,14 @@ def test_canonical_names_are_their_own():
     assert convert({key: torch.rand(1) for key in keys}).renamed == {key: key for key in keys}
 
 
+def test_a_dyhead_backbone_in_a_detector_of_somebody_elses_keeps_its_names():
+    """Such as Detectron2's RetinaNet with its towers, and files of it."""
+    keys = ["backbone.backbone.fpn_lateral3.weight", "backbone.dyhead.blocks.0.offset.bias", "head.cls_subnet.0.weight"]
+    keys += ["mask_head.conv.bias"]
+    assert convert({key: torch.rand(1) for key in keys}).renamed == {key: key for key in keys}
+    assert canonical_names(keys) == {key: key for key in keys}
+
+
 def test_the_first_stage_of_a_pyramid_can_be_given():
     key = "backbone.fpn.layer_blocks.1.0.weight"
     assert canonical_names([key], first=2)[key] == "backbone.backbone.fpn_output3.weight"

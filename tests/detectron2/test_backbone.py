@@ -1,4 +1,6 @@
 # ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -172,8 +174,10 @@ def test_detectron2s_own_checkpointer_loads_a_plain_backbone_into_the_wrapped_on
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.dyhead.state_dict().items())
 
 
-def test_torch_loads_a_plain_backbone_into_the_wrapped_one(plain):
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy])
+def test_torch_loads_a_plain_backbone_into_the_wrapped_one(plain, again):
     model, state = plain
+    model = again(model)
     given = dict(state)
     found = model.load_state_dict(state, strict=False)
     assert state.keys() == given.keys()

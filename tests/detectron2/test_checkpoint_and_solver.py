@@ -1,7 +1,9 @@
 # ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,64 @@ def test_released_weights_of_the_head_fit(configs, tmp_path):
     torch.save({"model": state}, tmp_path / "released.pth")
     Checkpointer(model).load(str(tmp_path / "released.pth"))
     assert all((parameter == 0.5).all() for parameter in model.backbone.dyhead.parameters())
+
+
+CAFFE2 = {
+    "conv1_w": "stem.conv1.weight",
+    "res_conv1_bn_s": "stem.conv1.norm.weight",
+    "res3_0_branch1_w": "res3.0.shortcut.weight",
+    "res4_1_branch2b_bn_b": "res4.1.conv2.norm.bias",
+}
+
+
+def imagenet(model, names):
+    """Weights for some of the network's parameters, under the names of another project."""
+    own = model.backbone.backbone.bottom_up.state_dict()
+    return {theirs: torch.rand(own[ours].shape) for theirs, ours in names.items()}
+
+
+def assert_in_network(model, state, names):
+    loaded = model.backbone.backbone.bottom_up.state_dict()
+    assert all(torch.equal(loaded[ours], state[theirs]) for theirs, ours in names.items())
+
+
+@pytest.mark.parametrize("blobs", [False, True])
+def test_caffe2s_networks_are_matched_as_detectron2_does(tiny_cfg, tmp_path, blobs):
+    model = build_model(tiny_cfg("fcos", {"MODEL.RESNETS.NORM": "FrozenBN"}))
+    state = imagenet(model, CAFFE2)
+    arrays = {key: value.numpy() for key, value in state.items()} | {"conv1_w_momentum": np.ones(1)}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"blobs": arrays} if blobs else arrays))
+    Checkpointer(model).load(str(tmp_path / "R-18.pkl"), checkpointables=[])
+    assert_in_network(model, state, CAFFE2)
+
+
+def test_detectron2s_networks_are_matched_as_detectron2_does(tiny_cfg, tmp_path):
+    model = build_model(tiny_cfg("fcos", {"MODEL.RESNETS.NORM": "FrozenBN"}))
+    names = {ours: ours for ours in CAFFE2.values()}
+    state = imagenet(model, names)
+    content = {"model": {key: value.numpy() for key, value in state.items()}, "__author__": "somebody"}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content | {"matching_heuristics": True}))
+    Checkpointer(model).load(str(tmp_path / "R-18.pkl"), checkpointables=[])
+    assert_in_network(model, state, names)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_address_can_ask_for_matching(tiny_cfg, tmp_path, nested):
+    model = build_model(tiny_cfg("fcos", {"MODEL.RESNETS.NORM": "FrozenBN"}))
+    names = {f"net.{ours}": ours for ours in CAFFE2.values()}
+    state = {key.removeprefix("net."): value for key, value in imagenet(model, names).items()}
+    torch.save({"model": state} if nested else state, tmp_path / "w.pth")
+    Checkpointer(model).load(f"{tmp_path / 'w.pth'}?matching_heuristics=True", checkpointables=[])
+    assert_in_network(model, state, {ours: ours for ours in CAFFE2.values()})
+    with pytest.raises(ConfigError, match=r"expected no query but matching_heuristics=True, got \{'match"):
+        Checkpointer(model).load(f"{tmp_path / 'w.pth'}?match=1", checkpointables=[])
+
+
+def test_nothing_in_a_pickle_runs(saved, tmp_path):
+    model, _ = saved
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {}, "__author__": print}))
+    with pytest.raises(ConfigError, match=r"w\.pkl: not a pickle of numpy arrays: it asks for builtins\.print"):
+        Checkpointer(model).load(str(tmp_path / "w.pkl"))
 
 
 class Toy(nn.Module):
