@@ -40,7 +40,8 @@ _KEY = re.compile(r"(?P<prefix>(?:.*\.)?)(?P<tower>dyhead_tower|dyhead_blocks)\.
 
 
 def convert_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of another DyHead, with the keys of :class:`DyHead` in its "released" or "mmdetection" form.
+    """Renames the keys of another DyHead's state dict to those of :class:`DyHead` with ``block="released"`` or
+    ``"mmdetection"``.
 
     ====================================  ===============================  ===================================
     from                                  to                               loads into
@@ -51,8 +52,8 @@ def convert_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ``PREFIX.dyhead_blocks.I.NAME``
     ====================================  ===============================  ===================================
 
-    where PREFIX is the module that holds the blocks: in microsoft/DynamicHead one that holds a pyramid as well, in
-    mmdetection the head itself. All other keys pass through. mmdetection's convolutions have no bias; they get one of
+    PREFIX is the module that holds the blocks: in microsoft/DynamicHead a module that also holds the pyramid, in
+    mmdetection the head itself. All other keys are kept. mmdetection's convolutions have no bias; they get a bias of
     zeros. Its 1x1 convolutions on pooled features become linear layers. The two forms differ in arithmetic, not in
     keys: see :class:`ReleasedDyHeadBlock`.
 
@@ -60,17 +61,17 @@ def convert_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state_dict: tensors by key, such as ``torch.load(file)["model"]`` or ``["state_dict"]``.
 
     Returns:
-        A new dict; ``state_dict`` is left as it is.
+        A new dict; ``state_dict`` is not changed.
 
     Raises:
         TypeError: not a dict of tensors (for example the whole checkpoint file).
 
     Warns:
-        UserWarning: keys inside a ``dyhead_tower`` or ``dyhead_blocks`` that are none of a block's, by name; they pass
-            through as they are.
+        UserWarning: keys inside a ``dyhead_tower`` or ``dyhead_blocks`` that do not belong to a block. Names them; they
+            are kept unchanged.
 
     Example:
-        A released detector's head, as a module of its own:
+        A released detector's head, as a separate module:
 
         >>> state = convert_checkpoint(checkpoint["model"])             # doctest: +SKIP
         >>> prefix = "backbone.dyhead."                                 # doctest: +SKIP
@@ -82,7 +83,7 @@ def convert_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     nested = [key for key, value in state_dict.items() if isinstance(value, Mapping)]
     if nested:
         raise TypeError(
-            f"state_dict: expected tensors by key, got a dict under {', '.join(map(repr, nested))}; pass that"
+            f"state_dict: expected tensors by key, got a dict under {', '.join(map(repr, nested))}; pass that dict"
         )
 
     converted: dict[str, Tensor] = {}
@@ -107,7 +108,7 @@ def convert_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             converted[f"{target}.bias"] = torch.zeros(value.shape[0], dtype=value.dtype)
     if unknown:
         warnings.warn(
-            f"{len(unknown)} keys of a DyHead block are not known and were passed through: {', '.join(unknown)}",
+            f"{len(unknown)} unknown keys of a DyHead block were kept unchanged: {', '.join(unknown)}",
             stacklevel=2,
         )
     return converted

@@ -12,19 +12,19 @@ from dyhead.layers.released import ReleasedDyHeadBlock
 
 
 class DyHead(nn.Module):
-    """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks on a feature pyramid; a pyramid in, a pyramid out.
+    """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks that map a feature pyramid to one of the same shapes.
 
     Args:
         channels: channels C of every level, in and out.
-        num_blocks: how many blocks are stacked; the paper's best trade is 6. 0 is the identity.
-        block: "paper" is :class:`DyHeadBlock`. "released" and "mmdetection" are :class:`ReleasedDyHeadBlock` as the
-            published checkpoints of the one and the other project need it (:func:`convert_checkpoint`); the options
-            below do not apply to these.
-        window: levels on each side of a level that the spatial-aware attention sees; None is the whole pyramid.
+        num_blocks: number of stacked blocks; the paper's best trade-off is 6. 0 is the identity.
+        block: "paper" is :class:`DyHeadBlock`. "released" and "mmdetection" are :class:`ReleasedDyHeadBlock` in
+            the form that the checkpoints of microsoft/DynamicHead and of mmdetection need
+            (:func:`convert_checkpoint`); the options below do not apply to them.
+        window: number of levels on each side of a level that spatial-aware attention reads; None is the whole pyramid.
         scale_aware: apply Eq. 3.
         spatial_aware: apply Eq. 4.
         task_aware: apply Eq. 5.
-        offset_groups: groups of channels with offsets of their own in the spatial-aware attention.
+        offset_groups: channel groups with separate offsets in the spatial-aware attention.
         norm_groups: groups of its GroupNorm.
 
     Raises:
@@ -69,7 +69,7 @@ class DyHead(nn.Module):
             changed = {name: value for name, value in options.items() if value != DyHead.__init__.__kwdefaults__[name]}
             if changed:
                 given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-                raise ValueError(f"block={block!r} has no options, its weights fix them all; got {given}")
+                raise ValueError(f"block={block!r}: expected no options, because its weights fix them all, got {given}")
             coarse_mask = "flat" if block == "released" else "corner"
             blocks = [ReleasedDyHeadBlock(channels, coarse_mask=coarse_mask) for _ in range(num_blocks)]
         else:
@@ -78,21 +78,21 @@ class DyHead(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """A pyramid (dict, list or tuple of levels, fine to coarse) in, one of the same kind and shapes out.
+        """Maps a pyramid (dict, list or tuple of levels, fine to coarse) to one of the same kind and shapes.
 
         Args:
-            pyramid: levels (N, C, H_l, W_l), each half the size of the one before it; an odd size is rounded either
-                way ("released" and "mmdetection": up).
+            pyramid: levels (N, C, H_l, W_l), each half the size of the previous one; odd sizes may be rounded up or
+                down ("released" and "mmdetection": up).
 
         Returns:
-            Levels with channels last in memory, whatever the input's layout (0 blocks: the input itself).
+            Levels in channels_last, regardless of the input's memory format (0 blocks: the input itself).
 
         Raises:
-            TypeError, ValueError: a pyramid that is none (no levels, wrong order, sizes, channels, ...), naming the
-                level, what was expected and what came.
+            TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,
+                what was expected and what came.
         """
         if self.blocks:
-            # The operator's own layout: converted once, here, if at all.
+            # The operator's native layout; converted here once, if needed.
             levels = split_pyramid(pyramid, self.channels)
             pyramid = join_pyramid([to_channels_last(level) for level in levels], pyramid)
         for block in self.blocks:

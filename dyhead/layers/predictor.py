@@ -1,4 +1,4 @@
-"""The convolutions that turn pyramid levels into classes and boxes, shared by the one-stage detectors."""
+"""The convolutions that predict classes and boxes from pyramid levels, shared by the one-stage detectors."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 
 class DensePredictor(nn.Module):
-    """Class logits, box deltas and a quality logit at every place of every level, at the end of the unified branch.
+    """Class logits, box deltas and a quality logit at every position of every level, on top of the unified branch.
 
-    One convolution for each, shared by all levels (Fig. 2b of the paper: no towers of their own). They start with
-    normal weights of standard deviation 0.01; the classes' bias makes every class start at probability
+    One convolution for each, shared by all levels (Fig. 2b of the paper: no separate towers). Weights are initialised
+    from a normal distribution of standard deviation 0.01, and the class bias so that every class has probability
     ``prior_prob`` (focal loss, Lin et al., ICCV 2017).
 
     Args:
         channels: channels C of every level.
-        num_classes: classes K, without background.
-        num_anchors: anchors A per place; 1 for anchor-free detectors.
+        num_classes: number of classes K, without background.
+        num_anchors: number of anchors A per position; 1 for anchor-free detectors.
         quality: also predict one quality logit per anchor (the centre-ness of FCOS).
-        num_levels: give the deltas of each of so many levels a learned factor of its own, starting at 1 (FCOS, Tian
-            et al., ICCV 2019). None: no such factor, any number of levels.
+        num_levels: multiply the deltas of each of this many levels by its own learned factor, initially 1 (FCOS, Tian
+            et al., ICCV 2019). None: no factors, any number of levels.
         prior_prob: initial probability of every class, in (0, 1).
         kernel_size: size of the convolutions, odd.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument out of range.
 
     Example:
         >>> import torch
@@ -72,14 +72,14 @@ class DensePredictor(nn.Module):
         nn.init.constant_(self.logits.bias, -math.log((1 - prior_prob) / prior_prob))
 
     def forward(self, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Predictions of each level (N, C, H, W).
+        """Predictions for each level (N, C, H, W).
 
         Returns:
             For each level the class logits (N, A*K, H, W), anchor by anchor; the raw box deltas (N, A*4, H, W), neither
             rectified nor exponentiated; and the quality logits (N, A, H, W), or None.
 
         Raises:
-            ValueError: not ``num_levels`` levels, where that was given.
+            ValueError: the number of levels is not ``num_levels``, if that was given.
         """
         if self.delta_scale is not None and len(levels) != len(self.delta_scale):
             raise ValueError(f"levels: expected {len(self.delta_scale)}, got {len(levels)}")

@@ -73,7 +73,7 @@ def test_names_what_it_cannot_map():
         "neck.1.dyhead_blocks.0.gate": torch.ones(1),
     }
     with pytest.warns(
-        UserWarning, match=r"2 keys .*dyhead_tower\.0\.DyConv\.3\.conv\.weight, neck\.1\.dyhead_blocks\.0\.gate"
+        UserWarning, match=r"2 unknown keys .*dyhead_tower\.0\.DyConv\.3\.conv\.weight, neck\.1\.dyhead_blocks\.0\.gate"
     ):
         assert convert_checkpoint(state) == state
 
