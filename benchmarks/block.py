@@ -1,4 +1,4 @@
-"""How fast is the head? DyHead's blocks on our operator beside the same modules on torchvision's."""
+"""How fast is the head? DyHead's blocks on our operator, compared with the same modules on torchvision's."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Case:
         mode: "inference", or "training": forward, backward, and a step of SGD.
         size: (height, width) of the finest level.
         dtype: "float32", or "bfloat16" by autocast.
-        levels: of the pyramid.
-        channels: of every level.
-        batch: pictures.
-        blocks: stacked.
-        threads: that PyTorch computes with.
+        levels: number of levels of the pyramid.
+        channels: channels of every level.
+        batch: number of images.
+        blocks: number of stacked blocks.
+        threads: number of PyTorch's threads.
     """
 
     block: str
@@ -56,7 +56,7 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
     """One inference or training step of the head on random levels."""
     torch.manual_seed(0)
     head = DyHead(case.channels, case.blocks, block=case.block).to(device)
-    # Zero-initialised offsets would read at whole pixels. Levels have variance 1, so offsets get one of 2 pixels.
+    # Zero-initialised offsets would read at whole pixels. Levels have variance 1, so offsets deviate by 2 pixels.
     for name, module in head.named_modules():
         if name.endswith("offset"):
             nn.init.normal_(module.weight, std=2 / (9 * case.channels) ** 0.5)
@@ -76,7 +76,7 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
 
         return infer
 
-    levels = [level.requires_grad_() for level in levels]  # in a detector the backbone wants gradients
+    levels = [level.requires_grad_() for level in levels]  # in a detector the backbone needs gradients
     optimizer = torch.optim.SGD(head.parameters(), lr=1e-6)
 
     def train() -> None:
@@ -93,12 +93,12 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
 
 
 def warm(case: Case, peer: str) -> Case:
-    """What runs before memory is watched: one small block; compiled code knows one size only."""
+    """The case that runs before memory is measured: one small block; compiled code is specialised to one size."""
     return case if peer.endswith("compiled") else replace(case, size=(4, 4), levels=2, channels=16, blocks=1)
 
 
 def choose_peers(benchmark: Benchmark, compiled: bool) -> Benchmark:
-    """With the compiled peers only if they are wanted: compiling takes minutes."""
+    """Drops the compiled peers unless they are requested: compiling takes minutes."""
     return benchmark if compiled else replace(benchmark, peers={peer: benchmark.peers[peer] for peer in EAGER})
 
 

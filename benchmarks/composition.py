@@ -1,4 +1,4 @@
-"""The modules as they would be without this project's operator: on `torchvision.ops.deform_conv2d`."""
+"""The modules without this project's operator: on `torchvision.ops.deform_conv2d`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def pyramid_deform_conv2d(
     scales: Sequence[float] | None = None,
     dilation: int = 1,
 ) -> Tensor:
-    """Eq. 4 with torchvision: every level resized to the output's grid, a call per level, the results summed.
+    """Eq. 4 with torchvision: every level is resized to the output's grid, one call per level, results summed.
 
-    The arguments are `dyhead.ops.pyramid_deform_conv2d`'s; `scales` follow from the sizes. On a level that is resized
-    the result is another than the operator's, which samples the level itself; on one that is not it is the same.
+    The arguments are those of `dyhead.ops.pyramid_deform_conv2d`; the sizes imply `scales`. For a resized level the
+    result differs from the operator's, which samples the level itself; for other levels it is the same.
     """
     size = offset.shape[2:]
     padding = tuple(dilation * (k - 1) // 2 for k in weight.shape[3:])
@@ -52,8 +52,8 @@ def pyramid_deform_conv2d(
 def convolve(input: Tensor, offset: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, mask=None):
     """`torchvision.ops.deform_conv2d`; in float32 for half types.
 
-    Half types would round its positions, on a map 168 pixels wide to an eighth (float16) or a whole pixel (bfloat16);
-    autocast on a GPU takes float32 for the same reason, and on a CPU it has no half types.
+    Half types would round its positions, on a map 168 pixels wide to an eighth of a pixel (float16) or a whole pixel
+    (bfloat16); autocast on a GPU uses float32 for the same reason, and on a CPU torchvision has no half types.
     """
     if deform_conv2d is None:
         raise Unavailable("torchvision is not installed")
@@ -70,12 +70,12 @@ def convolve(input: Tensor, offset: Tensor, weight: Tensor, bias=None, stride=1,
 
 @contextmanager
 def composition(enabled: bool = True) -> Iterator[None]:
-    """Within it the modules of `dyhead.layers` compute with torchvision and plain PyTorch, in NCHW, if `enabled`."""
+    """A context in which `dyhead.layers` computes with torchvision and plain PyTorch, in NCHW, if `enabled`."""
     with ExitStack() as stack:
         if enabled:
             stack.enter_context(patch.object(spatial_attention, "pyramid_deform_conv2d", pyramid_deform_conv2d))
             stack.enter_context(patch.object(released, "deform_conv2d", convolve))
             stack.enter_context(patch.object(channelwise, "_is_compiled_for", lambda x: False))
-            # torchvision's operator works on NCHW and would copy other layouts at every call.
+            # torchvision's operator needs NCHW and would copy other layouts in every call.
             stack.enter_context(patch.object(head, "to_channels_last", lambda level: level))
         yield

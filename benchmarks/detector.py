@@ -1,4 +1,4 @@
-"""How fast are the detectors? Those of the torchvision engine, with DyHead on our operator and on torchvision's."""
+"""How fast are the torchvision engine's detectors, with DyHead on our operator and on torchvision's?"""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Case:
 
     Attributes:
         detector: "fcos", "retinanet" or "faster_rcnn".
-        backbone: "R18", the quickstart's, or "R50", the full one.
-        mode: "inference" with all that follows the network, or "training": losses, backward, a step of SGD.
-        size: (height, width) of the pictures.
+        backbone: "R18" (quickstart) or "R50" (full).
+        mode: "inference", including post-processing, or "training": losses, backward, and a step of SGD.
+        size: (height, width) of the images.
         dtype: "float32", or "bfloat16" by autocast.
-        batch: pictures.
-        threads: that PyTorch computes with.
+        batch: number of images.
+        threads: number of PyTorch's threads.
     """
 
     detector: str
@@ -48,12 +48,12 @@ class Case:
 
 
 def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
-    """One inference or training step on random pictures with random weights."""
+    """One inference or training step on random images with random weights."""
     cfg = get_cfg()
     load_config(cfg, CONFIGS / FILES[case.backbone].format(case.detector))
     torch.manual_seed(0)
     model = build_model(cfg).to(device)
-    # Zero-initialised offsets would read at whole pixels. By bias, because random weights give levels any scale.
+    # Zero-initialised offsets would read at whole pixels. Set by the bias, since random weights give levels any scale.
     for name, module in model.named_modules():
         if name.endswith("offset"):
             nn.init.normal_(module.bias, std=2)
@@ -97,7 +97,7 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
 
 
 def warm(case: Case, peer: str) -> Case:
-    """What runs before memory is watched: a small picture; compiled code knows one size only."""
+    """The case that runs before memory is measured: a small image; compiled code is specialised to one size."""
     return case if peer.endswith("compiled") else replace(case, backbone="R18", size=(64, 64), batch=1)
 
 
@@ -123,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options_of.set_defaults(repeats=9, seconds=120)
     options_of.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS)
     options_of.add_argument(
-        "--backbones", nargs="+", choices=list(FILES), default=["R18"], help="R18: the quickstart's; R50: the full one"
+        "--backbones", nargs="+", choices=list(FILES), default=["R18"], help="R18: quickstart; R50: full"
     )
     options_of.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"])
     options_of.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    options_of.add_argument("--sizes", nargs="+", type=size, help="of pictures; default: 192x256 (R18), 800x1333 (R50)")
+    options_of.add_argument("--sizes", nargs="+", type=size, help="of images; default: 192x256 (R18), 800x1333 (R50)")
     options_of.add_argument("--batch", type=int, default=1)
     options_of.add_argument("--compile", action="store_true", help="under torch.compile as well")
     options = options_of.parse_args(argv)

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.document`: puts the tables of benchmarks/results into docs/performance.md.
+"""`python -m benchmarks.document`: writes the tables of benchmarks/results into docs/performance.md.
 
-A table stands between a line `<!-- table: FILE WHAT KEY=VALUE ... -->` and a line `<!-- end -->`, where FILE lies in
-benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds` or `goals`, and KEY=VALUE chooses cases by their fields.
+A table is between a line `<!-- table: FILE WHAT KEY=VALUE ... -->` and a line `<!-- end -->`, where FILE is in
+benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds` or `goals`, and KEY=VALUE selects cases by their fields.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _TABLE = re.compile(r"(<!-- table: (?P<words>.+?) -->\n)(?P<body>.*?)(<!-- end -
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure to reach.
+    """A target.
 
     Attributes:
-        what: in words.
-        benchmark: that measures it.
-        case: its fields.
-        ratio: "A / B", as the benchmark calls it or turned round.
+        what: description.
+        benchmark: the benchmark that measures it.
+        case: the fields of its case.
+        ratio: "A / B", as the benchmark names it, or its inverse.
         quantity: "time" or "memory".
-        goal, limit: what it should be, and must be.
+        goal, limit: the desired and the required value.
     """
 
     what: str
@@ -59,7 +59,7 @@ _GOALS = [
 
 
 def fill(text: str) -> str:
-    """`text` with every table made again from its JSON."""
+    """`text` with every table regenerated from its JSON file."""
     return _TABLE.sub(lambda match: f"{match[1]}\n{_section(match['words'].split())}\n\n{match[4]}", text)
 
 
@@ -81,7 +81,7 @@ def _section(words: list[str]) -> str:
 
 
 def _machine(result: dict[str, Any]) -> str:
-    """Where and how a result came about."""
+    """The machine and the command that produced a result."""
     machine = result["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v != "not installed")
     runs = [values["runs"] for row in result["cases"] for values in row["measured"].values()]
@@ -96,13 +96,13 @@ def _machine(result: dict[str, Any]) -> str:
             f"{result['date']}; {machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads; "
             f"{machine['system']}; {packages}; operator: "
             f"{machine['operator']['built by']}, {machine['operator']['instructions']}; "
-            f"{min(runs)} to {max(runs)} runs a case{noise}.",
+            f"{min(runs)} to {max(runs)} runs per case{noise}.",
         ]
     )
 
 
 def _bounds(result: dict[str, Any], keep: Callable[[dict], bool]) -> str:
-    """The arithmetic and the traffic that cannot be saved, and what sampling takes, beside what was needed."""
+    """The unavoidable arithmetic and memory traffic and the cost of sampling, beside the measured times."""
     head = ["mode", "dtype", "levels", "size", "GFLOP", "dense GFLOP/s", "ours GFLOP/s", "least MiB", "copy ms"]
     lines = [[*head, "sampling ms", "dense ms", "ours ms"]]
     for row in result["cases"]:
@@ -120,7 +120,7 @@ def _bounds(result: dict[str, Any], keep: Callable[[dict], bool]) -> str:
 
 
 def _goals(file: str) -> str:
-    """What was to be reached, and what was. `file` is the operator's; the block's is named alike."""
+    """Targets and measured values. `file` is the operator's; the block's has the corresponding name."""
     lines = [["C = 256, finest level 100x168", "ratio", "measured", "goal", "limit"]]
     for goal in _GOALS:
         for row in _read(file.replace("operator", goal.benchmark))["cases"]:
@@ -131,10 +131,10 @@ def _goals(file: str) -> str:
 
 def _ratio(row: dict[str, Any], goal: Goal) -> float:
     top, bottom = goal.ratio.split(" / ")
-    turned = goal.ratio not in row["ratios"]
-    value = row["ratios"][f"{bottom} / {top}" if turned else goal.ratio][goal.quantity]
+    inverse = goal.ratio not in row["ratios"]
+    value = row["ratios"][f"{bottom} / {top}" if inverse else goal.ratio][goal.quantity]
     value = value["median"] if goal.quantity == "time" else value
-    return 1 / value if turned else value
+    return 1 / value if inverse else value
 
 
 def _read(file: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def onnxruntime_deform_conv2d(input: Tensor, offset: Tensor, mask: Tensor, weigh
         [onnx.helper.make_tensor_value_info("out", kind, None)],
         [onnx.numpy_helper.from_array(weight.numpy(), "weight")],
     )
-    # The oldest versions that have DeformConv as it is now.
+    # The oldest versions with the current DeformConv.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Where does the time of the CUDA operator go? Every kernel's part of a pass, beside what the device can do at most."""
+"""Where does the CUDA operator spend its time? Each kernel's share of a pass, beside the device's limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dyhead.evaluation import describe_machine
 
 
 def milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Of one call on the device, the mean of many."""
+    """Mean milliseconds of one call on the device."""
     call()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -29,7 +29,7 @@ def milliseconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def roofs(dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """What bounds any kernel: the rates of a large product, of a copy, and of atomic additions of rows of floats."""
+    """The limits of any kernel: the rates of a large matrix product, a copy, and atomic additions of rows of floats."""
     edge, rows, channels = 8192, 2**18, 256
     left, right = (torch.randn(edge, edge, device="cuda").to(dtype) for _ in range(2))
     source = torch.ones(2**30, dtype=torch.uint8, device="cuda")
@@ -48,7 +48,7 @@ def roofs(dtype: torch.dtype, repeats: int) -> dict[str, float]:
 
 
 def kernels(case: Case, repeats: int) -> dict[str, float]:
-    """Milliseconds that each kernel takes in one pass of the operator, by its name."""
+    """Milliseconds of each kernel in one pass of the operator, by name."""
     from torch.profiler import ProfilerActivity, profile
 
     call = build(case, "ours, channels_last", torch.device("cuda"))
@@ -62,7 +62,7 @@ def kernels(case: Case, repeats: int) -> dict[str, float]:
 
 
 def short(name: str) -> str:
-    """A kernel's name without what all of ours have around it."""
+    """A kernel's name without the parts common to all of ours."""
     for part in ("void ", "dyhead::cuda::run_kernel<", "dyhead::cuda::", "c10::"):
         name = name.replace(part, "")
     return name.split(">(")[0][:60]

@@ -1,4 +1,4 @@
-"""How peers are compared: each case in a process of its own, peers in turn, medians and quartiles; memory apart."""
+"""How peers are compared: each case in its own process, peers in turn, medians and quartiles; memory separately."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import torch
 
 from dyhead.evaluation.benchmark import resident_growth
 
-#: Builds what one peer does in one case: `build(case, peer, device)` is a function that does it once. Inputs exist
-#: when it returns; what the function returns is compared between peers (tensors or arrays), if it is not None.
+#: Prepares one peer in one case: `build(case, peer, device)` creates the inputs and returns a function that computes
+#: once. Results of the functions (tensors or arrays) are compared between peers, unless they are None.
 Build = Callable[[Any, str, torch.device], Callable[[], Any]]
 
-# Forked from a server that has imported PyTorch but not computed: a fresh process within a tenth of a second.
+# Forked from a server that has imported PyTorch but not used it: a new process within a tenth of a second.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torchvision", "dyhead.evaluation", "dyhead.layers"])
 
-# A sample is at least this long; shorter calls are repeated and divided.
+# A sample takes at least this long; shorter calls are repeated and averaged.
 _SAMPLE_SECONDS = 0.01
-# Between peers: worker threads of the last one (OpenMP, ONNX Runtime) spin for a while before they sleep.
+# Between peers: worker threads of the previous one (OpenMP, ONNX Runtime) spin for a while before they sleep.
 _PAUSE_SECONDS = 0.01
 _LONGEST_PAUSE_SECONDS = 1.0
 _LEAST_ROUNDS = 3
 
 
 class Unavailable(Exception):
-    """A peer that is not installed or cannot do this case; the text says which."""
+    """A peer that is not installed or does not support this case; the message says which."""
 
 
 def in_fresh_process(function: Callable, *arguments: Any, **options: Any) -> Any:
-    """`function(*arguments, **options)` in a new process, which ends with it."""
+    """Runs `function(*arguments, **options)` in a new process, which then ends."""
     with ProcessPoolExecutor(1, mp_context=_processes) as pool:
         return pool.submit(function, *arguments, **options).result()
 
@@ -53,24 +53,24 @@ def sample_times(
     same: list[str],
     tolerance: float,
 ) -> tuple[dict[str, list[float]], dict[str, str], float | None]:
-    """Times the peers of a case in turn, round after round, so that noise of the machine hits all of them alike.
+    """Times the peers of a case in turn, round after round, so that the machine's noise affects all of them alike.
 
     Args:
         build, case: see `Build`.
         peers: the peers.
         device: "cpu" or "cuda".
-        threads: that PyTorch computes with.
-        repeats: rounds; every peer is timed once a round.
-        seconds: when this much time has gone by, no further round begins (three are always run).
+        threads: number of PyTorch's threads.
+        repeats: number of rounds; every peer is timed once per round.
+        seconds: no further round starts after this time (three always run).
         same: peers whose results must be equal before anything is timed.
         tolerance: largest difference between these results, relative to the largest value.
 
     Returns:
-        For each peer the seconds of a call in each round; for those that are unavailable the reason; and how many CPUs
-        other processes kept busy meanwhile, or None where the system does not tell.
+        For each peer the seconds per call in each round; for unavailable peers the reason; and the number of CPUs that
+        other processes kept busy meanwhile, or None where the system does not report it.
 
     Raises:
-        AssertionError: two of `same` do not compute the same.
+        AssertionError: two of `same` have different results.
     """
     torch.set_num_threads(threads)
     place = torch.device(device)
@@ -106,7 +106,7 @@ def sample_times(
 
 
 def wait_for_rest(seconds: float) -> None:
-    """Waits until all processes together keep less than a tenth of a CPU busy, at most `seconds`."""
+    """Waits until all processes together use less than a tenth of a CPU, at most `seconds`."""
     end = time.perf_counter() + seconds
     while (busy := _busy_seconds()) is not None and (begin := time.perf_counter()) < end:
         time.sleep(2)
@@ -115,11 +115,11 @@ def wait_for_rest(seconds: float) -> None:
 
 
 def peak_memory(build: Build, case: Any, peer: str, warm: Any, *, device: str, threads: int) -> float | None:
-    """MiB that one call of a peer takes above what its inputs and weights take, at the peak.
+    """Peak MiB of one call of a peer, above its inputs and weights.
 
-    On a CPU it is the growth of resident memory of the process, which should be a fresh one; on CUDA that of PyTorch's
-    allocator. Before that comes one call of the case `warm`, for what is loaded once.
-    None where the system does not tell or the peer is unavailable.
+    On a CPU it is the growth of resident memory of the process, which should be new; on CUDA that of PyTorch's
+    allocator. One call of the case `warm` comes first, for what is loaded once.
+    None where the system does not report memory or the peer is unavailable.
     """
     torch.set_num_threads(threads)
     place = torch.device(device)
@@ -151,7 +151,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def _wait_for_threads() -> None:
-    """Waits until no thread of this process computes any more."""
+    """Waits until no thread of this process is computing."""
     end = time.perf_counter() + _LONGEST_PAUSE_SECONDS
     while time.perf_counter() < end:
         begin = time.process_time()
@@ -172,7 +172,7 @@ def _time(call: Callable[[], Any], count: int, device: torch.device) -> float:
 
 
 def _busy_seconds() -> float | None:
-    """CPU seconds of all processes since the system started, where Linux tells."""
+    """CPU seconds of all processes since the system started, where Linux reports them."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _, _, interrupts, soft, steal = map(int, file.readline().split()[1:9])

@@ -1,4 +1,4 @@
-"""How fast is the operator? Ours beside torchvision's, two inference engines', and a dense convolution as the floor."""
+"""How fast is the operator, compared with torchvision, two inference engines, and a dense convolution as the floor?"""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from benchmarks.measure import Unavailable
 from benchmarks.program import Benchmark, parser, run, size
 from dyhead.ops import pyramid_deform_conv2d
 
-# Pixels. Learned offsets are of a few.
+# Pixels. Learned offsets are a few pixels long.
 OFFSET_STD = 2.0
-# P3 to P7 of a picture of 800 x 1333, and a small map.
+# P3 to P7 of an image of 800 x 1333, and a small map.
 SIZES = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11), (16, 16)]
 TAPS = 9
 SAMPLING_OUTPUTS = 16
@@ -33,12 +33,12 @@ class Case:
 
     Attributes:
         mode: "forward" (without gradients) or "forward+backward" (all gradients).
-        dtype: of features and weight.
-        levels: 1, or 3: the next finer and the next coarser one as well.
+        dtype: dtype of features and weight.
+        levels: 1, or 3 to include the next finer and the next coarser level.
         size: (height, width) of the output, and of the level it belongs to.
-        channels: in and out.
-        batch: pictures.
-        threads: that PyTorch and the engines compute with.
+        channels: channels in and out.
+        batch: number of images.
+        threads: number of threads of PyTorch and the engines.
     """
 
     mode: str
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the weights, forward."""
+        """Multiply-adds of the weights in the forward pass."""
         h, w = self.size
         return self.batch * h * w * self.levels * TAPS * self.channels**2
 
@@ -62,9 +62,9 @@ class Case:
 
 
 def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
-    """What `peer` does in a case: a function that returns the output, or its gradients.
+    """Returns a function that runs `peer` in a case and returns the output, or its gradients.
 
-    On a GPU each call takes other inputs than the one before, so many in all that its cache does not keep them.
+    On a GPU calls cycle through enough sets of inputs that the cache cannot hold them.
     """
     copies = 1
     if device.type == "cuda":
@@ -108,7 +108,7 @@ def build_once(case: Case, peer: str, device: torch.device, seed: int) -> Callab
     if kind == "ours":
         return _call(case, pyramid_deform_conv2d, [*features, offset, mask, weight], grad, scales)
     if kind == "dense":
-        # The same arithmetic: the levels as channels of one map of the output's size.
+        # The same arithmetic: levels become channels of one map of the output's size.
         x = torch.randn(n, case.levels * c, h, w, device=device).to(dtype)
         kernel = weight.transpose(0, 1).reshape(c, case.levels * c, 3, 3)
         if last:
@@ -119,14 +119,14 @@ def build_once(case: Case, peer: str, device: torch.device, seed: int) -> Callab
             raise Unavailable("shown for the forward pass only")
         few = weight[:, : min(c, SAMPLING_OUTPUTS)].contiguous()
         return _call(case, pyramid_deform_conv2d, [*features, offset, mask, few], grad, scales)
-    # "copy": half of the bytes read, half of them written, is the traffic of least_bytes.
+    # "copy": half of the bytes are read and half are written, in total the traffic of least_bytes.
     source = torch.ones(least_bytes(case) // 2, dtype=torch.uint8, device=device)  # zeros would be one page
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
 
 def _half_torchvision(case, features, offset, mask, weight, grad) -> Callable[[], Any]:
-    """torchvision in its fastest type, whose positions are too coarse to be of use: a time, not a result."""
+    """torchvision in its fastest type, whose positions are too coarse to be useful: only the time is meaningful."""
     inputs = [x.detach().half() for x in (*features, offset, mask, weight)]
 
     def function(*inputs: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _half_torchvision(case, features, offset, mask, weight, grad) -> Callable[[]
 def least_bytes(case: Case) -> int:
     """Bytes that must cross the memory bus: every input read once, every result written once.
 
-    With the backward pass: once more the inputs and the gradient of the output, and the gradients of the inputs.
+    The backward pass adds reading the inputs again and the output's gradient, and writing the inputs' gradients.
     """
     element = getattr(torch, case.dtype).itemsize
     h, w = case.size
@@ -177,7 +177,7 @@ def _differentiate(case: Case, function: Callable, inputs: list[Tensor], grad: T
 
 
 def same(case: Case) -> list[str]:
-    """Peers with the same result. Resized levels, and what is only a floor, give others."""
+    """Peers with the same result. Resized levels and peers that are only a floor give different ones."""
     ours = ["ours, channels_last", "ours, NCHW"]
     if case.levels > 1:
         return ours

@@ -1,4 +1,4 @@
-"""What the benchmark programs share: options, the loop over cases, JSON, tables."""
+"""Shared by the benchmark programs: options, the loop over cases, JSON and tables."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _PACKAGES = ("torch", "torchvision", "openvino", "onnxruntime")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A question, and who answers it.
+    """A question and the peers that are compared.
 
     Attributes:
-        name: of the program; the result is named after it.
-        question: in a sentence.
+        name: name of the program and of its result files.
+        question: the question, as a sentence.
         build: see `benchmarks.measure.Build`.
-        peers: what every peer is, in words, by its name.
+        peers: description of every peer, by name.
         columns: the table's columns; each shows the fastest of its peers.
         ratios: the table's last columns: (numerator, denominator), both columns.
-        warm: the case that the memory of a peer's case is measured after: a small one, or the case itself.
-        same: peers of a case whose results must be equal.
+        warm: the case that runs before the memory of a peer's case is measured: a small one, or the case itself.
+        same: peers whose results must be equal in a case.
     """
 
     name: str
@@ -52,21 +52,23 @@ class Benchmark:
 
 
 def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
-    """The options that every program has."""
+    """The options that all programs share."""
     result = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{benchmark.name}",
         description=benchmark.question,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     result.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads PyTorch computes with")
-    result.add_argument("--repeats", type=int, default=25, help="rounds of a case, at most")
-    result.add_argument("--seconds", type=float, default=60, help="no new round of a case after this time (but three)")
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of PyTorch's threads")
+    result.add_argument("--repeats", type=int, default=25, help="maximum number of rounds per case")
     result.add_argument(
-        "--wait", type=float, default=0, help="seconds to wait, at most, before each case for other processes to rest"
+        "--seconds", type=float, default=60, help="seconds after which no new round of a case starts (three always run)"
+    )
+    result.add_argument(
+        "--wait", type=float, default=0, help="maximum seconds to wait before each case until other processes are idle"
     )
     result.add_argument("--no-memory", dest="memory", action="store_false", help="measure time only")
-    result.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: does it run?")
+    result.add_argument("--quick", action="store_true", help="tiny sizes and few rounds, to check that it runs")
     result.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/NAME-MACHINE.json)")
     return result
 
@@ -80,7 +82,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def pyramid_sizes(finest: tuple[int, int], levels: int) -> list[tuple[int, int]]:
-    """Sizes of a pyramid's levels, each half of the one before it, rounded up."""
+    """Sizes of a pyramid's levels, each half of the previous one, rounded up."""
     return [tuple(-(-side // 2**level) for side in finest) for level in range(levels)]
 
 
@@ -90,13 +92,13 @@ def run(
     options: argparse.Namespace,
     argv: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measures all cases, prints the tables and writes the JSON (after each case, so that nothing done is lost).
+    """Measures all cases, prints the tables and writes the JSON file (after each case, so that no result is lost).
 
     Args:
-        benchmark: the question.
-        cases: dataclasses of plain values, whose fields label a row; all have `threads` and `dtype`.
-        options: of `parser`.
-        argv: the arguments, for the record; default: the process's.
+        benchmark: the benchmark.
+        cases: dataclasses of plain values, whose fields label the rows; all have `threads` and `dtype`.
+        options: result of `parser`.
+        argv: the arguments, to be recorded; default: the process's.
 
     Returns:
         What was written.
@@ -132,7 +134,7 @@ def run(
                 result["skipped"].setdefault(peer, []).append(reason)
         result["cases"].append(row)
         _write(result, output)
-    print(tables(_rounded(result)))  # as a reader of the file would make them
+    print(tables(_rounded(result)))  # as they are made from the file
     print(f"Written to {output}")
     return result
 
@@ -169,7 +171,7 @@ def _measure(benchmark: Benchmark, case: Any, options: argparse.Namespace) -> tu
     ratios = {}
     for top, bottom in benchmark.ratios:
         if top in fastest and bottom in fastest:
-            # Round by round, so that a slow spell of the machine, which hits both, cancels out.
+            # Per round, so that slow phases of the machine, which affect both, cancel out.
             a, b = fastest[top], fastest[bottom]
             ratio = {"time": summary([x / y for x, y in zip(samples[a], samples[b], strict=True)])}
             if measured[a].get("mib") is not None and measured[b].get("mib"):
@@ -180,7 +182,7 @@ def _measure(benchmark: Benchmark, case: Any, options: argparse.Namespace) -> tu
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The result as text: what is the same in all cases, a table of times, and one of memory where it was measured."""
+    """The result as text: what all cases have in common, a table of times, and one of memory if measured."""
     rows = result["cases"]
     same = {key for key in rows[0]["case"] if len({str(row["case"][key]) for row in rows}) == 1}
     machine = result["machine"]
@@ -196,12 +198,12 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any], quantity: str, keep: Callable[[dict], bool] = lambda case: True) -> str:
-    """One aligned Markdown table: the fields in which cases differ, a column per peer, the ratios last.
+    """One aligned Markdown table: the fields in which cases differ, one column per peer, then the ratios.
 
     Args:
-        result: of `run`.
+        result: result of `run`.
         quantity: "ms" (medians) or "mib".
-        keep: of which cases, by their fields.
+        keep: selects cases by their fields.
     """
     rows = [row for row in result["cases"] if keep(row["case"])]
     fields = [key for key in rows[0]["case"] if len({str(row["case"][key]) for row in rows}) > 1]
@@ -222,7 +224,7 @@ def table(result: dict[str, Any], quantity: str, keep: Callable[[dict], bool] = 
 
 
 def markdown(lines: Sequence[Sequence[str]], left: int) -> str:
-    """Rows of cells, the first the head, as an aligned Markdown table; the first `left` columns are aligned left."""
+    """An aligned Markdown table of rows of cells, the header first; the first `left` columns are aligned left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     pad = [str.ljust if i < left else str.rjust for i in range(len(widths))]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -231,7 +233,7 @@ def markdown(lines: Sequence[Sequence[str]], left: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits; "-" for none."""
+    """Three significant digits; "-" for no value."""
     if value is None or not math.isfinite(value):
         return "-"
     digits = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
@@ -239,12 +241,12 @@ def number(value: float | None) -> str:
 
 
 def output_path(benchmark: Benchmark, options: argparse.Namespace) -> Path:
-    """Where the JSON goes."""
+    """The path of the JSON file."""
     return options.output or RESULTS / f"{benchmark.name}-{machine_name(options)}.json"
 
 
 def machine_name(options: argparse.Namespace) -> str:
-    """The device's name, fit for a file's."""
+    """The device's name, in a form for file names."""
     name = describe_machine(options.device)["device"].split(": ", 1)[1]
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {options.threads} threads".lower()).strip("-")
 
@@ -271,11 +273,11 @@ def _version(package: str) -> str:
 def _write(result: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(_rounded(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)  # never half a file
+    os.replace(partial, path)  # never a partial file
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits are more than any of this is good for."""
+    """Rounds to five significant digits, more than any value here deserves."""
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):

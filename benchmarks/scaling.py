@@ -1,4 +1,4 @@
-"""How do time and memory of a DyHead block grow with picture area, channels, levels, batch and threads?"""
+"""How do time and memory of a DyHead block grow with image area, channels, levels, batch and threads?"""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from benchmarks import block
 from benchmarks.program import Benchmark, output_path, parser, run
 
-# One point is in every line; each line changes one quantity. Finest levels of pictures from 200x333 to 800x1333.
+# All lines share one point; each line varies one quantity. Finest levels of images from 200x333 to 800x1333.
 BASE = block.Case("paper", "training", (50, 84), blocks=1)
 POINTS = {
     "area": [(25, 42), (35, 59), (50, 84), (71, 119), (100, 168)],
     "channels": [32, 64, 128, 256, 512],
     "levels": [1, 2, 3, 4, 5],
     "batch": [1, 2, 4, 8],
-    "threads": [1, 2, 4, 8, 16, 32, 64],  # as many as --threads says
+    "threads": [1, 2, 4, 8, 16, 32, 64],  # up to --threads
 }
 MODES = ["inference", "training"]
 TITLES = {name: "pixels of the finest level" if name == "area" else name for name in POINTS}
@@ -25,7 +25,7 @@ TITLES = {name: "pixels of the finest level" if name == "area" else name for nam
 
 @dataclass(frozen=True)
 class Case(block.Case):
-    """A block's case, and which line it is a point of.
+    """A block's case, and the line that it belongs to.
 
     Attributes:
         varied: a key of `POINTS`.
@@ -46,13 +46,13 @@ def lines(base: block.Case) -> list[Case]:
 
 
 def value(case: dict[str, Any]) -> float:
-    """Where a case, as written to JSON, lies on its line: pixels of the finest level for "area"."""
+    """The position of a case, as written to JSON, on its line: pixels of the finest level for "area"."""
     height, width = case["size"]
     return height * width if case["varied"] == "area" else case[case["varied"]]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Times (above) and memory (below) against each quantity, both axes logarithmic, as a PNG."""
+    """Plots times (top) and memory (bottom) against each quantity, with logarithmic axes, as a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +106,7 @@ BENCHMARK = Benchmark(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the program; the plot lies beside the JSON."""
+    """Runs the program; the plot is written beside the JSON file."""
     options_of = parser(BENCHMARK)
     options_of.set_defaults(repeats=7, seconds=10)
     options_of.add_argument("--block", choices=["paper", "released"], default="paper")
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if options.varied is None or case.varied in options.varied
     ]
     result = run(BENCHMARK, cases, options, argv)
-    picture = output_path(BENCHMARK, options).with_suffix(".png")
-    plot(result, picture)
-    print(f"Plotted in {picture}")
+    image = output_path(BENCHMARK, options).with_suffix(".png")
+    plot(result, image)
+    print(f"Plotted in {image}")
     return result
 
 

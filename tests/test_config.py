@@ -51,7 +51,7 @@ def test_numbers_in_every_notation_become_floats(cfg, write, text, value):
     assert isinstance(cfg.SOLVER.BASE_LR, float)
 
 
-def test_data_sets_to_register_can_be_given_on_the_command_line(cfg, write):
+def test_datasets_to_register_can_be_given_on_the_command_line(cfg, write):
     load_config(
         cfg, write("{}"), ["DATASETS.REGISTER", "[['cells', 'cells.json', 'images']]", "DATASETS.TRAIN", "('cells',)"]
     )
@@ -101,7 +101,7 @@ def test_missing_file_and_odd_overrides_are_refused(cfg, write, tmp_path):
         load_config(cfg, write("{}"), ["SOLVER.BASE_LR"])
 
 
-def test_number_of_classes_must_be_the_data_sets(cfg):
+def test_number_of_classes_must_be_the_datasets(cfg):
     cfg.MODEL.META_ARCHITECTURE = "DyHeadRCNN"
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     assert num_classes(cfg) == 2

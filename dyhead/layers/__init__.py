@@ -1,7 +1,7 @@
-"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, their block, the stack, and what predicts from it.
+"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack, and the dense predictor.
 
 Shapes in this package: N batch, C channels, L levels; level l is (N, C, H_l, W_l), levels run from fine to coarse, each
-half the size of the one before it. K taps of a kernel, G offset groups.
+half the size of the previous one. K taps of a kernel, G offset groups.
 """
 
 from dyhead.layers.block import DyHeadBlock

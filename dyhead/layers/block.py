@@ -22,11 +22,11 @@ class DyHeadBlock(nn.Module):
 
     Args:
         channels: channels C of every level, in and out.
-        window: levels on each side of a level that the spatial-aware attention sees; None is the whole pyramid.
+        window: number of levels on each side of a level that spatial-aware attention reads; None is the whole pyramid.
         scale_aware: apply Eq. 3.
         spatial_aware: apply Eq. 4.
         task_aware: apply Eq. 5.
-        offset_groups: groups of channels with offsets of their own in the spatial-aware attention.
+        offset_groups: channel groups with separate offsets in the spatial-aware attention.
         norm_groups: groups of its GroupNorm.
 
     Raises:
@@ -62,17 +62,17 @@ class DyHeadBlock(nn.Module):
         self.task_attention = TaskAwareAttention(channels) if task_aware else None
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """A pyramid (dict, list or tuple of levels, fine to coarse) in, one of the same kind and shapes out.
+        """Maps a pyramid (dict, list or tuple of levels, fine to coarse) to one of the same kind and shapes.
 
         Raises:
-            TypeError, ValueError: a pyramid that is none (no levels, wrong order, sizes, channels, ...), naming the
-                level, what was expected and what came.
+            TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,
+                what was expected and what came.
         """
         levels = split_pyramid(pyramid, self.channels)
         weight = None if self.scale_attention is None else self.scale_attention(levels)
         norm = None
         if self.spatial_attention is not None and self.task_attention is not None:
-            # The norm between the two joins the activation: one pass for its statistics, one for both.
+            # The norm between the two is merged into the activation: one pass for its statistics, one for both.
             levels = self.spatial_attention.aggregate(levels, weight)
             statistics = torch.stack([channel_statistics(level) for level in levels], dim=1)
             norm = affine_of_group_norm(self.spatial_attention.norm, statistics)

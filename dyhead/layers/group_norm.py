@@ -1,4 +1,4 @@
-"""GroupNorm without a pass over memory: as the affine map of every channel that it is once statistics are known."""
+"""GroupNorm without a pass over memory: given its statistics, it is an affine map of every channel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ChannelAffine(NamedTuple):
-    """What levels are to be multiplied with and added to, and the means that they then have: each (N, L, C)."""
+    """An affine map of every channel of every level, and the channel means of its result: each (N, L, C)."""
 
     slope: Tensor
     intercept: Tensor
@@ -17,7 +17,7 @@ class ChannelAffine(NamedTuple):
 
 
 def affine_of_group_norm(norm: nn.GroupNorm, statistics: Tensor) -> ChannelAffine:
-    """The map that ``norm`` is on maps with these channel statistics.
+    """``norm`` as an affine map, for inputs with these channel statistics.
 
     Args:
         norm: with weight and bias.
@@ -25,7 +25,7 @@ def affine_of_group_norm(norm: nn.GroupNorm, statistics: Tensor) -> ChannelAffin
     """
     mean, variance = (value.unflatten(-1, (norm.num_groups, -1)) for value in statistics.unbind(-2))
     group_mean = mean.mean(-1, keepdim=True)
-    # A group's variance is that within its channels and that between them.
+    # A group's variance is the variance within its channels plus that between them.
     group_variance = (variance + (mean - group_mean).square()).mean(-1, keepdim=True)
     slope = norm.weight * torch.rsqrt(group_variance + norm.eps).expand_as(mean).flatten(-2)
     intercept = norm.bias - slope * group_mean.expand_as(mean).flatten(-2)

@@ -18,7 +18,7 @@ BLOCKS = ("paper", *_COARSE_MASKS)
 
 
 class DyHead(nn.Module):
-    """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks on a feature pyramid; a pyramid in, a pyramid out.
+    """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks that map a feature pyramid to one of the same shapes.
 
     Args:
         channels: channels C of every level, in and out.
@@ -31,7 +31,7 @@ class DyHead(nn.Module):
         scale_aware: apply Eq. 3.
         spatial_aware: apply Eq. 4.
         task_aware: apply Eq. 5.
-        offset_groups: groups of channels with offsets of their own in the spatial-aware attention.
+        offset_groups: channel groups with separate offsets in the spatial-aware attention.
         norm_groups: groups of its GroupNorm.
 
     Raises:
@@ -76,7 +76,7 @@ class DyHead(nn.Module):
             changed = {name: value for name, value in options.items() if value != DyHead.__init__.__kwdefaults__[name]}
             if changed:
                 given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-                raise ValueError(f"block={block!r} has no options, its weights fix them all; got {given}")
+                raise ValueError(f"block={block!r}: expected no options, because its weights fix them all, got {given}")
             coarse_mask = _COARSE_MASKS[block]
             blocks = [ReleasedDyHeadBlock(channels, coarse_mask=coarse_mask) for _ in range(num_blocks)]
         else:
@@ -85,21 +85,21 @@ class DyHead(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """A pyramid (dict, list or tuple of levels, fine to coarse) in, one of the same kind and shapes out.
+        """Maps a pyramid (dict, list or tuple of levels, fine to coarse) to one of the same kind and shapes.
 
         Args:
             pyramid: levels (N, C, H_l, W_l), each half the size of the one before it; an odd size is rounded either
                 way (all blocks but "paper": up).
 
         Returns:
-            Levels with channels last in memory, whatever the input's layout (0 blocks: the input itself).
+            Levels in channels_last, regardless of the input's memory format (0 blocks: the input itself).
 
         Raises:
-            TypeError, ValueError: a pyramid that is none (no levels, wrong order, sizes, channels, ...), naming the
-                level, what was expected and what came.
+            TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,
+                what was expected and what came.
         """
         if self.blocks:
-            # The operator's own layout: converted once, here, if at all.
+            # The operator's native layout; converted here once, if needed.
             levels = split_pyramid(pyramid, self.channels)
             pyramid = join_pyramid([to_channels_last(level) for level in levels], pyramid)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""Feature pyramids: taking them apart, checking them, putting them together again."""
+"""Feature pyramids: splitting, checking and joining them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Pyramid = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
 
 
 def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) -> list[Tensor]:
-    """The levels of ``pyramid`` as a list, after checking that they form one.
+    """The levels of ``pyramid`` as a list, after checking that they form a valid pyramid.
 
     Args:
         pyramid: levels from fine to coarse.
-        channels: the channels C that every level must have.
+        channels: number of channels C that every level must have.
         round_up: a level of size n is followed by one of ceil(n / 2); otherwise by one of floor(n / 2) or ceil(n / 2).
 
     Raises:
         TypeError: not a dict, list or tuple of floating-point tensors of one dtype.
-        ValueError: no level at all; a level with other channels, batch size or device, or whose size is not half the
-            size of the level before it. The message names the level, what was expected and what came.
+        ValueError: no levels; a level with different channels, batch size or device, or not half the size of the
+            previous level. The message names the level, what was expected and what came.
     """
     if isinstance(pyramid, dict):
         names, levels = [repr(name) for name in pyramid], list(pyramid.values())
@@ -57,7 +57,7 @@ def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) ->
         if level.device != first.device:
             raise ValueError(f"level {name}: expected device {first.device} as in level {names[0]}, got {level.device}")
         if not all(_is_half(level.shape[d], finer.shape[d], round_up) for d in (2, 3)):
-            rounding = "rounded up" if round_up else "rounded either way"
+            rounding = "rounded up" if round_up else "rounded up or down"
             message = (
                 f"level {name}: expected half the size of level {names[i - 1]} ({_size(finer)}), {rounding}, "
                 f"got {_size(level)}"
@@ -69,7 +69,7 @@ def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) ->
 
 
 def join_pyramid(levels: list[Tensor], like: Pyramid) -> Pyramid:
-    """``levels`` as the kind of pyramid that ``like`` is: a dict with its keys in its order, a list or a tuple."""
+    """``levels`` in the container type of ``like``: a dict with the same keys in the same order, a list or a tuple."""
     if isinstance(like, dict):
         return dict(zip(like, levels, strict=True))
     return tuple(levels) if isinstance(like, tuple) else levels
@@ -81,12 +81,12 @@ def mean_of_levels(levels: Iterable[Tensor]) -> Tensor:
 
 
 def to_channels_last(level: Tensor) -> Tensor:
-    """``level`` with channels last in memory; without a copy where it is so."""
+    """``level`` in channels_last; not copied if it is already."""
     return level.contiguous(memory_format=torch.channels_last)
 
 
 def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` (N, C, H, W), in channels_last if that is what ``like`` is in; without a copy where it is already."""
+    """``x`` (N, C, H, W), in channels_last if ``like`` is; not copied if it is already."""
     if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     return x

@@ -33,19 +33,20 @@ class DeformConvNorm(nn.Module):
 
 
 class ReleasedDyHeadBlock(nn.Module):
-    """The block of microsoft/DynamicHead's and of mmdetection's published weights, bit by bit. Train ``DyHeadBlock``.
+    """The block of microsoft/DynamicHead's and of mmdetection's published weights, bit for bit. Train ``DyHeadBlock``.
 
-    What it does, level by level, and where it leaves the paper:
+    It exists for checkpoints; train new models with :class:`DyHeadBlock`. Where it differs from the paper:
 
-    * Offsets and importances come from the level by one 3x3 convolution; three deformable convolutions, on the level,
-      on the next finer one (stride 2; the offsets then count that level's pixels) and on the next coarser one, each
-      have a GroupNorm; the coarser one's result is resized afterwards (bilinear, corners aligned). Eq. 4 samples all
-      levels at the same places of the image and normalises their sum.
-    * The scale-aware weight is that of the convolved branch, ``hardsigmoid(relu(f(mean)))`` with
+    * One 3x3 convolution predicts offsets and importances from the level; three deformable convolutions, on the level,
+      on the next finer one (stride 2; the offsets are then in pixels of that level) and on the next coarser one, each
+      have a GroupNorm; the result on the coarser level is then resized (bilinear, corners aligned). Eq. 4 instead
+      samples all levels at the same positions of the image and normalises their sum.
+    * The scale-aware weight is computed from the convolved branch, ``hardsigmoid(relu(f(mean)))`` with
       ``hardsigmoid(x) = relu6(x + 3) / 6``: never below one half.
-    * The dynamic ReLU pools each level by itself, without the normalisation.
+    * The dynamic ReLU pools each level separately and has no normalisation.
     * The offsets for the coarser branch have the size of the level, which is larger than that branch's output: its
-      kernel reads the start of each image's memory as if it had the smaller size. Published weights were trained so.
+      kernel reads the start of each image's memory as if it had the smaller size. The published weights were trained
+      this way.
 
     mmdetection's block, up to its release 3.3 and with it all of its published weights, has the same arithmetic; that
     its convolutions have no bias, a bias of zero expresses. mmdetection's main branch later cut the upper left corner,
@@ -54,7 +55,7 @@ class ReleasedDyHeadBlock(nn.Module):
     element as plain memory, which is the released reading again. No published weights are known that were trained so.
     (mmcv stores the gradient of those offsets at the corner; the gradient here is that of the forward pass.)
 
-    Sizes must halve with rounding up from level to level.
+    Each level must have half the size of the previous one, rounded up.
 
     Args:
         channels: channels C of every level; a multiple of 16.
@@ -62,7 +63,7 @@ class ReleasedDyHeadBlock(nn.Module):
             weights; "corner" for weights that were trained with mmdetection's main branch after release 3.3.
 
     Raises:
-        ValueError: ``channels`` is not a multiple of 16; ``coarse_mask`` is neither.
+        ValueError: ``channels`` is not a multiple of 16; ``coarse_mask`` is neither of the two.
     """
 
     def __init__(self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat") -> None:
@@ -80,17 +81,17 @@ class ReleasedDyHeadBlock(nn.Module):
         self.theta = nn.Sequential(
             nn.Linear(channels, channels // 4), nn.ReLU(), nn.Linear(channels // 4, 4 * channels)
         )
-        # The released offset convolution starts at random; mmdetection found zero better (43.3 against 42.5 AP).
+        # The released code initialises it at random; mmdetection found zeros better (43.3 against 42.5 AP).
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
         nn.init.normal_(self.scale.weight, std=0.01)
         nn.init.zeros_(self.scale.bias)
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """A pyramid (dict, list or tuple of levels, fine to coarse) in, one of the same kind and shapes out.
+        """Maps a pyramid (dict, list or tuple of levels, fine to coarse) to one of the same kind and shapes.
 
         Raises:
-            TypeError, ValueError: a pyramid that is none, naming the level, what was expected and what came.
+            TypeError, ValueError: not a valid pyramid. Names the level, what was expected and what came.
         """
         levels = split_pyramid(pyramid, self.channels, round_up=True)
         out = []
@@ -110,10 +111,10 @@ class ReleasedDyHeadBlock(nn.Module):
         return join_pyramid(out, pyramid)
 
     def _combine(self, branches: list[tuple[DeformConvNorm, Tensor]], size: torch.Size) -> Tensor:
-        """The branches normalised, resized, weighed, averaged and activated, (N, C, *size).
+        """Normalises, resizes, weights and averages the branches and applies the activation, (N, C, *size).
 
-        Norms, weights and both sides of the activation are affine maps of every channel, and an affine map of a resized
-        branch is the resized map of it: one such map takes their place (:mod:`dyhead.ops.channelwise`).
+        Norms, weights and both branches of the activation are affine maps of every channel, and affine maps commute
+        with resizing: one affine map replaces them all (:mod:`dyhead.ops.channelwise`).
         """
         maps, slopes, intercepts, means = [], [], [], []
         for branch, x in branches:
@@ -137,13 +138,13 @@ class ReleasedDyHeadBlock(nn.Module):
         return affine_maximum(maps, slopes, a * sum(intercepts)[:, None] + b)
 
     def _gate(self, mean: Tensor) -> Tensor:
-        """Scale-aware weight of a branch, (N, 1), from the means of its channels (N, C)."""
+        """Scale-aware weight of a branch, (N, 1), from its channel means (N, C)."""
         logit = self.scale(mean[:, :, None, None].to(self.scale.weight.dtype)).flatten(1)
         return _hard_sigmoid(logit.to(mean.dtype).relu())
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
-    # torch's own hardsigmoid has a backward pass with 1/6 in float32, which costs float64 its last eight digits.
+    # The backward pass of torch's hardsigmoid uses 1/6 in float32, which costs float64 eight digits.
     return functional.relu6(x + 3) / 6
 
 

@@ -1,4 +1,4 @@
-"""Scale-aware attention, Eq. 3 of the paper: how much each level counts."""
+"""Scale-aware attention, Eq. 3 of the paper: a weight for each level."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class ScaleAwareAttention(nn.Module):
     ``f`` is a linear function C -> 1 (a 1x1 convolution of the pooled level), shared by all levels; ``sigma`` is the
     hard sigmoid ``max(0, min(1, (x + 1) / 2))``.
 
-    ``f`` starts at zero weight and a bias that opens the gate to ``INITIAL_WEIGHT`` for every level: a stack of blocks
-    that does nothing but weigh levels must not dim its input (0.5 a block would leave 1/64 after six), and the hard
-    sigmoid still has a slope there.
+    ``f`` is initialised with zero weights and a bias that gives every level the weight ``INITIAL_WEIGHT``: a stack of
+    blocks must not attenuate its input (0.5 per block would leave 1/64 after six), and the hard sigmoid still has a
+    gradient there.
 
     Args:
         channels: channels C of every level.

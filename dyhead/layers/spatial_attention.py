@@ -1,4 +1,4 @@
-"""Spatial-aware attention, Eq. 4 of the paper: where to look, across the levels."""
+"""Spatial-aware attention, Eq. 4 of the paper: where to sample, across levels."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class SpatialAwareAttention(nn.Module):
 
         out_m = GroupNorm( 1/L_m * sum_l sum_k  w_{l-m,k} . F_l(p_k + dp_k) * dm_k )
 
-    in the pyramid's own geometry: the centres of the pixels coincide in the image and no level is resized
-    (:func:`dyhead.ops.pyramid_deform_conv2d`). The offsets ``dp`` (pixels of level m) and the importances ``dm`` in
-    (0, 1) come from level m, the median of its window, by a 3x3 convolution. ``L_m`` counts the levels that are there:
-    fewer at the pyramid's ends. The weights ``w`` are three 3x3 kernels, for a finer level, the same level and a
-    coarser one, shared by all output levels.
+    in the pyramid's own geometry: pixel positions are aligned in the image and no level is resized
+    (:func:`dyhead.ops.pyramid_deform_conv2d`). A 3x3 convolution predicts the offsets ``dp`` (pixels of level m) and
+    the importances ``dm`` in (0, 1) from level m, the median of its window. ``L_m`` is the number of levels in the
+    window, fewer at the pyramid's ends. The weights ``w`` are three 3x3 kernels, for a finer level, the same level and
+    a coarser one, shared by all output levels.
 
-    The offset convolution starts at zero: sampling starts as a plain convolution at the levels' own places, with every
-    importance at 1/2. The kernel of the same level starts as the identity, so that a deep stack starts by handing on
-    what the backbone found; on it and on the two others lies noise, ``INITIAL_NOISE`` times what He et al. give a layer
-    with a ReLU after it, about a third of the output's variance. (In four small trials from scratch this ended
-    at a loss 0.4 to 3 percent below He et al.'s alone.) What the halves, the 1/L_m and the level weights
-    take from the sum, GroupNorm gives back, so it is not made up for in the kernels: larger kernels under a
-    normalisation give the same output and merely learn more slowly.
+    The offset convolution is initialised to zero, so that sampling starts as a plain convolution with every importance
+    at 1/2. The kernel of the same level is initialised as the identity, so that a deep stack first passes on the
+    backbone's features; all three kernels get noise of ``INITIAL_NOISE`` times the standard deviation that He et al.
+    give a layer followed by a ReLU, about a third of the output's variance. (In four small trials from scratch the
+    final loss was 0.4 to 3 percent below that of He et al.'s initialisation alone.) GroupNorm undoes the attenuation by
+    the importances, 1/L_m and the level weights, so the kernels do not compensate for it: under a normalisation, larger
+    kernels give the same output and only learn more slowly.
 
     Args:
         channels: channels C of every level, in and out.
-        window: how many levels on each side of a level it sees; None is the whole pyramid (levels further than one
-            step use the kernel of their side).
-        offset_groups: groups of channels with offsets and importances of their own.
+        window: number of levels on each side of a level that it reads; None is the whole pyramid (levels more than one
+            step away use the kernel of their side).
+        offset_groups: channel groups with separate offsets and importances.
         norm_groups: groups of the GroupNorm.
 
     Raises:
@@ -72,22 +72,22 @@ class SpatialAwareAttention(nn.Module):
             self.weight[1] += nn.init.dirac_(torch.empty_like(self.weight[1]))
 
     def extra_repr(self) -> str:
-        """The arguments that the submodules do not show."""
+        """The arguments that do not appear in submodules."""
         return f"window={self.window}, offset_groups={self.offset_groups}"
 
     def forward(self, levels: Sequence[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
-        """A pyramid in, a pyramid of the same shapes out.
+        """Maps a pyramid to one of the same shapes.
 
         Args:
-            levels: L levels (N, C, H_l, W_l), fine to coarse, each half the size of the one before it.
-            level_weight: (N, L), the scale-aware attention (Eq. 3). The result is the one for levels multiplied by
-                it, without that product in memory.
+            levels: L levels (N, C, H_l, W_l), fine to coarse, each half the size of the previous one.
+            level_weight: (N, L), the scale-aware attention (Eq. 3). The result is the same as for levels
+                multiplied by it, but the product is never stored.
         """
-        # Autocast runs the norm in float32; what follows needs no more than the operator's own type.
+        # Autocast runs the norm in float32; what follows needs only the operator's type.
         return [in_memory_format_of(self.norm(x).to(x.dtype), x) for x in self.aggregate(levels, level_weight)]
 
     def aggregate(self, levels: Sequence[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
-        """What :meth:`forward` normalises: the sums over levels and taps."""
+        """The sums over levels and taps, before the normalisation of :meth:`forward`."""
         out = []
         for m, level in enumerate(levels):
             first, last = self._window_of(m, len(levels))
@@ -109,7 +109,7 @@ class SpatialAwareAttention(nn.Module):
         return out
 
     def _window_of(self, m: int, num_levels: int) -> tuple[int, int]:
-        """First and last level that output level ``m`` sees."""
+        """First and last level in the window of output level ``m``."""
         if self.window is None:
             return 0, num_levels - 1
         return max(m - self.window, 0), min(m + self.window, num_levels - 1)
@@ -119,14 +119,14 @@ class SpatialAwareAttention(nn.Module):
         if weight is None:
             x = self.offset(level)
         else:
-            # The convolution is linear: weighing its 27 G channels instead of the level's C is the same and cheaper.
+            # The convolution is linear: weighting its 27 G output channels is weighting its C inputs, but cheaper.
             x = functional.conv2d(level, self.offset.weight, padding=1)
             x = x * weight[:, None, None, None] + self.offset.bias[:, None, None]
         offset, mask = x.split([x.shape[1] // 3 * 2, x.shape[1] // 3], dim=1)
         return offset, mask.sigmoid()
 
     def _kernels(self, finer: int, coarser: int) -> Tensor:
-        """The kernels (L_m, C, C, 3, 3) of a window with so many finer and coarser levels."""
+        """The kernels (L_m, C, C, 3, 3) of a window with these numbers of finer and coarser levels."""
         if finer <= 1 and coarser <= 1:
             return self.weight[1 - finer : 2 + coarser]
         return self.weight[[0] * finer + [1] + [2] * coarser]

@@ -1,4 +1,4 @@
-"""Task-aware attention, Eq. 5 of the paper: which channels to switch on."""
+"""Task-aware attention, Eq. 5 of the paper: which channels are active."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dyhead.ops.channelwise import affine_maximum, channel_statistics
 class TaskAwareAttention(nn.Module):
     """Dynamic ReLU, ``max(a1 * F_c + b1, a2 * F_c + b2)`` with coefficients per channel c (Eq. 5).
 
-    ``theta``, which makes the coefficients, is that of DY-ReLU (Chen et al., ECCV 2020) with the normalisation the
-    paper adds: the average over space and then over levels, so that every level counts the same; a linear layer
+    ``theta``, which computes the coefficients, is that of DY-ReLU (Chen et al., ECCV 2020) with the paper's additional
+    normalisation: the average over space and then over levels, so that all levels have equal weight; a linear layer
     C -> C/reduction, ReLU, a linear layer -> 4 C, LayerNorm, and the shifted sigmoid ``2 sigmoid(x) - 1`` in [-1, 1].
     Its result t is a residual on the plain ReLU: ``a1 = 1 + t_a1, a2 = t_a2, b1 = t_b1 / 2, b2 = t_b2 / 2``.
 
-    The LayerNorm starts with a gain of ``INITIAL_GAIN``: the activation starts within a few percent of ReLU, and every
-    parameter has a gradient (a gain of 0 would leave the linear layers none).
+    The LayerNorm's gain is initialised to ``INITIAL_GAIN``: the activation starts within a few percent of ReLU, and
+    every parameter has a gradient (with a gain of 0 the linear layers would have none).
 
     Args:
         channels: channels C of every level.
-        reduction: C / reduction hidden channels.
+        reduction: the hidden layer has C / reduction channels.
 
     Raises:
         ValueError: ``reduction`` does not divide ``channels``.
@@ -51,12 +51,12 @@ class TaskAwareAttention(nn.Module):
         nn.init.constant_(self.theta[3].weight, self.INITIAL_GAIN)
 
     def forward(self, levels: Sequence[Tensor], affine: ChannelAffine | None = None) -> list[Tensor]:
-        """Each level (N, C, H_l, W_l) through the activation; one set of coefficients per image for all its levels.
+        """Applies the activation to each level; all levels of an image share one set of coefficients.
 
         Args:
             levels: L levels (N, C, H_l, W_l).
-            affine: a map that they still have to go through, such as a norm. The result is that for mapped levels,
-                without them in memory.
+            affine: a map to apply to the levels first, such as a norm. The result is the same as for mapped levels,
+                but these are never stored.
         """
         mean = torch.stack([channel_statistics(x)[:, 0] for x in levels], dim=1) if affine is None else affine.mean
         t = self.theta(mean.mean(dim=1).to(self.theta[3].weight.dtype)).to(mean.dtype)

@@ -1,10 +1,10 @@
-"""Maps channel by channel, what GroupNorm and the dynamic ReLU of Eq. 5 come down to.
+"""Per-channel maps, to which GroupNorm and the dynamic ReLU of Eq. 5 reduce.
 
-A GroupNorm whose statistics are known is an affine map of every channel, and so are a weight of a level and each of the
-two branches of the dynamic ReLU; affine maps of affine maps are affine. So a block needs the statistics of what it
+A GroupNorm with known statistics is an affine map of every channel, and so are a level weight and each of the two
+branches of the dynamic ReLU; compositions of affine maps are affine. A block therefore needs the statistics of what it
 normalises, some arithmetic on (N, C) numbers, and the maximum of two affine maps.
 
-The compiled operators make one pass over memory each. Where they do not run, the definitions below do.
+Each compiled operator makes one pass over memory. Where they are not available, the definitions below run.
 
 Shapes: N batch, C channels.
 """
@@ -21,7 +21,7 @@ from .checks import accumulation_dtype, check_maps
 
 
 def channel_statistics(x: Tensor) -> Tensor:
-    """Mean and variance (that of the population) of every channel of a map, over its pixels.
+    """Mean and population variance of every channel of a map, over its pixels.
 
     Args:
         x: (N, C, H, W), of any floating type.
@@ -35,21 +35,21 @@ def channel_statistics(x: Tensor) -> Tensor:
 
 
 def affine_maximum(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> Tensor:
-    """The larger one of two affine maps of some maps, channel by channel.
+    """The maximum of two affine maps of the inputs, channel by channel.
 
         out(n, c, i, j) = max_{k=1,2}  intercepts(n, k, c) + sum_b slopes(n, k, b, c) * xs_b(n, c, i, j)
 
     Args:
-        xs: B maps (N, C, H, W) of one floating type.
+        xs: B maps (N, C, H, W) of the same floating type.
         slopes: (N, 2, B, C).
         intercepts: (N, 2, C).
 
     Returns:
-        (N, C, H, W) in the maps' type, with channels last in memory if xs[0] has. As with `torch.maximum`, NaN in
-        either is NaN, and where both are equal each has half of the gradient. Sums are float32 (float64 for float64).
+        (N, C, H, W) in the maps' type, in channels_last if xs[0] is. As with `torch.maximum`, NaN in either gives NaN,
+        and where both are equal each gets half of the gradient. Sums are float32 (float64 for float64).
 
     Raises:
-        RuntimeError: a shape or type does not fit; the text names the argument, what was expected and what came.
+        RuntimeError: a wrong shape or type; the message names the argument, what was expected and what came.
 
     The compiled operator can be differentiated once; `define_affine_maximum` any number of times.
     """

@@ -1,4 +1,4 @@
-"""What the operator accepts. The compiled operator makes the same checks, with the same words, in csrc/arguments.h."""
+"""Checks of the operator's arguments. csrc/arguments.h makes the same checks with the same messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_arguments(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> None:
-    """Raises RuntimeError naming the argument, what was expected and what came, unless the operator can run.
+    """Raises RuntimeError unless the arguments are valid; it names the argument, what was expected and what came.
 
     The arguments are the raw operator's: `scales` is None for the default, the others (vertical, horizontal) pairs.
     """
@@ -109,7 +109,7 @@ def check_arguments(
 
 
 def check_maps(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> None:
-    """The arguments of `dyhead.ops.channelwise.affine_maximum`; the compiled operator makes the same checks."""
+    """Checks the arguments of `dyhead.ops.channelwise.affine_maximum`; the compiled operator makes the same checks."""
     if not xs:
         _fail("xs", "at least one map", "an empty list")
     first = xs[0]

@@ -34,39 +34,38 @@ def pyramid_deform_conv2d(
 
         out(n, :, i, j) = bias + sum_l level_weight(n, l) * sum_k  W_{l,k} . F_l(n, :, y_l, x_l) * mask(n, g, k, i, j)
 
-    The same place of the image is read on every level, whatever its size; nothing is resized. Tap (r, s) of output
-    pixel (i, j) stands at t = i + dilation * (r - (kh - 1) / 2) + dy on the output grid and reads level l at
+    Every level is read at the same position of the image, and nothing is resized. Tap (r, s) of output
+    pixel (i, j) is at t = i + dilation * (r - (kh - 1) / 2) + dy on the output grid and reads level l at
     y_l = scale_l * (t + 1/2) - 1/2; x alike. F_l(y, x) is bilinear, and 0 outside the map.
 
     Args:
         features: L maps (N, C_in, H_l, W_l). One dtype: float64, float32, bfloat16 or float16.
-        offset: (N, 2*G*K, H, W), in pixels of the output grid; dy and dx of a tap follow each other, taps row by row.
-            Its size is the output's. Channels of the features are split into G groups, each with its own offsets.
+        offset: (N, 2*G*K, H, W), in pixels of the output grid; dy and dx of a tap are adjacent, taps row by row.
+            (H, W) is the size of the output. The features' channels are split into G groups with separate offsets.
         weight: (L, C_out, C_in/groups, kh, kw), of the features' dtype.
         bias: (C_out,), of the features' dtype.
-        mask: (N, G*K, H, W), what every sample counts.
-        level_weight: (N, L), what every level counts: the scale-aware attention of Eq. 3, with the 1/L of Eq. 4.
+        mask: (N, G*K, H, W), the weight of every sample.
+        level_weight: (N, L), the weight of every level: the scale-aware attention of Eq. 3, with the 1/L of Eq. 4.
         scales: L numbers, the stride of the output grid over the stride of each level: 2 for the next finer level,
             1/2 for the next coarser one. Default: H_l / H.
-        dilation: distance of the taps, in pixels of the output grid; an int or (vertical, horizontal).
+        dilation: distance between taps, in pixels of the output grid; an int or (vertical, horizontal).
 
     Returns:
-        (N, C_out, H, W) in the features' dtype, with channels last in memory if features[0] has.
+        (N, C_out, H, W) in the features' dtype, in channels_last if features[0] is.
 
     Offset, mask and level_weight may be of any floating type no wider than float32 (float64 with float64 features).
-    Positions and sums are float32 (float64 for float64). Half types round values that are read and written, and, for
-    bfloat16 on a processor with AVX512-BF16, every sample before it is multiplied with weights or gradients; products
-    then take subnormal values for 0. A CUDA device rounds samples of both half types, and those, weights and gradients
-    of float32 to TF32 where PyTorch's convolutions may. An offset may have any value: NaN, infinite and far positions
-    read 0 and have a zero gradient. The result and all gradients are the same for any number of threads; on a CUDA
-    device the features' gradient is added up in any order, unless `torch.use_deterministic_algorithms` asks for one.
-    Autocast casts features, weight and bias to its type.
+    Positions and sums are float32 (float64 for float64). Half types round the values that are read and written and, for
+    bfloat16 on a processor with AVX512-BF16, every sample before it is multiplied by weights or gradients; subnormal
+    values then count as 0 in products. A CUDA device rounds samples of both half types, and rounds float32 samples,
+    weights and gradients to TF32 where PyTorch's convolutions may. An offset may have any value: NaN, infinite and
+    far-away positions read 0 and have a zero gradient. The result and all gradients do not depend on the number of
+    threads; on a CUDA device the features' gradient is summed in an unspecified order, unless
+    `torch.use_deterministic_algorithms` is set. Autocast casts features, weight and bias to its type.
 
-    Gradients exist for every tensor, once: for second derivatives use `dyhead.ops.reference`, as the error says.
+    Every tensor has first derivatives; for second derivatives use `dyhead.ops.reference`, as the error says.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; the text names the argument, what was expected and what
-            came.
+        RuntimeError: a wrong shape, dtype or device; the message names the argument, what was expected and what came.
     """
     return _run(
         *reference.raw_arguments(features, offset, weight, bias, mask, level_weight, True, scales, 1, 0, dilation)
@@ -87,16 +86,16 @@ def deform_conv2d(
 
     Args:
         input: (N, C_in, H_in, W_in); float64, float32, bfloat16 or float16.
-        offset: (N, 2*G*K, H, W), in pixels of the input; dy and dx of a tap follow each other, taps row by row.
+        offset: (N, 2*G*K, H, W), in pixels of the input; dy and dx of a tap are adjacent, taps row by row.
         weight: (C_out, C_in/groups, kh, kw), of the input's dtype.
         bias: (C_out,), of the input's dtype.
         stride, padding, dilation: in pixels of the input; an int or (vertical, horizontal).
-        mask: (N, G*K, H, W), what every sample counts.
+        mask: (N, G*K, H, W), the weight of every sample.
 
     Returns:
         (N, C_out, H, W) in the input's dtype, where H = (H_in + 2*padding - dilation*(kh-1) - 1) // stride + 1.
 
-    What `pyramid_deform_conv2d` says of types, offsets, autocast, gradients and errors holds here, too.
+    Types, offsets, autocast, gradients and errors are as for `pyramid_deform_conv2d`.
     """
     return _run(*reference.raw_convolution_arguments(input, offset, weight, bias, stride, padding, dilation, mask))
 

@@ -1,4 +1,4 @@
-"""Loads the compiled operator, and explains itself where there is none."""
+"""Loads the compiled operator, and explains why it is missing if it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALL_CUDA = "FORCE_CUDA=1 pip install -e . --no-build-isolation  (in the repo
 
 
 def _load() -> str | None:
-    """Registers torch.ops.dyhead; returns what to tell a user where that did not work."""
+    """Registers torch.ops.dyhead; returns None, or the reason for the user why that failed."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < TORCH_MINIMUM:
         return (
@@ -43,7 +43,7 @@ def _load() -> str | None:
 
 
 def _load_cuda() -> tuple[str | None, str | None]:
-    """Adds the CUDA kernels to torch.ops.dyhead; returns what they were built with, or what to tell a user."""
+    """Adds the CUDA kernels to torch.ops.dyhead; returns what they were built with, or the reason why that failed."""
     if PROBLEM is not None:
         return None, PROBLEM
     paths = [os.path.join(_PACKAGE, "_C_cuda" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
@@ -77,7 +77,7 @@ _warned: set[str] = set()
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether there is a compiled operator for tensors of this device. Where not, a warning says so, once."""
+    """Whether there is a compiled operator for tensors of this device. If not, one warning says so."""
     if device.type in DEVICES:
         return True
     if device.type not in _warned and not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""The operator in plain PyTorch: its definition, the oracle of its tests, and what runs where the library is not built.
+"""The operator in plain PyTorch: its definition, the tests' oracle, and the fallback where the library is not built.
 
     out(n, :, i, j) = bias + sum_l level_weight(n, l) * sum_k  W_{l,k} . F_l(n, :, y_l, x_l) * mask(n, g, k, i, j)
 
@@ -22,9 +22,9 @@ __all__ = ["deform_conv2d", "pyramid_deform_conv2d"]
 
 
 class AxisMap(NamedTuple):
-    """Where a tap reads along one axis of a level: step * i + tap * r + shift * d + origin.
+    """Where a tap reads along one axis of a level, in pixels of the level: step * i + tap * r + shift * d + origin.
 
-    i is the output pixel, r the row or column of the tap in the kernel, d its offset. In pixels of the level.
+    i is the output pixel, r the row or column of the tap in the kernel, d its offset.
     """
 
     step: float
@@ -86,10 +86,10 @@ def raw_arguments(
     padding: int | Sequence[int],
     dilation: int | Sequence[int],
 ) -> tuple:
-    """The arguments of the raw operator from those of the public functions.
+    """Converts the public functions' arguments to those of the raw operator.
 
-    Positions, masks and level weights are widened to the accumulation type, differentiably, so that a half type rounds
-    values but never positions.
+    Positions, masks and level weights are converted to the accumulation type, differentiably, so that a half type
+    rounds values but never positions.
     """
     if isinstance(features, Tensor) or len(features) == 0:
         got = f"one tensor {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty list"
@@ -121,7 +121,7 @@ def raw_convolution_arguments(
     dilation: int | Sequence[int],
     mask: Tensor | None,
 ) -> tuple:
-    """The arguments of the raw operator from those of `deform_conv2d`."""
+    """Converts the arguments of `deform_conv2d` to those of the raw operator."""
     if weight.dim() != 4:
         raise RuntimeError(f"weight: expected (C_out, C_in/groups, kh, kw), got {tuple(weight.shape)}")
     return raw_arguments([input], offset, weight.unsqueeze(0), bias, mask, None, False, None, stride, padding, dilation)
@@ -130,7 +130,7 @@ def raw_convolution_arguments(
 def autocast_values(
     device: str, features: list[Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """What autocast casts: the values, not the positions. As elsewhere under autocast, float64 stays what it is."""
+    """Casts the values, not the positions, as autocast does. As elsewhere under autocast, float64 is not cast."""
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What PyTorch is told about the compiled operators: shapes without data, gradients, autocast and flops."""
+"""Registers the compiled operators' fake implementations, gradients, autocast rules and FLOP counts."""
 
 from __future__ import annotations
 

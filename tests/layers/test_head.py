@@ -178,18 +178,18 @@ def level(*shape, **options):
         (
             {"p5": level(1, 16, 7, 7), "p4": level(1, 16, 13, 13)},
             ValueError,
-            "level 'p4': expected half the size of level 'p5' (7 x 7), rounded either way, got 13 x 13; "
+            "level 'p4': expected half the size of level 'p5' (7 x 7), rounded up or down, got 13 x 13; "
             "levels run from fine to coarse",
         ),
         (
             {"p3": level(1, 16, 25, 25), "p4": level(1, 16, 14, 13)},
             ValueError,
-            "level 'p4': expected half the size of level 'p3' (25 x 25), rounded either way, got 14 x 13",
+            "level 'p4': expected half the size of level 'p3' (25 x 25), rounded up or down, got 14 x 13",
         ),
         (
             {"p3": level(1, 16, 32, 32), "p5": level(1, 16, 8, 8)},
             ValueError,
-            "level 'p5': expected half the size of level 'p3' (32 x 32), rounded either way, got 8 x 8",
+            "level 'p5': expected half the size of level 'p3' (32 x 32), rounded up or down, got 8 x 8",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def test_the_released_block_wants_sizes_rounded_up():
         ),
         ({"num_blocks": -1}, "num_blocks: expected at least 0, got -1"),
         ({"norm_groups": 5}, "norm_groups: expected a divisor of the 16 channels, got 5"),
-        ({"block": "released", "window": None}, "block='released' has no options, .*got window=None"),
+        ({"block": "released", "window": None}, "block='released': expected no options, .*got window=None"),
         ({"block": "mmdetection", "task_aware": False, "norm_groups": 8}, "got task_aware=False, norm_groups=8"),
     ],
 )
