@@ -24,8 +24,8 @@ from dyhead.detectron2.backbone import (
     build_retinanet_resnet_fpn_dyhead_backbone,
 )
 from dyhead.detectron2.checkpoint import Checkpointer
-from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
 from dyhead.detectron2.datasets import register_datasets
+from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
 from dyhead.detectron2.trainer import Trainer

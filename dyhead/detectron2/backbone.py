@@ -110,7 +110,7 @@ class DyHeadBackbone(NeckBackbone):
 
 
 def build_backbone(cfg: CfgNode) -> Backbone:
-    """The backbone of ``MODEL.BACKBONE.NAME`` with the necks of ``MODEL.NECKS``; what this package's detectors stand on.
+    """The backbone of ``MODEL.BACKBONE.NAME`` with the necks of ``MODEL.NECKS``, for the detectors of this package.
 
     Raises:
         ConfigError: necks that cannot be built as configured.

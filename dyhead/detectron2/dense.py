@@ -104,8 +104,8 @@ class DenseMetaArchitecture(nn.Module):
         """Losses by name in training, else for each image a dict with its "instances".
 
         Args:
-            batched_inputs: for each image a dict of ``image`` (3, H, W), in training ``instances`` with ``gt_boxes`` and
-                ``gt_classes``, and in inference maybe ``height`` and ``width`` of the output.
+            batched_inputs: for each image a dict of ``image`` (3, H, W), in training ``instances`` with ``gt_boxes``
+                and ``gt_classes``, and in inference maybe ``height`` and ``width`` of the output.
         """
         images = self.preprocess_image(batched_inputs)
         predictions = self.detector(self.backbone(images.tensor))

@@ -21,8 +21,8 @@ class DyHeadOptions:
     )
     block: str = option(
         "paper",
-        '"paper": Eqs. 3 to 5 in the pyramid\'s own geometry. "released" (or "mmdetection"): the block of the '
-        'published weights; images are then padded to multiples of the last stride, as theirs were. "mmdetection_main": that of '
+        "paper: Eqs. 3 to 5 in the pyramid's own geometry. released (or mmdetection): the block of the published "
+        "weights; images are then padded to multiples of the last stride, as theirs were. mmdetection_main: that of "
         "weights trained with mmdetection's main branch after 3.3",
         one_of(*BLOCKS),
     )
