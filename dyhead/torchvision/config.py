@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import ast
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from importlib import resources
 from typing import Any
 
 import yaml
@@ -13,235 +15,6 @@ from fvcore.common.config import CfgNode
 from dyhead.config import ConfigError, add_dyhead_config, get, num_classes
 
 _log = logging.getLogger(__name__)
-
-# Detectron2's keys with its defaults. What they mean is told by Detectron2's own documentation.
-_HONOURED: dict[str, Any] = {
-    "VERSION": 2,
-    "MODEL": {
-        "DEVICE": "cuda",
-        "META_ARCHITECTURE": "GeneralizedRCNN",
-        "WEIGHTS": "",
-        "PIXEL_MEAN": [103.53, 116.28, 123.675],
-        "PIXEL_STD": [1.0, 1.0, 1.0],
-        "BACKBONE": {"NAME": "build_resnet_backbone", "FREEZE_AT": 2},
-        "FPN": {"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"},
-        "PROPOSAL_GENERATOR": {"NAME": "RPN", "MIN_SIZE": 0},
-        "ANCHOR_GENERATOR": {
-            "NAME": "DefaultAnchorGenerator",
-            "SIZES": [[32, 64, 128, 256, 512]],
-            "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
-            "OFFSET": 0.0,
-        },
-        "RPN": {
-            "HEAD_NAME": "StandardRPNHead",
-            "IN_FEATURES": ["res4"],
-            "IOU_THRESHOLDS": [0.3, 0.7],
-            "IOU_LABELS": [0, -1, 1],
-            "BATCH_SIZE_PER_IMAGE": 256,
-            "POSITIVE_FRACTION": 0.5,
-            "BBOX_REG_LOSS_TYPE": "smooth_l1",
-            "BBOX_REG_LOSS_WEIGHT": 1.0,
-            "BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
-            "SMOOTH_L1_BETA": 0.0,
-            "LOSS_WEIGHT": 1.0,
-            "PRE_NMS_TOPK_TRAIN": 12000,
-            "PRE_NMS_TOPK_TEST": 6000,
-            "POST_NMS_TOPK_TRAIN": 2000,
-            "POST_NMS_TOPK_TEST": 1000,
-            "NMS_THRESH": 0.7,
-            "CONV_DIMS": [-1],
-        },
-        "ROI_HEADS": {
-            "NAME": "Res5ROIHeads",
-            "NUM_CLASSES": 80,
-            "IN_FEATURES": ["res4"],
-            "IOU_THRESHOLDS": [0.5],
-            "IOU_LABELS": [0, 1],
-            "BATCH_SIZE_PER_IMAGE": 512,
-            "POSITIVE_FRACTION": 0.25,
-            "SCORE_THRESH_TEST": 0.05,
-            "NMS_THRESH_TEST": 0.5,
-            "PROPOSAL_APPEND_GT": True,
-        },
-        "ROI_BOX_HEAD": {
-            "NAME": "",
-            "BBOX_REG_LOSS_TYPE": "smooth_l1",
-            "BBOX_REG_LOSS_WEIGHT": 1.0,
-            "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
-            "SMOOTH_L1_BETA": 0.0,
-            "POOLER_RESOLUTION": 14,
-            "POOLER_SAMPLING_RATIO": 0,
-            "POOLER_TYPE": "ROIAlignV2",
-            "NUM_FC": 0,
-            "FC_DIM": 1024,
-            "NUM_CONV": 0,
-            "CONV_DIM": 256,
-            "NORM": "",
-        },
-        "RETINANET": {
-            "NUM_CLASSES": 80,
-            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
-            "IOU_THRESHOLDS": [0.4, 0.5],
-            "IOU_LABELS": [0, -1, 1],
-            "PRIOR_PROB": 0.01,
-            "SCORE_THRESH_TEST": 0.05,
-            "TOPK_CANDIDATES_TEST": 1000,
-            "NMS_THRESH_TEST": 0.5,
-            "BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
-            "FOCAL_LOSS_GAMMA": 2.0,
-            "FOCAL_LOSS_ALPHA": 0.25,
-            "SMOOTH_L1_LOSS_BETA": 0.1,
-            "BBOX_REG_LOSS_TYPE": "smooth_l1",
-        },
-        "RESNETS": {
-            "DEPTH": 50,
-            "OUT_FEATURES": ["res4"],
-            "NUM_GROUPS": 1,
-            "NORM": "FrozenBN",
-            "WIDTH_PER_GROUP": 64,
-            "STRIDE_IN_1X1": True,
-            "RES5_DILATION": 1,
-            "RES2_OUT_CHANNELS": 256,
-            "STEM_OUT_CHANNELS": 64,
-        },
-    },
-    "INPUT": {
-        "MIN_SIZE_TRAIN": (800,),
-        "MIN_SIZE_TRAIN_SAMPLING": "choice",
-        "MAX_SIZE_TRAIN": 1333,
-        "MIN_SIZE_TEST": 800,
-        "MAX_SIZE_TEST": 1333,
-        "RANDOM_FLIP": "horizontal",
-        "FORMAT": "BGR",
-    },
-    "DATASETS": {"TRAIN": (), "TEST": ()},
-    "DATALOADER": {
-        "NUM_WORKERS": 4,
-        "ASPECT_RATIO_GROUPING": True,
-        "SAMPLER_TRAIN": "TrainingSampler",
-        "FILTER_EMPTY_ANNOTATIONS": True,
-    },
-    "SOLVER": {
-        "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
-        "MAX_ITER": 40000,
-        "BASE_LR": 0.001,
-        "BASE_LR_END": 0.0,
-        "MOMENTUM": 0.9,
-        "NESTEROV": False,
-        "WEIGHT_DECAY": 0.0001,
-        "WEIGHT_DECAY_NORM": 0.0,
-        "GAMMA": 0.1,
-        "STEPS": (30000,),
-        "NUM_DECAYS": 3,
-        "WARMUP_FACTOR": 0.001,
-        "WARMUP_ITERS": 1000,
-        "WARMUP_METHOD": "linear",
-        "RESCALE_INTERVAL": False,
-        "CHECKPOINT_PERIOD": 5000,
-        "IMS_PER_BATCH": 16,
-        "BIAS_LR_FACTOR": 1.0,
-        "WEIGHT_DECAY_BIAS": None,
-        "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
-        "AMP": {"ENABLED": False},
-    },
-    "TEST": {"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100},
-    "OUTPUT_DIR": "./output",
-    "SEED": -1,
-    "CUDNN_BENCHMARK": False,
-    "FLOAT32_PRECISION": "",
-}
-
-# Detectron2's keys that this engine knows and cannot honour, with the defaults, which are what it does.
-_NOT_HONOURED: dict[str, Any] = {
-    "MODEL": {
-        "LOAD_PROPOSALS": False,
-        "MASK_ON": False,
-        "KEYPOINT_ON": False,
-        "ANCHOR_GENERATOR": {"ANGLES": [[-90, 0, 90]]},
-        "RPN": {"BOUNDARY_THRESH": -1},
-        "ROI_BOX_HEAD": {
-            "CLS_AGNOSTIC_BBOX_REG": False,
-            "TRAIN_ON_PRED_BOXES": False,
-            "USE_FED_LOSS": False,
-            "USE_SIGMOID_CE": False,
-            "FED_LOSS_FREQ_WEIGHT_POWER": 0.5,
-            "FED_LOSS_NUM_CLASSES": 50,
-        },
-        "ROI_BOX_CASCADE_HEAD": {
-            "BBOX_REG_WEIGHTS": ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)),
-            "IOUS": (0.5, 0.6, 0.7),
-        },
-        "ROI_MASK_HEAD": {
-            "NAME": "MaskRCNNConvUpsampleHead",
-            "POOLER_RESOLUTION": 14,
-            "POOLER_SAMPLING_RATIO": 0,
-            "NUM_CONV": 0,
-            "CONV_DIM": 256,
-            "NORM": "",
-            "CLS_AGNOSTIC_MASK": False,
-            "POOLER_TYPE": "ROIAlignV2",
-        },
-        "ROI_KEYPOINT_HEAD": {
-            "NAME": "KRCNNConvDeconvUpsampleHead",
-            "POOLER_RESOLUTION": 14,
-            "POOLER_SAMPLING_RATIO": 0,
-            "CONV_DIMS": (512,) * 8,
-            "NUM_KEYPOINTS": 17,
-            "MIN_KEYPOINTS_PER_IMAGE": 1,
-            "NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": True,
-            "LOSS_WEIGHT": 1.0,
-            "POOLER_TYPE": "ROIAlignV2",
-        },
-        "SEM_SEG_HEAD": {
-            "NAME": "SemSegFPNHead",
-            "IN_FEATURES": ["p2", "p3", "p4", "p5"],
-            "IGNORE_VALUE": 255,
-            "NUM_CLASSES": 54,
-            "CONVS_DIM": 128,
-            "COMMON_STRIDE": 4,
-            "NORM": "GN",
-            "LOSS_WEIGHT": 1.0,
-        },
-        "PANOPTIC_FPN": {
-            "INSTANCE_LOSS_WEIGHT": 1.0,
-            "COMBINE": {
-                "ENABLED": True,
-                "OVERLAP_THRESH": 0.5,
-                "STUFF_AREA_LIMIT": 4096,
-                "INSTANCES_CONFIDENCE_THRESH": 0.5,
-            },
-        },
-        # DyHead takes the place of RetinaNet's towers.
-        "RETINANET": {"NUM_CONVS": 4, "NORM": ""},
-        "RESNETS": {
-            "DEFORM_ON_PER_STAGE": [False, False, False, False],
-            "DEFORM_MODULATED": False,
-            "DEFORM_NUM_GROUPS": 1,
-        },
-    },
-    "INPUT": {"CROP": {"ENABLED": False, "TYPE": "relative_range", "SIZE": [0.9, 0.9]}, "MASK_FORMAT": "polygon"},
-    "DATASETS": {
-        "PROPOSAL_FILES_TRAIN": (),
-        "PRECOMPUTED_PROPOSAL_TOPK_TRAIN": 2000,
-        "PROPOSAL_FILES_TEST": (),
-        "PRECOMPUTED_PROPOSAL_TOPK_TEST": 1000,
-    },
-    "DATALOADER": {"REPEAT_THRESHOLD": 0.0, "REPEAT_SQRT": True},
-    "SOLVER": {"REFERENCE_WORLD_SIZE": 0},
-    "TEST": {
-        "EXPECTED_RESULTS": [],
-        "KEYPOINT_OKS_SIGMAS": [],
-        "AUG": {
-            "ENABLED": False,
-            "MIN_SIZES": (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
-            "MAX_SIZE": 4000,
-            "FLIP": True,
-        },
-        "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
-    },
-    "VIS_PERIOD": 0,
-    "GLOBAL": {"HACK": 1.0},
-}
 
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN")
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
@@ -288,9 +61,8 @@ _CHOICES_OF: dict[str, dict[str, tuple]] = {
 
 def get_cfg() -> CfgNode:
     """Every key of Detectron2 and of this project, with its default."""
-    cfg = CfgNode(copy.deepcopy(_HONOURED))
-    _merge(cfg, CfgNode(copy.deepcopy(_NOT_HONOURED)))
-    return add_dyhead_config(cfg)
+    defaults, _ = _detectron2()
+    return add_dyhead_config(CfgNode(defaults))
 
 
 def dump(cfg: CfgNode) -> str:
@@ -300,7 +72,7 @@ def dump(cfg: CfgNode) -> str:
 
 def not_honoured_keys() -> set[str]:
     """Full names of the keys of Detectron2 that this engine knows but cannot honour."""
-    return {key for key, _ in _leaves(_NOT_HONOURED)}
+    return set(_not_honoured_defaults())
 
 
 def warn_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
@@ -310,7 +82,7 @@ def warn_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
         cfg: the configuration.
         given: full names of the keys that the user set, as ``load_config`` returns them.
     """
-    defaults = dict(_leaves(_NOT_HONOURED))
+    defaults = _not_honoured_defaults()
     ignored = [key for key in sorted(given) if key in defaults and _plain(get(cfg, key)) != _plain(defaults[key])]
     if ignored:
         listed = ", ".join(f"{key} {get(cfg, key)!r}" for key in ignored)
@@ -370,12 +142,22 @@ def _expect(cfg: CfgNode, key: str, fits: Callable[[Any], Any], expected: str) -
         raise ConfigError(f"{key}: the torchvision engine expects {expected}, got {get(cfg, key)!r}")
 
 
-def _merge(cfg: CfgNode, more: CfgNode) -> None:
-    for name, value in more.items():
-        if isinstance(value, CfgNode) and name in cfg:
-            _merge(cfg[name], value)
-        else:
-            cfg[name] = value
+def _detectron2() -> tuple[dict[str, Any], list[str]]:
+    """Detectron2's defaults, and patterns of the keys that are not honoured."""
+    text = resources.files(__package__).joinpath("detectron2_defaults.yaml").read_text(encoding="utf-8")
+    defaults, not_honoured = yaml.safe_load_all(text)
+    return _with_tuples(defaults), not_honoured
+
+
+def _not_honoured_defaults() -> dict[str, Any]:
+    defaults, patterns = _detectron2()
+    return {key: value for key, value in _leaves(defaults) if any(fnmatchcase(key, pattern) for pattern in patterns)}
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(part) for key, part in value.items()}
+    return ast.literal_eval(value) if isinstance(value, str) and value.startswith("(") else value
 
 
 def _plain(value: Any) -> Any:
