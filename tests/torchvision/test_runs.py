@@ -11,7 +11,7 @@ import torch
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
-from dyhead.torchvision import main
+from dyhead.torchvision import engine, main
 from dyhead.torchvision.logs import TrainingLog
 from dyhead.torchvision.training import Autocast
 
@@ -253,6 +253,22 @@ def test_a_checkpoint_of_earlier_versions_gives_weights_but_is_not_resumed(tiny,
     caplog.clear()
     main(command(options | {"MODEL.WEIGHTS": str(checkpoint), "OUTPUT_DIR": str(tmp_path / "other")}))
     assert f"Loaded {len(weights)} of {len(weights)} tensors" in caplog.text
+
+
+def test_float16_scales_the_loss_and_a_resumed_run_goes_on_with_the_scale(tiny, command, losses, monkeypatch):
+    """What a GPU does in mixed precision."""
+    monkeypatch.setattr(engine, "Autocast", lambda precision, device: Autocast("16-mixed", device))
+    options = tiny | {"SOLVER.AMP.ENABLED": True, "SOLVER.CHECKPOINT_PERIOD": 2, "DATASETS.TEST": ()}
+    main(command(options))
+    uninterrupted = list(losses)
+    run = Path(options["OUTPUT_DIR"])
+    scaler = torch.load(run / "model_final.pth", weights_only=True)["grad_scaler"]
+    assert scaler["scale"] > 1
+    (run / "last_checkpoint").write_text("model_0000001.pth")
+    losses.clear()
+    main(command(options, resume=True))
+    assert losses == uninterrupted[2:]
+    assert torch.load(run / "model_final.pth", weights_only=True)["grad_scaler"] == scaler
 
 
 def test_mixed_precision_does_not_round_what_goes_into_the_model():
