@@ -1,7 +1,12 @@
 """Weights and checkpoints: from where they come, what fits, and when they are written.
 
-A checkpoint is a file of lightning's; its ``state_dict`` holds the detector's own keys. It reads with
-``torch.load(file, weights_only=True)``.
+A checkpoint of a training is a dict in Detectron2's form, which ``torch.load(file, weights_only=True)`` reads:
+
+    model        the detector's weights, see :func:`portable_state`
+    optimizer    the optimizer's state
+    grad_scaler  the state of float16's loss scaling, empty without it
+    iteration    index, from 0, of the last iteration that is done
+    dyhead       seed of the run, name of the optimizer, and max_iter, the length of the run
 """
 
 from __future__ import annotations
@@ -12,10 +17,10 @@ import pickle
 import re
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 import torchvision
-from torch import nn
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
 
 from dyhead.checkpoints import CheckpointError, canonical_names, convert, find_state, load_into, read_file
 from dyhead.config import ConfigError
@@ -75,39 +80,57 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
         raise ConfigError(str(error)) from error
 
 
-class Checkpoints(L.Callback):
-    """Writes ``model_0000099.pth`` after iteration 99, and so on, and ``model_final.pth`` after the last.
+def portable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a detector under the keys that both engines read (:mod:`dyhead.checkpoints.ours`)."""
+    state = model.state_dict()
+    return {name: state[key] for key, name in canonical_names(state).items()}
 
-    The file ``last_checkpoint`` holds the name of the newest one. A file appears when it is complete.
+
+def save_checkpoint(output_dir: str, name: str, content: dict[str, Any]) -> None:
+    """Write a checkpoint into the folder of a run, and its name into ``last_checkpoint``.
+
+    Either file appears when it is complete.
 
     Args:
-        output_dir: where to.
-        period: iterations between two checkpoints.
-        max_iter: the last iteration, counted from 1.
+        output_dir: the folder.
+        name: the file, such as ``model_final.pth``.
+        content: what it is to hold, see the head of this module.
     """
+    path, note = os.path.join(output_dir, name), os.path.join(output_dir, "last_checkpoint")
+    torch.save(content, path + ".partial")
+    os.replace(path + ".partial", path)
+    with open(note + ".partial", "w", encoding="utf-8") as file:
+        file.write(name)
+    os.replace(note + ".partial", note)
 
-    def __init__(self, output_dir: str, period: int, max_iter: int) -> None:
-        self.output_dir = output_dir
-        self.period = period
-        self.max_iter = max_iter
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Write what is due."""
-        done = trainer.global_step
-        if done % self.period == 0:
-            self._save(trainer, f"model_{done - 1:07d}.pth")
-        if done == self.max_iter:
-            self._save(trainer, "model_final.pth")
+def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
+    """The content of a checkpoint that a training is to go on from.
 
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        path = os.path.join(self.output_dir, name)
-        trainer.save_checkpoint(path + ".partial")
-        if trainer.is_global_zero:
-            os.replace(path + ".partial", path)
-            note = os.path.join(self.output_dir, "last_checkpoint")
-            with open(note + ".partial", "w", encoding="utf-8") as file:
-                file.write(name)
-            os.replace(note + ".partial", note)
+    Raises:
+        ConfigError: the file cannot be read; another engine, an earlier version of this project or a training with
+            another optimizer wrote it.
+    """
+    content = read_checkpoint(path)
+    if "global_step" in content:
+        raise ConfigError(
+            f"--resume: {path} was written by an earlier version of this project and cannot be continued; "
+            "start from its weights, with MODEL.WEIGHTS and another OUTPUT_DIR"
+        )
+    if not {"dyhead", "optimizer", "iteration"} <= content.keys():
+        raise ConfigError(f"--resume: {path} is no checkpoint of a training on torchvision; set MODEL.WEIGHTS")
+    trained = content["dyhead"]
+    if trained["optimizer"] != cfg.SOLVER.OPTIMIZER:
+        raise ConfigError(
+            f"SOLVER.OPTIMIZER: expected {trained['optimizer']!r}, with which {path} was trained, got "
+            f"{cfg.SOLVER.OPTIMIZER!r}"
+        )
+    if trained["max_iter"] != cfg.SOLVER.MAX_ITER:
+        _log.warning(
+            "SOLVER.MAX_ITER is %d, and was %d in the run that is resumed: its learning rates may differ from now on",
+            cfg.SOLVER.MAX_ITER, trained["max_iter"],
+        )  # fmt: skip
+    return content
 
 
 def _read_weights(weights: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Pictures for training and evaluation: a shuffled, endless and resumable stream, and a plain pass over a data set.
+"""Images for training and evaluation: a shuffled, endless and resumable stream, and a plain pass over a dataset.
 
-Which picture comes at a position of the training stream, and how it is augmented, depends only on the seed and the
-position. A run that is resumed, or that has another number of worker processes, sees the same pictures.
+Which image comes at a position of the training stream, and how it is augmented, depends only on the seed and the
+position. A run that is resumed, or that has another number of worker processes, sees the same images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Target = dict[str, Tensor]
 
 
 def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Height and width of a picture whose shorter edge becomes ``shortest``, or its longer one ``longest``, if less.
+    """Height and width of an image whose shorter edge becomes ``shortest``, or its longer one ``longest``, if less.
 
     In pixels, rounded as Detectron2 does. ``shortest`` 0 leaves the size as it is.
     """
@@ -42,15 +42,15 @@ def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, 
 
 
 def load_train(cfg: CfgNode) -> list[CocoSplit]:
-    """The data sets of ``DATASETS.TRAIN``, loaded and checked.
+    """The datasets of ``DATASETS.TRAIN``, loaded and checked.
 
     Raises:
         ConfigError: none is configured, or their classes differ.
-        DataError: one of them is not sound, or no picture is left to train on.
+        DataError: one of them is not sound, or no image is left to train on.
     """
     splits = load_splits(cfg.DATASETS.TRAIN)
     if not splits:
-        raise ConfigError("DATASETS.TRAIN: expected at least one data set to train on, got none")
+        raise ConfigError("DATASETS.TRAIN: expected at least one dataset to train on, got none")
     for split in splits[1:]:
         if split.class_names != splits[0].class_names:
             raise ConfigError(
@@ -61,12 +61,12 @@ def load_train(cfg: CfgNode) -> list[CocoSplit]:
 
 
 def load_splits(names: Sequence[str]) -> list[CocoSplit]:
-    """The data sets of these names, loaded and checked."""
+    """The datasets of these names, loaded and checked."""
     return [data.load(data.get(name)) for name in names]
 
 
 def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[dict[str, Any]]:
-    """The records to train on; with ``filter_empty`` without pictures that show no object but crowds.
+    """The records to train on; with ``filter_empty`` without images that show no object but crowds.
 
     Raises:
         DataError: there is none.
@@ -76,13 +76,13 @@ def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[di
         records = [record for record in records if any(not a["iscrowd"] for a in record["annotations"])]
     if not records:
         names = ", ".join(split.info.name for split in splits)
-        raise DataError(f"data set {names}: no picture with an annotation that is not a crowd, nothing to train on")
+        raise DataError(f"dataset {names}: no image with an annotation that is not a crowd, nothing to train on")
     return records
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a picture is changed for training: resized to a random size and flipped at random.
+    """How an image is changed for training: resized to a random size and flipped at random.
 
     Attributes:
         sizes: lengths of the shorter edge in pixels to choose from, or the lowest and the highest.
@@ -97,7 +97,7 @@ class Augmentation:
     flip: str
 
     def __call__(self, image: Tensor, boxes: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A picture uint8 (3, H, W) and its boxes (M, 4) in pixels, both changed by random numbers of ``rng``."""
+        """An image uint8 (3, H, W) and its boxes (M, 4) in pixels, both changed by random numbers of ``rng``."""
         if self.sampling == "range":
             shortest = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
         else:
@@ -115,11 +115,11 @@ class Augmentation:
 
 
 class TrainStream(Dataset):
-    """The training pictures by their position in an endless stream: epoch after epoch, each shuffled anew.
+    """The training images by their position in an endless stream: epoch after epoch, each shuffled anew.
 
     Args:
-        records: of the data sets.
-        augmentation: changes pictures and boxes.
+        records: of the datasets.
+        augmentation: changes images and boxes.
         image_format: "RGB" or "BGR".
         seed: of the order and of the augmentation, not negative.
     """
@@ -137,12 +137,9 @@ class TrainStream(Dataset):
         epoch, place = divmod(position, len(self.records))
         return self.records[_order(self.seed, epoch, len(self.records))[place]]
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Target] | DataError:
+    def __getitem__(self, position: int) -> tuple[Tensor, Target]:
         record = self.record(position)
-        try:
-            image = _read(record, self.image_format)
-        except DataError as error:
-            return error  # see DetectionLoader
+        image = _read(record, self.image_format)
         objects = [a for a in record["annotations"] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         rng = np.random.default_rng([_AUGMENTATION, self.seed, position])
@@ -157,10 +154,10 @@ class TrainBatches(Sampler[list[int]]):
 
     Args:
         stream: the stream.
-        batch_size: pictures of a batch on one device.
+        batch_size: images of a batch on one device.
         start: iterations that are done.
         rank, world_size: which device of how many this is; each takes its own batches of the one stream.
-        group: put pictures that are wider than high, and others, into batches of their own, so that less is padded.
+        group: put images that are wider than high, and others, into batches of their own, so that less is padded.
     """
 
     def __init__(
@@ -194,12 +191,12 @@ class TrainBatches(Sampler[list[int]]):
                 batch.clear()
 
 
-class EvaluationPictures(Dataset):
-    """The pictures of a data set in their order, resized for evaluation.
+class EvaluationImages(Dataset):
+    """The images of a dataset in their order, resized for evaluation.
 
     Args:
-        split: the data set.
-        shortest, longest: of a picture's edges, see :func:`resized`.
+        split: the dataset.
+        shortest, longest: of an image's edges, see :func:`resized`.
         image_format: "RGB" or "BGR".
     """
 
@@ -212,32 +209,21 @@ class EvaluationPictures(Dataset):
     def __len__(self) -> int:
         return len(self.split.records)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
-        try:
-            return self.read(index)
-        except DataError as error:
-            return error  # see DetectionLoader
-
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """A picture uint8 (3, H, W) and its index.
-
-        Raises:
-            DataError: it is broken.
-        """
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = _read(self.split.records[index], self.image_format)
         size = resized(*image.shape[-2:], self.shortest, self.longest)
         return functional.resize(image, list(size), antialias=True), index
 
 
 class DetectionLoader(DataLoader):
-    """A loader of pictures of different sizes: a batch is a pair of lists.
+    """A loader of images of different sizes: a batch is a pair of lists.
 
-    A broken picture is raised as the :class:`DataError` that names it, also where a worker process found it: there
+    A broken image is raised as the :class:`DataError` that names it, also where a worker process found it: there
     it travels as a value, because an exception would come out with the worker's whole traceback for a message.
     """
 
     def __init__(self, dataset: Dataset, **kwargs) -> None:
-        super().__init__(dataset, collate_fn=_collate, **kwargs)
+        super().__init__(_ErrorsAsValues(dataset), collate_fn=_collate, **kwargs)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list]]:
         for batch in super().__iter__():
@@ -246,14 +232,25 @@ class DetectionLoader(DataLoader):
             yield batch
 
 
+class _ErrorsAsValues(Dataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
 def train_loader(
     cfg: CfgNode, records: Sequence[dict[str, Any]], seed: int, start: int = 0, *, rank: int = 0, world_size: int = 1
 ) -> DetectionLoader:
-    """Batches for one device: lists of pictures uint8 (3, H, W) and of targets, boxes (M, 4) in pixels and labels (M,).
+    """Batches for one device: lists of images uint8 (3, H, W) and of targets, boxes (M, 4) in pixels and labels (M,).
 
     Args:
-        cfg: the configuration; ``SOLVER.IMS_PER_BATCH`` counts the pictures on all devices together.
-        records: of the data sets.
+        cfg: the configuration; ``SOLVER.IMS_PER_BATCH`` counts the images on all devices together.
+        records: of the datasets.
         seed: of order and augmentation.
         start: iterations that are done.
         rank, world_size: which device of how many this is.
@@ -284,9 +281,9 @@ def train_loader(
 
 
 def evaluation_loader(cfg: CfgNode, split: CocoSplit, *, rank: int = 0, world_size: int = 1) -> DetectionLoader:
-    """Every ``world_size``-th picture of a data set by itself: lists of one picture uint8 (3, H, W) and its index."""
-    pictures = EvaluationPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
-    return DetectionLoader(pictures, sampler=range(rank, len(pictures), world_size), **_loader_options(cfg))
+    """Every ``world_size``-th image of a dataset by itself: lists of one image uint8 (3, H, W) and its index."""
+    dataset = EvaluationImages(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
+    return DetectionLoader(dataset, sampler=range(rank, len(dataset), world_size), **_loader_options(cfg))
 
 
 def _loader_options(cfg: CfgNode) -> dict[str, Any]:

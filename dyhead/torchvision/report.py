@@ -1,14 +1,15 @@
-"""What a run leaves behind: one table, results.json and pictures."""
+"""What a run leaves behind: one table, results.json and drawings."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 import torchvision
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import nn
 
 from dyhead.data import CocoSplit
 from dyhead.evaluation import (
@@ -23,38 +24,43 @@ from dyhead.evaluation import (
     write_results,
 )
 from dyhead.evaluation.report import describe_machine
-from dyhead.torchvision.data import EvaluationPictures
-from dyhead.torchvision.training import Training
+from dyhead.torchvision.data import EvaluationImages
+from dyhead.torchvision.evaluation import Evaluated
 
 _log = logging.getLogger(__name__)
 
 
-def report_results(cfg: CfgNode, training: Training) -> None:
+def report_results(cfg: CfgNode, model: nn.Module, results: Sequence[Evaluated]) -> None:
     """Measure the detector, log one table, and write results.json and predictions.png into ``OUTPUT_DIR``.
 
-    Speed, memory and multiply-adds are measured on the first pictures of the first test set (``TEST.BENCHMARK``), as
+    Speed, memory and multiply-adds are measured on the first images of the first test set (``TEST.BENCHMARK``), as
     the detector takes them; the predictions that are drawn are for that set, too.
+
+    Args:
+        cfg: the configuration.
+        model: the detector, on its device; it ends up in evaluation mode.
+        results: of :func:`dyhead.torchvision.evaluation.evaluate`, at least one.
     """
     device = torch.device(cfg.MODEL.DEVICE)
-    model = training.model.to(device).eval()
-    first = training.splits[0]
-    timing, gflops, size = _measure(cfg, model, device, first)
+    model.eval()
+    first = results[0]
+    timing, gflops, size = _measure(cfg, model, device, first.split)
     reports = [
         Report(
             cfg.MODEL.META_ARCHITECTURE,
-            split.info.name,
-            training.results[split.info.name],
+            result.split.info.name,
+            result.metrics,
             count_parameters(model),
-            timing if split is first else None,
-            gflops if split is first else None,
-            size if split is first else None,
+            timing if result is first else None,
+            gflops if result is first else None,
+            size if result is first else None,
             engine=f"torchvision {torchvision.__version__}",
             machine=describe_machine(device),
         )
-        for split in training.splits
+        for result in results
     ]
     write_results(reports, cfg.OUTPUT_DIR)
-    draw_predictions(first, training.detections[first.info.name], os.path.join(cfg.OUTPUT_DIR, "predictions.png"))
+    draw_predictions(first.split, first.detections, os.path.join(cfg.OUTPUT_DIR, "predictions.png"))
     _log.info("Results:\n%s", format_table(reports))
 
 
@@ -70,10 +76,7 @@ def _measure(
 ) -> tuple[Timing, float, tuple[int, int]]:
     """Speed, multiply-adds in billions and the (height, width) in pixels that these are for."""
     benchmark = cfg.TEST.BENCHMARK
-    pictures = EvaluationPictures(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
-    images: list[Tensor] = []
-    for index in range(min(benchmark.NUM_IMAGES, len(pictures))):
-        image, _ = pictures.read(index)
-        images.append(image.to(device))
+    dataset = EvaluationImages(split, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
+    images = [dataset[i][0].to(device) for i in range(min(benchmark.NUM_IMAGES, len(dataset)))]
     batches = [images[i : i + benchmark.BATCH_SIZE] for i in range(0, len(images), benchmark.BATCH_SIZE)]
     return measure(model, batches, device=device), count_flops(model, images[:1]), tuple(images[0].shape[-2:])
