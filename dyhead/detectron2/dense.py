@@ -155,7 +155,9 @@ def _meta_architecture(registered: Registered) -> type[DenseMetaArchitecture]:
         "__module__": __name__,
         "registered": registered,
     }
-    return META_ARCH_REGISTRY.register(type(name, (DenseMetaArchitecture,), body))
+    cls = type(name, (DenseMetaArchitecture,), body)
+    META_ARCH_REGISTRY.register(cls)
+    return cls
 
 
 #: The classes by name.

@@ -4,18 +4,20 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import FPN, Backbone, build_backbone
+from detectron2.modeling import FPN, Backbone
+from detectron2.modeling import build_backbone as detectron2s_build_backbone
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 
 from dyhead.config import ConfigError
-from dyhead.detectron2 import DyHeadBackbone
+from dyhead.detectron2 import DyHeadBackbone, NeckBackbone, build_backbone
 from dyhead.layers import DyHead
 
 
@@ -46,7 +48,7 @@ class Toy(Backbone):
 )
 def test_builders_put_out_the_levels_they_declare(tiny_cfg, detector, strides):
     backbone = build_backbone(tiny_cfg(detector))
-    assert isinstance(backbone, DyHeadBackbone)
+    assert isinstance(backbone, NeckBackbone)
     assert {name: shape.stride for name, shape in backbone.output_shape().items()} == strides
     levels = backbone(torch.randn(2, 3, 96, 160))
     assert list(levels) == list(strides)
@@ -62,8 +64,48 @@ def test_p6_is_computed_from_the_configured_level(tiny_cfg, source, channels):
 
 
 def test_an_unknown_source_of_p6_is_named(tiny_cfg):
-    with pytest.raises(ConfigError, match="P6P7_IN_FEATURE: expected 'p5' or 'res5', got 'p4'"):
+    with pytest.raises(ConfigError, match="P6P7_IN_FEATURE: expected one of 'p5', 'res5', got 'p4'"):
         build_backbone(tiny_cfg("fcos", {"MODEL.FPN.P6P7_IN_FEATURE": "p4"}))
+
+
+@pytest.mark.parametrize(
+    ("detector", "name"),
+    [
+        ("faster_rcnn", "build_resnet_fpn_dyhead_backbone"),
+        ("fcos", "build_retinanet_resnet_fpn_dyhead_backbone"),
+    ],
+)
+@pytest.mark.parametrize("necks", [[], ["DyHead"]])
+def test_builders_with_dyhead_in_their_name_serve_meta_architectures_that_know_no_necks(
+    tiny_cfg, detector, name, necks
+):
+    cfg = tiny_cfg(detector, {"MODEL.BACKBONE.NAME": name, "MODEL.NECKS": necks})
+    for backbone in (detectron2s_build_backbone(cfg), build_backbone(cfg)):
+        assert len(backbone.dyhead.blocks) == 1
+        assert list(backbone.state_dict()) == list(build_backbone(tiny_cfg(detector)).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "divisor"),
+    [
+        ({}, 32),
+        ({"MODEL.DYHEAD.BLOCK": "released"}, 128),
+        ({"MODEL.DYHEAD.BLOCK": "released", "MODEL.BACKBONE.SIZE_DIVISIBILITY": 32}, 32),
+        ({"MODEL.NECKS": []}, 32),
+    ],
+)
+def test_images_are_padded_to_what_the_backbone_and_its_necks_ask_for(tiny_cfg, settings, divisor):
+    assert build_backbone(tiny_cfg("fcos", settings)).size_divisibility == divisor
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_p7_comes_from_p6_with_or_without_relu(tiny_cfg, relu):
+    top = build_backbone(tiny_cfg("fcos", {"MODEL.FPN.P7_RELU": relu})).backbone.top_block
+    x = torch.randn(1, 32, 9, 7)
+    p6, p7 = top(x)
+    torch.testing.assert_close(p6, functional.conv2d(x, top.p6.weight, top.p6.bias, stride=2, padding=1))
+    source = p6.relu() if relu else p6
+    torch.testing.assert_close(p7, functional.conv2d(source, top.p7.weight, top.p7.bias, stride=2, padding=1))
 
 
 def test_config_reaches_the_head(tiny_cfg):

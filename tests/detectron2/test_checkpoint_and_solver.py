@@ -44,16 +44,16 @@ def test_a_checkpoint_comes_back(saved, tiny_cfg):
 
 def test_a_checkpoint_that_does_not_fit_is_an_error_naming_the_keys(saved):
     def change(state):
-        del state["head.deltas.bias"]
-        state["head.surplus"] = torch.zeros(1)
-        state["head.logits.weight"] = torch.zeros(5, 32, 3, 3)
+        del state["detector.head.deltas.bias"]
+        state["detector.head.surplus"] = torch.zeros(1)
+        state["detector.head.logits.weight"] = torch.zeros(5, 32, 3, 3)
 
     model, file = saved
     checkpointer = Checkpointer(model)
     with pytest.raises(ConfigError, match=r"changed\.pth .* does not fit the model") as error:
         checkpointer.load(changed(file, change))
-    assert "missing in the file: head.deltas.bias\n" in str(error.value)
-    assert "not in the model: head.surplus\n" in str(error.value)
+    assert "missing in the file: detector.head.deltas.bias\n" in str(error.value)
+    assert "not in the model: detector.head.surplus\n" in str(error.value)
     assert "head.logits.weight (5, 32, 3, 3) in the file, (2, 32, 3, 3) in the model" in str(error.value)
     checkpointer.load(str(file))  # the error leaves nothing behind
 
@@ -62,8 +62,8 @@ def test_for_training_what_fits_is_loaded(saved, tiny_cfg):
     model, file = saved
     other = build_model(tiny_cfg("fcos", {"MODEL.FCOS.NUM_CLASSES": 3}))
     Checkpointer(other).load(str(file), checkpointables=[])
-    assert torch.equal(other.head.deltas.weight, model.head.deltas.weight)
-    assert other.head.logits.weight.shape[0] == 3
+    assert torch.equal(other.detector.head.deltas.weight, model.detector.head.deltas.weight)
+    assert other.detector.head.logits.weight.shape[0] == 3
 
 
 def test_a_file_that_is_no_checkpoint_is_named(saved, tmp_path):
