@@ -261,9 +261,22 @@ def test_a_checkpoint_of_earlier_versions_gives_weights_but_is_not_resumed(tiny,
 def test_float16_scales_the_loss_and_a_resumed_run_goes_on_with_the_scale(tiny, command, losses, monkeypatch):
     """What a GPU does in mixed precision."""
     monkeypatch.setattr(engine, "Autocast", lambda precision, device: Autocast("16-mixed", device))
-    options = tiny | {"SOLVER.AMP.ENABLED": True, "SOLVER.CHECKPOINT_PERIOD": 2, "DATASETS.TEST": ()}
+    options = tiny | {
+        "DATASETS.TEST": (),
+        "SOLVER.OPTIMIZER": "SGD",
+        "SOLVER.BASE_LR": 0.1,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+    }
+    main(command(options | {"OUTPUT_DIR": tiny["OUTPUT_DIR"] + "_float32"}))
+    full = [entry["total_loss"] for entry in losses]
+    losses.clear()
+    options |= {"SOLVER.AMP.ENABLED": True}
     main(command(options))
     uninterrupted = list(losses)
+    # Clipped at the norm of the gradient itself, not of the scaled one.
+    assert [entry["total_loss"] for entry in losses] == pytest.approx(full, rel=0.02)
+    assert full[2] < 0.95 * full[0]
     run = Path(options["OUTPUT_DIR"])
     scaler = torch.load(run / "model_final.pth", weights_only=True)["grad_scaler"]
     assert scaler["scale"] > 1
