@@ -116,6 +116,7 @@ def test_two_processes_train_as_one(tiny, command, tmp_path, draw):
         "SOLVER.OPTIMIZER": "SGD",  # AdamW's first steps are as large where a gradient is nothing but rounding
         "SOLVER.BASE_LR": 0.01,
         "SOLVER.CLIP_GRADIENTS.ENABLED": False,
+        "MODEL.FCOS.LOSS_NORMALIZER": "positives",  # a moving average starts at a number for each process
     }
     main(command(options | {"OUTPUT_DIR": str(tmp_path / "one")}))
     main(command(options | {"OUTPUT_DIR": str(tmp_path / "two")}, num_gpus=2))
@@ -239,7 +240,8 @@ def test_a_checkpoint_is_a_plain_dict_in_detectron2_s_form(tiny, command):
         assert content["iteration"] == 1
         assert content["dyhead"] == {"seed": 7, "optimizer": "ADAMW", "max_iter": 2}
         assert {state["step"].item() for state in content["optimizer"]["state"].values()} == {2}
-        assert content["model"]["backbone.body.conv1.weight"].shape == (64, 3, 7, 7)
+        (stem,) = (value for key, value in content["model"].items() if key.endswith("stem.conv1.weight"))
+        assert stem.shape == (64, 3, 7, 7)
 
 
 def test_a_checkpoint_of_earlier_versions_gives_weights_but_is_not_resumed(tiny, command, tmp_path, caplog):
@@ -265,6 +267,7 @@ def test_float16_scales_the_loss_and_a_resumed_run_goes_on_with_the_scale(tiny, 
         "DATASETS.TEST": (),
         "SOLVER.OPTIMIZER": "SGD",
         "SOLVER.BASE_LR": 0.1,
+        "MODEL.FCOS.LOSS_NORMALIZER": "positives",
         "SOLVER.WARMUP_ITERS": 0,
         "SOLVER.CHECKPOINT_PERIOD": 2,
     }
