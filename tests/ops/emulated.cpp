@@ -1,5 +1,5 @@
-// The CUDA operators on CPU tensors, run by csrc/cuda/emulation.h: torch.ops.dyhead_emulated. And kernels with races,
-// which csrc/cuda/races.h has to find.
+// The CUDA operators on CPU tensors, run by csrc/emulation: torch.ops.dyhead_emulated. And kernels with races, which
+// csrc/emulation/races.h has to find.
 
 #include <torch/csrc/stable/library.h>
 

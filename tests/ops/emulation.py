@@ -1,7 +1,7 @@
 """Builds the CUDA operators for the host: torch.ops.dyhead_emulated, on CPU tensors, without a GPU or CUDA toolkit.
 
 `python -m tests.ops.emulation` only builds them. With DYHEAD_RACES=1 in the environment all accesses to memory are
-watched for races (csrc/cuda/races.h), which takes a multiple of the time.
+watched for races (csrc/emulation/races.h), which takes a multiple of the time.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "csrc" / "cuda"
+KERNELS, EMULATION = ROOT / "csrc" / "cuda", ROOT / "csrc" / "emulation"
 
 
 def build() -> Path:
@@ -36,7 +36,7 @@ def build() -> Path:
     folder = ROOT / "build" / "emulation" / key
     folder.mkdir(parents=True, exist_ok=True)
     kernels = [*sorted(set(KERNELS.glob("*.cu")) - {KERNELS / "library.cu"}), Path(__file__).with_name("emulated.cpp")]
-    sources = [*kernels, KERNELS / "emulation.cpp", KERNELS / "races.cpp"]
+    sources = [*kernels, *sorted(EMULATION.glob("*.cpp"))]
     newest = max(file.stat().st_mtime for file in [*ROOT.glob("csrc/**/*.h"), *sources, Path(__file__)])
     library = folder / "libdyhead_emulated.so"
     if library.exists() and library.stat().st_mtime > newest:

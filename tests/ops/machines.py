@@ -1,4 +1,4 @@
-"""Where the CUDA kernels run in tests: on a GPU, or emulated on the CPU (csrc/cuda/emulation.h)."""
+"""Where the CUDA kernels run in tests: on a GPU, or emulated on the CPU (csrc/emulation)."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
