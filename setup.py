@@ -62,7 +62,7 @@ def cpu_extension() -> Extension:
 
     return Extension(
         "dyhead._C",
-        ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/**/*.cpp", recursive=True))],
         depends=glob.glob("csrc/**/*.h", recursive=True),
         include_dirs=[pybind11.get_include(), *include_paths()],
         library_dirs=library_paths(),

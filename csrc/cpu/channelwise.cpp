@@ -173,18 +173,18 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
   for (Tensor& x : xs) results.push_back(static_cast<T*>(x.mutable_data_ptr()));
 
   // Sums of a chunk as (map, [terms..., 1], channel).
-  const int64_t map_size = (terms + 1) * channels, size = 2 * map_size;
-  const Buffer<A> partial(volume(maps.batch * blocks(maps.pixels, kChunk), size));
+  const int64_t map_stride = (terms + 1) * channels, chunk_stride = 2 * map_stride;
+  const Buffer<A> partial(volume(maps.batch * blocks(maps.pixels, kChunk), chunk_stride));
   for_chunks(maps.batch, maps.pixels, channels, [&](int64_t n, int64_t first, int64_t last, int64_t unit) {
     A u[kChannels], v[kChannels];
-    A* const sums = partial.get() + unit * size;
-    std::fill(sums, sums + size, A(0));
+    A* const sums = partial.get() + unit * chunk_stride;
+    std::fill(sums, sums + chunk_stride, A(0));
     for (int64_t p = first; p < last; ++p) {
       const int64_t at = (n * maps.pixels + p) * channels;
       for (int64_t channel = 0; channel < channels; channel += kChannels) {
         const int64_t width = std::min(kChannels, channels - channel);
         maps.evaluate(n, p, channel, width, u, v);
-        A *sum1 = sums + terms * channels + channel, *sum2 = sum1 + map_size;
+        A *sum1 = sums + terms * channels + channel, *sum2 = sum1 + map_stride;
         for (int64_t c = 0; c < width; ++c) {
           const A g = static_cast<A>(grad[at + channel + c]), half = g / 2, a = u[c], b = v[c];
           u[c] = a < b ? A(0) : a == b ? half : g;
@@ -196,7 +196,7 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
           const T* const x = maps.data[term] + at + channel;
           T* const to = results[term] + at + channel;
           const A *slope1 = maps.slope(n, 0, term) + channel, *slope2 = maps.slope(n, 1, term) + channel;
-          sum1 = sums + term * channels + channel, sum2 = sum1 + map_size;
+          sum1 = sums + term * channels + channel, sum2 = sum1 + map_stride;
           for (int64_t c = 0; c < width; ++c) {
             const A value = static_cast<A>(x[c]);
             to[c] = static_cast<T>(u[c] * slope1[c] + v[c] * slope2[c]);
@@ -208,14 +208,14 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
     }
   });
 
-  std::vector<A> totals(static_cast<size_t>(maps.batch * size));
-  sum_chunks(partial.get(), maps.batch, maps.pixels, size, totals.data());
+  std::vector<A> totals(static_cast<size_t>(maps.batch * chunk_stride));
+  sum_chunks(partial.get(), maps.batch, maps.pixels, chunk_stride, totals.data());
   A* const to_slopes = static_cast<A*>(slopes.mutable_data_ptr());
   A* const to_intercepts = static_cast<A*>(intercepts.mutable_data_ptr());
   for (int64_t row = 0; row < 2 * maps.batch; ++row) {
-    const A* const from = totals.data() + row * map_size;
+    const A* const from = totals.data() + row * map_stride;
     std::copy(from, from + terms * channels, to_slopes + row * terms * channels);
-    std::copy(from + terms * channels, from + map_size, to_intercepts + row * channels);
+    std::copy(from + terms * channels, from + map_stride, to_intercepts + row * channels);
   }
 }
 

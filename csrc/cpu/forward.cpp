@@ -22,26 +22,26 @@ struct ForwardWeights {
         columns(kernel.columns),
         column_blocks(blocks(problem.group_out_channels(), columns)),
         depth(round_up(problem.group_channels(), kUnit<P>)),
-        block_size(problem.taps() * depth * columns),
+        block_stride(problem.taps() * depth * columns),
         packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), depth, columns)) {
     const int64_t units = static_cast<int64_t>(problem.levels.size()) * problem.groups * column_blocks;
-    parallel_units(units, worker_count(units, static_cast<double>(block_size) / 2), [&](int64_t unit, int64_t) {
+    parallel_units(units, worker_count(units, static_cast<double>(block_stride) / 2), [&](int64_t unit, int64_t) {
       const int64_t first = unit % column_blocks * columns, run = unit / column_blocks;
       const int64_t taps = problem.taps(), channels = problem.group_channels();
       const int64_t width = std::min(columns, problem.group_out_channels() - first);
-      P* const to = packed.get() + unit * block_size;
-      if (width < columns || depth > channels) std::fill(to, to + block_size, P(0));
+      P* const to = packed.get() + unit * block_stride;
+      if (width < columns || depth > channels) std::fill(to, to + block_stride, P(0));
       kernel.pack(inputs.weight + (run * problem.group_out_channels() + first) * channels * taps, inputs.weight_end(),
                   channels * taps, taps, width, channels, taps, to, depth * columns, columns * kUnit<P>);
     });
   }
 
   const P* at(int64_t level, int64_t group, int64_t tap) const {
-    return packed.get() + (level * problem.groups + group) * column_blocks * block_size + tap * depth * columns;
+    return packed.get() + (level * problem.groups + group) * column_blocks * block_stride + tap * depth * columns;
   }
 
   const Problem& problem;
-  int64_t columns, column_blocks, depth, block_size;
+  int64_t columns, column_blocks, depth, block_stride;
   Buffer<P> packed;
 };
 
@@ -49,7 +49,7 @@ struct ForwardWeights {
 template <typename T>
 void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t group_stride, const Pixel* pixels,
                 int64_t count, bool channels_last, T* image) {
-  const int64_t stride = problem.groups * group_stride, channels = problem.group_out_channels();
+  const int64_t sums_stride = problem.groups * group_stride, channels = problem.group_out_channels();
   const int64_t pixel_stride = channels_last ? problem.out_channels : 1;
   const int64_t channel_stride = channels_last ? 1 : problem.pixels();
   for (int64_t group = 0; group < problem.groups; ++group) {
@@ -57,14 +57,14 @@ void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t grou
     T* const to = image + group * channels * channel_stride;
     if (channels_last) {
       for (int64_t p = 0; p < count; ++p) {
-        const Accumulator<T>* const row = from + p * stride;
+        const Accumulator<T>* const row = from + p * sums_stride;
         T* const pixel = to + pixels[p].index * pixel_stride;
         for (int64_t o = 0; o < channels; ++o) pixel[o] = static_cast<T>(row[o]);
       }
     } else {
       for (int64_t o = 0; o < channels; ++o) {
         T* const plane = to + o * channel_stride;
-        for (int64_t p = 0; p < count; ++p) plane[pixels[p].index] = static_cast<T>(from[p * stride + o]);
+        for (int64_t p = 0; p < count; ++p) plane[pixels[p].index] = static_cast<T>(from[p * sums_stride + o]);
       }
     }
   }
@@ -94,7 +94,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   const int64_t levels = static_cast<int64_t>(problem.levels.size());
   const int64_t workers = worker_count(units, product_cost(problem, tile, problem.channels, levels * taps));
   const int64_t group_stride = weights.column_blocks * kernel.columns, sums_stride = problem.groups * group_stride;
-  const int64_t group_depth = panel_taps * depth, panel_stride = problem.groups * group_depth;
+  const int64_t panel_group_stride = panel_taps * depth, panel_stride = problem.groups * panel_group_stride;
 
   struct Scratch {
     Buffer<A> sums;
@@ -135,7 +135,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
             kernel.locate(inputs.tap(n, level, g, tap), list, count, scratch.samples.get() + g * tile);
           }
           for (const Segment& segment : all) {
-            P* to = scratch.panel.get() + segment.group * group_depth + (tap - first) * depth +
+            P* to = scratch.panel.get() + segment.group * panel_group_stride + (tap - first) * depth +
                     segment.begin % problem.group_channels();
             kernel.sample(scratch.samples.get() + segment.offset_group * tile, count,
                           inputs.channels(n, level, segment.begin), segment.width, to, panel_stride);
@@ -143,8 +143,8 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
         }
         for (int64_t group = 0; group < problem.groups; ++group) {
           kernel.product(blocks(count, kernel.rows), weights.column_blocks, some * depth / kUnit<P>,
-                         {scratch.panel.get() + group * group_depth, panel_stride, kUnit<P>},
-                         weights.at(level, group, first), weights.block_size, kernel.columns * kUnit<P>,
+                         {scratch.panel.get() + group * panel_group_stride, panel_stride, kUnit<P>},
+                         weights.at(level, group, first), weights.block_stride, kernel.columns * kUnit<P>,
                          sums + group * group_stride, sums_stride);
         }
       }
