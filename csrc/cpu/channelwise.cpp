@@ -4,9 +4,10 @@
 // Pixels are read with their channels last; others are copied once per call. Sums over pixels are made of the sums of
 // chunks of a fixed size, added in their order, so that they are the same for any number of threads.
 
-#include <torch/csrc/stable/library.h>
+#include <algorithm>
+#include <vector>
 
-#include "../channelwise.h"
+#include "implementation.h"
 #include "inputs.h"
 
 namespace dyhead::cpu {
@@ -83,15 +84,7 @@ void statistics(const Tensor& x, Tensor& result) {
   }
 }
 
-Tensor channel_statistics(Tensor x) {
-  check_map("x", x);
-  const Tensor last = as_channels_last(x);
-  Tensor result = new_tensor(x, {x.size(0), 2, x.size(1)}, accumulation_dtype(x.scalar_type()), false);
-  dispatch(x.scalar_type(), [&](auto value, auto) { statistics<decltype(value)>(last, result); });
-  return result;
-}
-
-// The arguments of affine_maximum, checked.
+// The arguments of affine_maximum.
 template <typename T>
 struct Maps {
   using A = Accumulator<T>;
@@ -137,7 +130,7 @@ struct Maps {
 };
 
 template <typename T>
-void forward(const Maps<T>& maps, Tensor& result) {
+void maximum(const Maps<T>& maps, Tensor& result) {
   using A = Accumulator<T>;
   T* const out = static_cast<T*>(result.mutable_data_ptr());
   for_chunks(maps.batch, maps.pixels, maps.channels, [&](int64_t n, int64_t first, int64_t last, int64_t) {
@@ -154,23 +147,14 @@ void forward(const Maps<T>& maps, Tensor& result) {
   });
 }
 
-Tensor affine_maximum(std::vector<Tensor> xs, Tensor slopes, Tensor intercepts) {
-  check_maps(xs, slopes, intercepts);
-  const Tensor& x = xs[0];
-  Tensor result = new_map(x);
-  dispatch(x.scalar_type(), [&](auto value, auto) { forward(Maps<decltype(value)>(xs, slopes, intercepts), result); });
-  return copy_back(result, x);
-}
-
 // The gradient goes to the larger map, half to each where they are equal, as in torch.maximum.
 template <typename T>
-void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& xs, Tensor& slopes,
-              Tensor& intercepts) {
+void maximum_gradient(const Maps<T>& maps, const Tensor& gradient, MaximumGradients& gradients) {
   using A = Accumulator<T>;
   const int64_t channels = maps.channels, terms = maps.terms;
   const T* const grad = static_cast<const T*>(gradient.const_data_ptr());
   std::vector<T*> results;
-  for (Tensor& x : xs) results.push_back(static_cast<T*>(x.mutable_data_ptr()));
+  for (Tensor& x : gradients.xs) results.push_back(static_cast<T*>(x.mutable_data_ptr()));
 
   // Sums of a chunk as (map, [terms..., 1], channel).
   const int64_t map_stride = (terms + 1) * channels, chunk_stride = 2 * map_stride;
@@ -210,8 +194,8 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
 
   std::vector<A> totals(static_cast<size_t>(maps.batch * chunk_stride));
   sum_chunks(partial.get(), maps.batch, maps.pixels, chunk_stride, totals.data());
-  A* const to_slopes = static_cast<A*>(slopes.mutable_data_ptr());
-  A* const to_intercepts = static_cast<A*>(intercepts.mutable_data_ptr());
+  A* const to_slopes = static_cast<A*>(gradients.slopes.mutable_data_ptr());
+  A* const to_intercepts = static_cast<A*>(gradients.intercepts.mutable_data_ptr());
   for (int64_t row = 0; row < 2 * maps.batch; ++row) {
     const A* const from = totals.data() + row * map_stride;
     std::copy(from, from + terms * channels, to_slopes + row * terms * channels);
@@ -219,21 +203,24 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
   }
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> affine_maximum_backward(Tensor grad, std::vector<Tensor> xs,
-                                                                        Tensor slopes, Tensor intercepts) {
-  MaximumGradients gradients(grad, xs, slopes, intercepts);
-  const Tensor last = as_channels_last(grad);
-  dispatch(xs[0].scalar_type(), [&](auto value, auto) {
-    backward(Maps<decltype(value)>(xs, slopes, intercepts), last, gradients.xs, gradients.slopes, gradients.intercepts);
-  });
-  return gradients.tuple(xs);
-}
-
 }  // namespace
-}  // namespace dyhead::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) {
-  library.impl("channel_statistics", TORCH_BOX(&dyhead::cpu::channel_statistics));
-  library.impl("affine_maximum", TORCH_BOX(&dyhead::cpu::affine_maximum));
-  library.impl("_affine_maximum_backward", TORCH_BOX(&dyhead::cpu::affine_maximum_backward));
+void Implementation::channel_statistics(const Tensor& x, Tensor& result) {
+  const Tensor last = as_channels_last(x);
+  dispatch(x.scalar_type(), [&](auto value, auto) { statistics<decltype(value)>(last, result); });
 }
+
+void Implementation::affine_maximum(const std::vector<Tensor>& xs, const Tensor& slopes, const Tensor& intercepts,
+                                    Tensor& result) {
+  dispatch(xs[0].scalar_type(),
+           [&](auto value, auto) { maximum(Maps<decltype(value)>(xs, slopes, intercepts), result); });
+}
+
+void Implementation::affine_maximum_backward(const Tensor& grad, const std::vector<Tensor>& xs, const Tensor& slopes,
+                                             const Tensor& intercepts, MaximumGradients& gradients) {
+  const Tensor last = as_channels_last(grad);
+  dispatch(xs[0].scalar_type(),
+           [&](auto value, auto) { maximum_gradient(Maps<decltype(value)>(xs, slopes, intercepts), last, gradients); });
+}
+
+}  // namespace dyhead::cpu

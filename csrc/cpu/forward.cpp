@@ -4,8 +4,11 @@
 // the panel is multiplied with those taps' weights into the tile's sums; levels and taps add up there. Features are
 // read with their channels last; others are copied once per call.
 
-#include <torch/csrc/stable/library.h>
+#include <algorithm>
+#include <optional>
+#include <vector>
 
+#include "implementation.h"
 #include "inputs.h"
 
 namespace dyhead::cpu {
@@ -71,11 +74,12 @@ void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t grou
 }
 
 template <typename T, typename P>
-void forward(const Arguments& arguments, const Problem& problem, Tensor& result, bool channels_last) {
+void run(const Arguments& arguments, const Problem& problem, Tensor& result) {
   using A = Accumulator<T>;
   const Kernels<T, P>& kernel = kernels<T, P>();
   const Inputs<T> inputs(arguments, problem);
   T* out = static_cast<T*>(result.mutable_data_ptr());
+  const bool channels_last = is_channels_last(arguments.features[0]);
   std::optional<Tensor> bias_tensor;
   if (arguments.bias) bias_tensor = as_contiguous(*arguments.bias);
   const T* bias = bias_tensor ? static_cast<const T*>(bias_tensor->const_data_ptr()) : nullptr;
@@ -153,25 +157,11 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   });
 }
 
-Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
-                             std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
-                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
-                             std::vector<int64_t> padding, std::vector<int64_t> dilation, bool /*allow_tf32*/) {
-  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
-                            aligned,  scales, stride, padding, dilation};
-  const Problem problem = check_arguments(arguments);
-  const bool last = is_channels_last(features[0]);
-  Tensor result = new_tensor(features[0], {problem.batch, problem.out_channels, problem.height, problem.width},
-                             problem.dtype, last);
-  dispatch(problem.dtype, [&](auto value, auto operand) {
-    forward<decltype(value), decltype(operand)>(arguments, problem, result, last);
-  });
-  return result;
-}
-
 }  // namespace
-}  // namespace dyhead::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) {
-  library.impl("pyramid_deform_conv2d", TORCH_BOX(&dyhead::cpu::pyramid_deform_conv2d));
+void Implementation::forward(const Arguments& arguments, const Problem& problem, bool /*allow_tf32*/, Tensor& result) {
+  dispatch(problem.dtype,
+           [&](auto value, auto operand) { run<decltype(value), decltype(operand)>(arguments, problem, result); });
 }
+
+}  // namespace dyhead::cpu

@@ -116,10 +116,10 @@ def _allow_tf32(feature: Tensor) -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def _run_reference(features, offset, mask, weight, bias, level_weight, *geometry) -> Tensor:
+def _run_reference(features, offset, weight, bias, mask, level_weight, *geometry) -> Tensor:
     device = features[0].device.type
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
-        return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *geometry)
+        return reference.pyramid_deform_conv(features, offset, weight, bias, mask, level_weight, *geometry)
     features, weight, bias = reference.autocast_values(device, features, weight, bias)
     with torch.autocast(device, enabled=False):
-        return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *geometry)
+        return reference.pyramid_deform_conv(features, offset, weight, bias, mask, level_weight, *geometry)
