@@ -87,13 +87,10 @@ torch.library.register_autograd(BACKWARD, _no_second_derivative)
 
 
 def _register_autocast(device: str, key: str) -> None:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(features, offset, weight, bias, mask, level_weight, *geometry):
+    def cast(features, offset, weight, bias, *others):
         features, weight, bias = autocast_values(device, features, weight, bias)
-        # Not `torch.autocast(enabled=False)`: this leaves other operators' autocast state alone.
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, weight, bias, mask, level_weight, *geometry)
+        with torch.autocast(device, enabled=False):
+            return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, weight, bias, *others)
 
     _library.impl("pyramid_deform_conv2d", cast, key)
 
