@@ -6,6 +6,7 @@ watched for races (csrc/emulation/races.h), which takes a multiple of the time.
 
 import hashlib
 import os
+import runpy
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,15 @@ def build() -> Path:
     """Compiles what csrc/cuda holds with the C++ compiler into build/emulation, if anything changed."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    # By itself: the package would load its library, which a sanitizer may keep from loading.
+    major, minor = runpy.run_path(str(ROOT / "dyhead/ops/torch_version.py"))["TORCH_MINIMUM"]
     flags = [
         "-std=c++20",
         "-fPIC",
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-unknown-pragmas",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
     ]
     flags += shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", "-O2"))
     flags += [f"-isystem{path}" for path in include_paths()]
