@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import backends, library, reference
 
 if library.PROBLEM is None:
     from . import registration  # noqa: F401
@@ -102,7 +102,7 @@ def deform_conv2d(
 
 
 def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:
-    if library.runs_on(features[0].device):
+    if backends.selected() == "compiled" and library.runs_on(features[0].device):
         return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, *others, _allow_tf32(features[0]))
     return _run_reference(features, offset, *others)
 
