@@ -26,17 +26,18 @@ void for_chunks(int64_t batch, int64_t pixels, int64_t channels, const Work& wor
   });
 }
 
-// result[n * size + i] = sum over the chunks of image n of partial[unit * size + i].
+// result[n * chunk_stride + i] = sum over the chunks of image n of partial[unit * chunk_stride + i].
 template <typename A, typename Partial>
-void sum_chunks(const Partial* partial, int64_t batch, int64_t pixels, int64_t size, A* result) {
+void sum_chunks(const Partial* partial, int64_t batch, int64_t pixels, int64_t chunk_stride, A* result) {
   const int64_t chunks = blocks(pixels, kChunk);
-  std::vector<double> total(static_cast<size_t>(size));
+  std::vector<double> total(static_cast<size_t>(chunk_stride));
   for (int64_t n = 0; n < batch; ++n) {
     std::fill(total.begin(), total.end(), 0.0);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t i = 0; i < size; ++i) total[i] += static_cast<double>(partial[(n * chunks + chunk) * size + i]);
+      for (int64_t i = 0; i < chunk_stride; ++i)
+        total[i] += static_cast<double>(partial[(n * chunks + chunk) * chunk_stride + i]);
     }
-    for (int64_t i = 0; i < size; ++i) result[n * size + i] = static_cast<A>(total[i]);
+    for (int64_t i = 0; i < chunk_stride; ++i) result[n * chunk_stride + i] = static_cast<A>(total[i]);
   }
 }
 

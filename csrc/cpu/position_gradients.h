@@ -62,10 +62,10 @@ class PositionGradients {
     if (gradients_.needs.mask) mask_.sum(mask_size_);
     if (!gradients_.needs.level_weight) return;
     A* const result = static_cast<A*>(gradients_.level_weight.mutable_data_ptr());
-    const int64_t size = problem_.batch * levels_;
-    for (int64_t i = 0; i < size; ++i) {
+    const int64_t block_stride = problem_.batch * levels_;
+    for (int64_t i = 0; i < block_stride; ++i) {
       double total = 0;
-      for (int64_t block = 0; block < block_count_; ++block) total += level_sums_[block * size + i];
+      for (int64_t block = 0; block < block_count_; ++block) total += level_sums_[block * block_stride + i];
       result[i] = static_cast<A>(total);
     }
   }
@@ -73,18 +73,18 @@ class PositionGradients {
  private:
   // As (block of the group, image, offset group, tap, [dy, dx,] pixel). The first block's are the result itself.
   struct Planes {
-    void allocate(const Tensor& result, int64_t size, int64_t count) {
-      rest = Buffer<A>(volume(count - 1, size));
+    void allocate(const Tensor& result, int64_t block_stride, int64_t count) {
+      rest = Buffer<A>(volume(count - 1, block_stride));
       planes.push_back(static_cast<A*>(result.mutable_data_ptr()));
-      for (int64_t i = 1; i < count; ++i) planes.push_back(rest.get() + (i - 1) * size);
+      for (int64_t i = 1; i < count; ++i) planes.push_back(rest.get() + (i - 1) * block_stride);
     }
 
-    void sum(int64_t size) const {
+    void sum(int64_t block_stride) const {
       constexpr int64_t chunk = 4096;
-      const int64_t chunks = planes.size() > 1 ? blocks(size, chunk) : 0;
+      const int64_t chunks = planes.size() > 1 ? blocks(block_stride, chunk) : 0;
       parallel_units(chunks, worker_count(chunks, chunk / 4.0), [&](int64_t unit, int64_t) {
         for (size_t block = 1; block < planes.size(); ++block) {
-          const int64_t end = std::min(size, (unit + 1) * chunk);
+          const int64_t end = std::min(block_stride, (unit + 1) * chunk);
           for (int64_t i = unit * chunk; i < end; ++i) planes[0][i] += planes[block][i];
         }
       });

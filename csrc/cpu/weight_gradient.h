@@ -122,17 +122,17 @@ class WeightGradient {
       const A* const from = sums_.get() + level * taps_ * tap_stride() + b * block_stride() + first;
       T* const to = result + ((level * problem_.groups + block.group) * out_channels + first) * row_stride +
                     block.begin % problem_.group_channels() * taps_;
-      const auto unpack = [&](A* target, int64_t target_row_stride) {
-        kernel_.unpack(from, tap_stride(), sums_stride_, outs, block.width, taps_, target, target_row_stride);
+      const auto unpack = [&](A* target, int64_t target_stride) {
+        kernel_.unpack(from, tap_stride(), sums_stride_, outs, block.width, taps_, target, target_stride);
       };
       if constexpr (std::is_same_v<T, A>) {
         unpack(to, row_stride);
       } else {
-        const int64_t size = block.width * taps_;
+        const int64_t own_stride = block.width * taps_;
         A* const own = unpacked[worker].get();
-        unpack(own, size);
+        unpack(own, own_stride);
         for (int64_t o = 0; o < outs; ++o) {
-          for (int64_t i = 0; i < size; ++i) to[o * row_stride + i] = static_cast<T>(own[o * size + i]);
+          for (int64_t i = 0; i < own_stride; ++i) to[o * row_stride + i] = static_cast<T>(own[o * own_stride + i]);
         }
       }
     });

@@ -62,7 +62,8 @@ def pyramid_deform_conv2d(
     device the features' gradient is added up in any order, unless `torch.use_deterministic_algorithms` asks for one.
     Autocast casts features, weight and bias to its type.
 
-    Gradients exist for every tensor, once: for second derivatives use `dyhead.ops.reference`, as the error says.
+    Gradients exist for every tensor, once: for second derivatives use `dyhead.ops.reference` or
+    `dyhead.ops.backend("reference")`, as the error says.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the text names the argument, what was expected and what

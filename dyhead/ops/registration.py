@@ -78,8 +78,8 @@ torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "dyhead's compiled operators have no second derivatives: expected the functions of dyhead.ops.reference (or "
-        "the definitions in dyhead.ops.channelwise), which have, where gradients are differentiated again"
+        "dyhead's compiled operators have no second derivatives: expected the functions of dyhead.ops.reference, or "
+        'the forward pass under dyhead.ops.backend("reference"), where gradients are differentiated again'
     )
 
 
