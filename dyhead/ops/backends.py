@@ -11,8 +11,8 @@ from . import library
 BACKENDS = ("compiled", "reference")
 
 _of_context: ContextVar[str] = ContextVar("dyhead_backend", default="compiled")
-# The one switched to last, in any thread: torch.compile of PyTorch 2.11 cannot look into a context variable, and this
-# it guards, so that a function is compiled anew for another backend.
+# The one switched to last, in any thread, for torch.compile: that of PyTorch 2.11 cannot look into a context variable.
+# It guards this one, so a function is compiled anew for another backend.
 _latest = "compiled"
 
 
