@@ -1,8 +1,8 @@
 """Builds the operator. The package's metadata is in pyproject.toml.
 
 Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (CUDA; needs nvcc as well). Both use
-PyTorch's stable ABI, so that a build runs with every PyTorch from TORCH_TARGET on. Environment variables, as PyTorch's
-extensions have them:
+PyTorch's stable ABI, so that a build runs with the PyTorch that dyhead/ops/torch_version.py names and every newer one.
+Environment variables, as PyTorch's extensions have them:
 
     FORCE_CUDA=1 / 0       build the CUDA library although no CUDA device is found / do not, although one is
     CUDA_HOME              the CUDA toolkit (default: the one that the nvcc on PATH belongs to)
@@ -19,6 +19,7 @@ import glob
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -46,7 +47,7 @@ import torch  # noqa: E402
 from setuptools import Extension, setup  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
 
-TORCH_TARGET = (2, 11)
+TORCH_TARGET = runpy.run_path("dyhead/ops/torch_version.py")["TORCH_MINIMUM"]
 TARGET_MACRO = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
 EXTRA = shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", ""))
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wno-psabi", TARGET_MACRO, *EXTRA]
@@ -62,7 +63,7 @@ def cpu_extension() -> Extension:
 
     return Extension(
         "dyhead._C",
-        ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/**/*.cpp", recursive=True))],
         depends=glob.glob("csrc/**/*.h", recursive=True),
         include_dirs=[pybind11.get_include(), *include_paths()],
         library_dirs=library_paths(),

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from benchmarks.measure import Unavailable
 from dyhead.layers import head, released, spatial_attention
-from dyhead.ops import channelwise
+from dyhead.ops import backend
 
 try:
     from torchvision.ops import deform_conv2d
@@ -75,7 +75,7 @@ def composition(enabled: bool = True) -> Iterator[None]:
         if enabled:
             stack.enter_context(patch.object(spatial_attention, "pyramid_deform_conv2d", pyramid_deform_conv2d))
             stack.enter_context(patch.object(released, "deform_conv2d", convolve))
-            stack.enter_context(patch.object(channelwise, "_is_compiled_for", lambda x: False))
+            stack.enter_context(backend("reference"))  # for the channel-wise functions
             # torchvision's operator needs NCHW and would copy other layouts in every call.
             stack.enter_context(patch.object(head, "to_channels_last", lambda level: level))
         yield

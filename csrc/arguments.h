@@ -23,13 +23,14 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Shapes: N batch, L levels, C channels, K = kh * kw taps, G offset groups, H x W the output grid.
+// In the order of the schema (operators.h). Shapes: N batch, L levels, C channels, K = kh * kw taps, G offset groups,
+// H x W the output grid.
 struct Arguments {
   std::vector<Tensor> features;        // L of (N, C_in, H_l, W_l)
   Tensor offset;                       // (N, 2*G*K, H, W)
-  std::optional<Tensor> mask;          // (N, G*K, H, W)
   Tensor weight;                       // (L, C_out, C_in/groups, kh, kw)
   std::optional<Tensor> bias;          // (C_out,)
+  std::optional<Tensor> mask;          // (N, G*K, H, W)
   std::optional<Tensor> level_weight;  // (N, L)
   bool aligned;
   std::optional<std::vector<double>> scales;  // none: H_l / H
@@ -127,7 +128,7 @@ inline ScalarType accumulation_dtype(ScalarType dtype) {
 // Throws std::runtime_error naming the argument, what was expected and what came, unless the operator can run.
 inline Problem check_arguments(const Arguments& arguments) {
   using namespace detail;
-  const auto& [features, offset, mask, weight, bias, level_weight, aligned, scales, stride, padding, dilation] =
+  const auto& [features, offset, weight, bias, mask, level_weight, aligned, scales, stride, padding, dilation] =
       arguments;
   const auto feature_name = [aligned = aligned](size_t level) {
     return aligned ? text("features[", level, "]") : std::string("input");
@@ -146,8 +147,8 @@ inline Problem check_arguments(const Arguments& arguments) {
   }
   expect_like("offset", offset, positions, first);
   expect_like("weight", weight, dtype, first);
-  if (mask) expect_like("mask", *mask, positions, first);
   if (bias) expect_like("bias", *bias, dtype, first);
+  if (mask) expect_like("mask", *mask, positions, first);
   if (level_weight) expect_like("level_weight", *level_weight, positions, first);
 
   const auto expect_pair = [](const char* name, const std::vector<int64_t>& pair, int64_t least) {
@@ -275,6 +276,7 @@ inline Tensor as_channels_last(const Tensor& tensor) {
   return has_channels_last_strides(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
+// Uninitialised, on the device of `like`.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);

@@ -9,9 +9,9 @@
 
 namespace dyhead {
 
-// Which gradients are asked for.
+// Which gradients are asked for, in the order of the arguments.
 struct Needs {
-  bool features, offset, mask, weight, bias, level_weight;
+  bool features, offset, weight, bias, mask, level_weight;
   bool positions() const { return offset || mask || level_weight; }
 };
 
@@ -21,7 +21,7 @@ using GradientTuple = std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Te
 struct Gradients {
   Needs needs;
   std::vector<Tensor> features;
-  Tensor offset, mask, weight, bias, level_weight;
+  Tensor offset, weight, bias, mask, level_weight;
 
   // Checks the arguments of the backward pass, and allocates what it returns.
   Gradients(const Tensor& grad, const Arguments& arguments, const Problem& problem,
@@ -30,9 +30,9 @@ struct Gradients {
     if (needs_grad.size() != 6) detail::fail("needs_grad", "6 values", std::to_string(needs_grad.size()));
     needs = {needs_grad[0],
              needs_grad[1],
-             needs_grad[2] && arguments.mask.has_value(),
-             needs_grad[3],
-             needs_grad[4] && arguments.bias.has_value(),
+             needs_grad[2],
+             needs_grad[3] && arguments.bias.has_value(),
+             needs_grad[4] && arguments.mask.has_value(),
              needs_grad[5] && arguments.level_weight.has_value()};
     const ScalarType positions = accumulation_dtype(problem.dtype);
     const auto allocate = [&](bool needed, const std::optional<Tensor>& like, ScalarType dtype) {
@@ -41,9 +41,9 @@ struct Gradients {
       return new_tensor(grad, sizes, dtype, false);
     };
     offset = allocate(needs.offset, arguments.offset, positions);
-    mask = allocate(needs.mask, arguments.mask, positions);
     weight = allocate(needs.weight, arguments.weight, problem.dtype);
     bias = allocate(needs.bias, arguments.bias, problem.dtype);
+    mask = allocate(needs.mask, arguments.mask, positions);
     level_weight = allocate(needs.level_weight, arguments.level_weight, positions);
     if (needs.features) {
       for (const Tensor& feature : arguments.features) {
@@ -53,7 +53,7 @@ struct Gradients {
     }
   }
 
-  GradientTuple tuple() const { return {features, offset, mask, weight, bias, level_weight}; }
+  GradientTuple tuple() const { return {features, offset, weight, bias, mask, level_weight}; }
 
   // Tensors to sum up the features' gradients in: of the accumulation type, with channels last; the results themselves
   // where they are so. `finish` rounds the others into the results.

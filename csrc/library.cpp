@@ -1,13 +1,16 @@
-// Defines the operators; the Python module that loads them and says what was built.
+// Defines the operators, and registers the CPU's; the Python module that loads them and says what was built.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
+#include "cpu/implementation.h"
 #include "cpu/path.h"
-#include "schemas.h"
+#include "operators.h"
 
 STABLE_TORCH_LIBRARY(dyhead, library) { dyhead::define_operators(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) { dyhead::Operators<dyhead::cpu::Implementation>::implement(library); }
 
 namespace {
 

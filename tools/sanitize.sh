@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the operator's tests, those of the emulated CUDA kernels too, with the libraries built under AddressSanitizer and
 # UndefinedBehaviorSanitizer, in a copy of the package in build/sanitize; and those of the emulated kernels once more,
-# watched for races (csrc/cuda/races.h). Needs GCC. Usage: tools/sanitize.sh [PYTHON [PYTEST ARGUMENT ...]]
+# watched for races (csrc/emulation/races.h). Needs GCC. Usage: tools/sanitize.sh [PYTHON [PYTEST ARGUMENT ...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$(command -v "${1:-python3}")")

@@ -4,9 +4,10 @@
 // Pixels are read with their channels last; others are copied once per call. Sums over pixels are made of the sums of
 // chunks of a fixed size, added in their order, so that they are the same for any number of threads.
 
-#include <torch/csrc/stable/library.h>
+#include <algorithm>
+#include <vector>
 
-#include "../channelwise.h"
+#include "implementation.h"
 #include "inputs.h"
 
 namespace dyhead::cpu {
@@ -25,17 +26,18 @@ void for_chunks(int64_t batch, int64_t pixels, int64_t channels, const Work& wor
   });
 }
 
-// result[n * size + i] = sum over the chunks of image n of partial[unit * size + i].
+// result[n * chunk_stride + i] = sum over the chunks of image n of partial[unit * chunk_stride + i].
 template <typename A, typename Partial>
-void sum_chunks(const Partial* partial, int64_t batch, int64_t pixels, int64_t size, A* result) {
+void sum_chunks(const Partial* partial, int64_t batch, int64_t pixels, int64_t chunk_stride, A* result) {
   const int64_t chunks = blocks(pixels, kChunk);
-  std::vector<double> total(static_cast<size_t>(size));
+  std::vector<double> total(static_cast<size_t>(chunk_stride));
   for (int64_t n = 0; n < batch; ++n) {
     std::fill(total.begin(), total.end(), 0.0);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t i = 0; i < size; ++i) total[i] += static_cast<double>(partial[(n * chunks + chunk) * size + i]);
+      for (int64_t i = 0; i < chunk_stride; ++i)
+        total[i] += static_cast<double>(partial[(n * chunks + chunk) * chunk_stride + i]);
     }
-    for (int64_t i = 0; i < size; ++i) result[n * size + i] = static_cast<A>(total[i]);
+    for (int64_t i = 0; i < chunk_stride; ++i) result[n * chunk_stride + i] = static_cast<A>(total[i]);
   }
 }
 
@@ -83,15 +85,7 @@ void statistics(const Tensor& x, Tensor& result) {
   }
 }
 
-Tensor channel_statistics(Tensor x) {
-  check_map("x", x);
-  const Tensor last = as_channels_last(x);
-  Tensor result = new_tensor(x, {x.size(0), 2, x.size(1)}, accumulation_dtype(x.scalar_type()), false);
-  dispatch(x.scalar_type(), [&](auto value, auto) { statistics<decltype(value)>(last, result); });
-  return result;
-}
-
-// The arguments of affine_maximum, checked.
+// The arguments of affine_maximum.
 template <typename T>
 struct Maps {
   using A = Accumulator<T>;
@@ -137,7 +131,7 @@ struct Maps {
 };
 
 template <typename T>
-void forward(const Maps<T>& maps, Tensor& result) {
+void maximum(const Maps<T>& maps, Tensor& result) {
   using A = Accumulator<T>;
   T* const out = static_cast<T*>(result.mutable_data_ptr());
   for_chunks(maps.batch, maps.pixels, maps.channels, [&](int64_t n, int64_t first, int64_t last, int64_t) {
@@ -154,37 +148,28 @@ void forward(const Maps<T>& maps, Tensor& result) {
   });
 }
 
-Tensor affine_maximum(std::vector<Tensor> xs, Tensor slopes, Tensor intercepts) {
-  check_maps(xs, slopes, intercepts);
-  const Tensor& x = xs[0];
-  Tensor result = new_map(x);
-  dispatch(x.scalar_type(), [&](auto value, auto) { forward(Maps<decltype(value)>(xs, slopes, intercepts), result); });
-  return copy_back(result, x);
-}
-
 // The gradient goes to the larger map, half to each where they are equal, as in torch.maximum.
 template <typename T>
-void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& xs, Tensor& slopes,
-              Tensor& intercepts) {
+void maximum_gradient(const Maps<T>& maps, const Tensor& gradient, MaximumGradients& gradients) {
   using A = Accumulator<T>;
   const int64_t channels = maps.channels, terms = maps.terms;
   const T* const grad = static_cast<const T*>(gradient.const_data_ptr());
   std::vector<T*> results;
-  for (Tensor& x : xs) results.push_back(static_cast<T*>(x.mutable_data_ptr()));
+  for (Tensor& x : gradients.xs) results.push_back(static_cast<T*>(x.mutable_data_ptr()));
 
   // Sums of a chunk as (map, [terms..., 1], channel).
-  const int64_t map_size = (terms + 1) * channels, size = 2 * map_size;
-  const Buffer<A> partial(volume(maps.batch * blocks(maps.pixels, kChunk), size));
+  const int64_t map_stride = (terms + 1) * channels, chunk_stride = 2 * map_stride;
+  const Buffer<A> partial(volume(maps.batch * blocks(maps.pixels, kChunk), chunk_stride));
   for_chunks(maps.batch, maps.pixels, channels, [&](int64_t n, int64_t first, int64_t last, int64_t unit) {
     A u[kChannels], v[kChannels];
-    A* const sums = partial.get() + unit * size;
-    std::fill(sums, sums + size, A(0));
+    A* const sums = partial.get() + unit * chunk_stride;
+    std::fill(sums, sums + chunk_stride, A(0));
     for (int64_t p = first; p < last; ++p) {
       const int64_t at = (n * maps.pixels + p) * channels;
       for (int64_t channel = 0; channel < channels; channel += kChannels) {
         const int64_t width = std::min(kChannels, channels - channel);
         maps.evaluate(n, p, channel, width, u, v);
-        A *sum1 = sums + terms * channels + channel, *sum2 = sum1 + map_size;
+        A *sum1 = sums + terms * channels + channel, *sum2 = sum1 + map_stride;
         for (int64_t c = 0; c < width; ++c) {
           const A g = static_cast<A>(grad[at + channel + c]), half = g / 2, a = u[c], b = v[c];
           u[c] = a < b ? A(0) : a == b ? half : g;
@@ -196,7 +181,7 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
           const T* const x = maps.data[term] + at + channel;
           T* const to = results[term] + at + channel;
           const A *slope1 = maps.slope(n, 0, term) + channel, *slope2 = maps.slope(n, 1, term) + channel;
-          sum1 = sums + term * channels + channel, sum2 = sum1 + map_size;
+          sum1 = sums + term * channels + channel, sum2 = sum1 + map_stride;
           for (int64_t c = 0; c < width; ++c) {
             const A value = static_cast<A>(x[c]);
             to[c] = static_cast<T>(u[c] * slope1[c] + v[c] * slope2[c]);
@@ -208,32 +193,35 @@ void backward(const Maps<T>& maps, const Tensor& gradient, std::vector<Tensor>& 
     }
   });
 
-  std::vector<A> totals(static_cast<size_t>(maps.batch * size));
-  sum_chunks(partial.get(), maps.batch, maps.pixels, size, totals.data());
-  A* const to_slopes = static_cast<A*>(slopes.mutable_data_ptr());
-  A* const to_intercepts = static_cast<A*>(intercepts.mutable_data_ptr());
+  std::vector<A> totals(static_cast<size_t>(maps.batch * chunk_stride));
+  sum_chunks(partial.get(), maps.batch, maps.pixels, chunk_stride, totals.data());
+  A* const to_slopes = static_cast<A*>(gradients.slopes.mutable_data_ptr());
+  A* const to_intercepts = static_cast<A*>(gradients.intercepts.mutable_data_ptr());
   for (int64_t row = 0; row < 2 * maps.batch; ++row) {
-    const A* const from = totals.data() + row * map_size;
+    const A* const from = totals.data() + row * map_stride;
     std::copy(from, from + terms * channels, to_slopes + row * terms * channels);
-    std::copy(from + terms * channels, from + map_size, to_intercepts + row * channels);
+    std::copy(from + terms * channels, from + map_stride, to_intercepts + row * channels);
   }
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> affine_maximum_backward(Tensor grad, std::vector<Tensor> xs,
-                                                                        Tensor slopes, Tensor intercepts) {
-  MaximumGradients gradients(grad, xs, slopes, intercepts);
-  const Tensor last = as_channels_last(grad);
-  dispatch(xs[0].scalar_type(), [&](auto value, auto) {
-    backward(Maps<decltype(value)>(xs, slopes, intercepts), last, gradients.xs, gradients.slopes, gradients.intercepts);
-  });
-  return gradients.tuple(xs);
-}
-
 }  // namespace
-}  // namespace dyhead::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) {
-  library.impl("channel_statistics", TORCH_BOX(&dyhead::cpu::channel_statistics));
-  library.impl("affine_maximum", TORCH_BOX(&dyhead::cpu::affine_maximum));
-  library.impl("_affine_maximum_backward", TORCH_BOX(&dyhead::cpu::affine_maximum_backward));
+void Implementation::channel_statistics(const Tensor& x, Tensor& result) {
+  const Tensor last = as_channels_last(x);
+  dispatch(x.scalar_type(), [&](auto value, auto) { statistics<decltype(value)>(last, result); });
 }
+
+void Implementation::affine_maximum(const std::vector<Tensor>& xs, const Tensor& slopes, const Tensor& intercepts,
+                                    Tensor& result) {
+  dispatch(xs[0].scalar_type(),
+           [&](auto value, auto) { maximum(Maps<decltype(value)>(xs, slopes, intercepts), result); });
+}
+
+void Implementation::affine_maximum_backward(const Tensor& grad, const std::vector<Tensor>& xs, const Tensor& slopes,
+                                             const Tensor& intercepts, MaximumGradients& gradients) {
+  const Tensor last = as_channels_last(grad);
+  dispatch(xs[0].scalar_type(),
+           [&](auto value, auto) { maximum_gradient(Maps<decltype(value)>(xs, slopes, intercepts), last, gradients); });
+}
+
+}  // namespace dyhead::cpu

@@ -4,8 +4,11 @@
 // the panel is multiplied with those taps' weights into the tile's sums; levels and taps add up there. Features are
 // read with their channels last; others are copied once per call.
 
-#include <torch/csrc/stable/library.h>
+#include <algorithm>
+#include <optional>
+#include <vector>
 
+#include "implementation.h"
 #include "inputs.h"
 
 namespace dyhead::cpu {
@@ -22,26 +25,26 @@ struct ForwardWeights {
         columns(kernel.columns),
         column_blocks(blocks(problem.group_out_channels(), columns)),
         depth(round_up(problem.group_channels(), kUnit<P>)),
-        block_size(problem.taps() * depth * columns),
+        block_stride(problem.taps() * depth * columns),
         packed(volume(problem.levels.size(), problem.groups, column_blocks, problem.taps(), depth, columns)) {
     const int64_t units = static_cast<int64_t>(problem.levels.size()) * problem.groups * column_blocks;
-    parallel_units(units, worker_count(units, static_cast<double>(block_size) / 2), [&](int64_t unit, int64_t) {
+    parallel_units(units, worker_count(units, static_cast<double>(block_stride) / 2), [&](int64_t unit, int64_t) {
       const int64_t first = unit % column_blocks * columns, run = unit / column_blocks;
       const int64_t taps = problem.taps(), channels = problem.group_channels();
       const int64_t width = std::min(columns, problem.group_out_channels() - first);
-      P* const to = packed.get() + unit * block_size;
-      if (width < columns || depth > channels) std::fill(to, to + block_size, P(0));
+      P* const to = packed.get() + unit * block_stride;
+      if (width < columns || depth > channels) std::fill(to, to + block_stride, P(0));
       kernel.pack(inputs.weight + (run * problem.group_out_channels() + first) * channels * taps, inputs.weight_end(),
                   channels * taps, taps, width, channels, taps, to, depth * columns, columns * kUnit<P>);
     });
   }
 
   const P* at(int64_t level, int64_t group, int64_t tap) const {
-    return packed.get() + (level * problem.groups + group) * column_blocks * block_size + tap * depth * columns;
+    return packed.get() + (level * problem.groups + group) * column_blocks * block_stride + tap * depth * columns;
   }
 
   const Problem& problem;
-  int64_t columns, column_blocks, depth, block_size;
+  int64_t columns, column_blocks, depth, block_stride;
   Buffer<P> packed;
 };
 
@@ -49,7 +52,7 @@ struct ForwardWeights {
 template <typename T>
 void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t group_stride, const Pixel* pixels,
                 int64_t count, bool channels_last, T* image) {
-  const int64_t stride = problem.groups * group_stride, channels = problem.group_out_channels();
+  const int64_t sums_stride = problem.groups * group_stride, channels = problem.group_out_channels();
   const int64_t pixel_stride = channels_last ? problem.out_channels : 1;
   const int64_t channel_stride = channels_last ? 1 : problem.pixels();
   for (int64_t group = 0; group < problem.groups; ++group) {
@@ -57,25 +60,26 @@ void write_tile(const Problem& problem, const Accumulator<T>* sums, int64_t grou
     T* const to = image + group * channels * channel_stride;
     if (channels_last) {
       for (int64_t p = 0; p < count; ++p) {
-        const Accumulator<T>* const row = from + p * stride;
+        const Accumulator<T>* const row = from + p * sums_stride;
         T* const pixel = to + pixels[p].index * pixel_stride;
         for (int64_t o = 0; o < channels; ++o) pixel[o] = static_cast<T>(row[o]);
       }
     } else {
       for (int64_t o = 0; o < channels; ++o) {
         T* const plane = to + o * channel_stride;
-        for (int64_t p = 0; p < count; ++p) plane[pixels[p].index] = static_cast<T>(from[p * stride + o]);
+        for (int64_t p = 0; p < count; ++p) plane[pixels[p].index] = static_cast<T>(from[p * sums_stride + o]);
       }
     }
   }
 }
 
 template <typename T, typename P>
-void forward(const Arguments& arguments, const Problem& problem, Tensor& result, bool channels_last) {
+void run(const Arguments& arguments, const Problem& problem, Tensor& result) {
   using A = Accumulator<T>;
   const Kernels<T, P>& kernel = kernels<T, P>();
   const Inputs<T> inputs(arguments, problem);
   T* out = static_cast<T*>(result.mutable_data_ptr());
+  const bool channels_last = is_channels_last(arguments.features[0]);
   std::optional<Tensor> bias_tensor;
   if (arguments.bias) bias_tensor = as_contiguous(*arguments.bias);
   const T* bias = bias_tensor ? static_cast<const T*>(bias_tensor->const_data_ptr()) : nullptr;
@@ -94,7 +98,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   const int64_t levels = static_cast<int64_t>(problem.levels.size());
   const int64_t workers = worker_count(units, product_cost(problem, tile, problem.channels, levels * taps));
   const int64_t group_stride = weights.column_blocks * kernel.columns, sums_stride = problem.groups * group_stride;
-  const int64_t group_depth = panel_taps * depth, panel_stride = problem.groups * group_depth;
+  const int64_t panel_group_stride = panel_taps * depth, panel_stride = problem.groups * panel_group_stride;
 
   struct Scratch {
     Buffer<A> sums;
@@ -135,7 +139,7 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
             kernel.locate(inputs.tap(n, level, g, tap), list, count, scratch.samples.get() + g * tile);
           }
           for (const Segment& segment : all) {
-            P* to = scratch.panel.get() + segment.group * group_depth + (tap - first) * depth +
+            P* to = scratch.panel.get() + segment.group * panel_group_stride + (tap - first) * depth +
                     segment.begin % problem.group_channels();
             kernel.sample(scratch.samples.get() + segment.offset_group * tile, count,
                           inputs.channels(n, level, segment.begin), segment.width, to, panel_stride);
@@ -143,8 +147,8 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
         }
         for (int64_t group = 0; group < problem.groups; ++group) {
           kernel.product(blocks(count, kernel.rows), weights.column_blocks, some * depth / kUnit<P>,
-                         {scratch.panel.get() + group * group_depth, panel_stride, kUnit<P>},
-                         weights.at(level, group, first), weights.block_size, kernel.columns * kUnit<P>,
+                         {scratch.panel.get() + group * panel_group_stride, panel_stride, kUnit<P>},
+                         weights.at(level, group, first), weights.block_stride, kernel.columns * kUnit<P>,
                          sums + group * group_stride, sums_stride);
         }
       }
@@ -153,25 +157,11 @@ void forward(const Arguments& arguments, const Problem& problem, Tensor& result,
   });
 }
 
-Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
-                             std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
-                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
-                             std::vector<int64_t> padding, std::vector<int64_t> dilation, bool /*allow_tf32*/) {
-  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
-                            aligned,  scales, stride, padding, dilation};
-  const Problem problem = check_arguments(arguments);
-  const bool last = is_channels_last(features[0]);
-  Tensor result = new_tensor(features[0], {problem.batch, problem.out_channels, problem.height, problem.width},
-                             problem.dtype, last);
-  dispatch(problem.dtype, [&](auto value, auto operand) {
-    forward<decltype(value), decltype(operand)>(arguments, problem, result, last);
-  });
-  return result;
-}
-
 }  // namespace
-}  // namespace dyhead::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, library) {
-  library.impl("pyramid_deform_conv2d", TORCH_BOX(&dyhead::cpu::pyramid_deform_conv2d));
+void Implementation::forward(const Arguments& arguments, const Problem& problem, bool /*allow_tf32*/, Tensor& result) {
+  dispatch(problem.dtype,
+           [&](auto value, auto operand) { run<decltype(value), decltype(operand)>(arguments, problem, result); });
 }
+
+}  // namespace dyhead::cpu

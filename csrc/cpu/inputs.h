@@ -75,11 +75,11 @@ struct Segment {
 
 // Cuts channels [begin, end) where a group begins.
 inline std::vector<Segment> segments(const Problem& problem, int64_t begin, int64_t end) {
-  const int64_t size = problem.group_channels(), offset_size = problem.channels / problem.offset_groups;
+  const int64_t group_channels = problem.group_channels(), offset_channels = problem.channels / problem.offset_groups;
   std::vector<Segment> result;
   while (begin < end) {
-    const int64_t stop = run_end(begin, end, size, offset_size);
-    result.push_back({begin, stop - begin, begin / size, begin / offset_size});
+    const int64_t stop = run_end(begin, end, group_channels, offset_channels);
+    result.push_back({begin, stop - begin, begin / group_channels, begin / offset_channels});
     begin = stop;
   }
   return result;
@@ -115,9 +115,9 @@ struct Inputs {
 
   // The features of an image on a level, from a channel on.
   Channels<T> channels(int64_t n, int64_t level, int64_t channel) const {
-    return {features[level] + n * image_size(level) + channel, problem.channels, outside.get()};
+    return {features[level] + n * image_stride(level) + channel, problem.channels, outside.get()};
   }
-  int64_t image_size(int64_t level) const {
+  int64_t image_stride(int64_t level) const {
     return problem.levels[level].height * problem.levels[level].width * problem.channels;
   }
 

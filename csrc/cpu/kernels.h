@@ -1,5 +1,5 @@
-// The inner loops of the CPU operator. Each exists once per instruction set (kernels_*.cpp, all compiled from
-// kernels_body.h) and is chosen at run time; everything around them, in forward.cpp and backward.cpp, is compiled once.
+// The inner loops of the CPU operator. Each exists once per instruction set (kernels/*.cpp, all compiled from the
+// headers there) and is chosen at run time; everything around them, in the passes, is compiled once.
 
 #pragma once
 
@@ -21,11 +21,11 @@ using torch::headeronly::Half;
 template <typename P>
 constexpr int64_t kUnit = std::is_same_v<P, BFloat16> ? 2 : 1;
 
-// The left operand: element (i, d) is at data[i * row + d / kUnit * depth + d % kUnit].
+// The left operand: element (i, d) is at data[i * row_stride + d / kUnit * depth_stride + d % kUnit].
 template <typename P>
 struct Operand {
   const P* data;
-  int64_t row, depth;  // one of them is kUnit
+  int64_t row_stride, depth_stride;  // one of them is kUnit
 };
 
 // A pixel of the output grid; `index` is row * width + column.
@@ -51,15 +51,15 @@ struct Sample {
   A share[4], mask;
 };
 
-// Channels of a level's map: those of pixel i are at data[i * stride]. `outside` is a row of zeros, which stands for
-// the pixels outside the map.
+// Channels of a level's map: those of pixel i are at data[i * pixel_stride]. `outside` is a row of zeros, which stands
+// for the pixels outside the map.
 template <typename T>
 struct Channels {
   const T* data;
-  int64_t stride;
+  int64_t pixel_stride;
   const T* outside;
 
-  const T* at(int64_t pixel) const { return pixel < 0 ? outside : data + pixel * stride; }
+  const T* at(int64_t pixel) const { return pixel < 0 ? outside : data + pixel * pixel_stride; }
 };
 
 template <typename T, typename P>
@@ -71,36 +71,37 @@ struct Kernels {
 
   void (*locate)(const Tap<A>& tap, const Pixel* pixels, int64_t count, Sample<A>* samples);
 
-  // panel[p * stride + c] = sum_i share_i * from.at(corner_i)[c], for `width` channels of `count` samples.
+  // panel[p * panel_stride + c] = sum_i share_i * from.at(corner_i)[c], for `width` channels of `count` samples.
   void (*sample)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, P* panel,
-                 int64_t stride);
+                 int64_t panel_stride);
 
-  // The same for a product over samples: at panel[p / kUnit * stride + c * kUnit + p % kUnit]. A sample that is missing
-  // from the last unit is 0.
+  // The same for a product over samples: at panel[p / kUnit * panel_stride + c * kUnit + p % kUnit]. A sample that is
+  // missing from the last unit is 0.
   void (*sample_units)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, P* panel,
-                       int64_t stride);
+                       int64_t panel_stride);
 
-  // sums[r * stride + c] += sum_d left(r, d) * right(d, c) for `units` units of d and whole blocks: row_blocks * rows
-  // by column_blocks * columns elements. right(d, c) is at
-  //     right[c / columns * right_block + d / kUnit * right_depth + c % columns * kUnit + d % kUnit].
+  // sums[r * sums_stride + c] += sum_d left(r, d) * right(d, c) for `units` units of d and whole blocks: row_blocks *
+  // rows by column_blocks * columns elements. right(d, c) is at
+  //     right[c / columns * right_block_stride + d / kUnit * right_depth_stride + c % columns * kUnit + d % kUnit].
   void (*product)(int64_t row_blocks, int64_t column_blocks, int64_t units, Operand<P> left, const P* right,
-                  int64_t right_block, int64_t right_depth, A* sums, int64_t stride);
+                  int64_t right_block_stride, int64_t right_depth_stride, A* sums, int64_t sums_stride);
 
-  // Weights for the right operand: to[k * tap + d / kUnit * unit + c * kUnit + d % kUnit] =
-  // from[c * column + d * depth + k] for `columns` columns, `depths` depths and `taps` taps. `end` is where the
-  // weights end.
-  void (*pack)(const T* from, const T* end, int64_t column, int64_t depth, int64_t columns, int64_t depths,
-               int64_t taps, P* to, int64_t tap, int64_t unit);
+  // Weights for the right operand: to[k * tap_stride + d / kUnit * unit_stride + c * kUnit + d % kUnit] =
+  // from[c * column_stride + d * depth_stride + k] for `columns` columns, `depths` depths and `taps` taps. `end` is
+  // where the weights end.
+  void (*pack)(const T* from, const T* end, int64_t column_stride, int64_t depth_stride, int64_t columns,
+               int64_t depths, int64_t taps, P* to, int64_t tap_stride, int64_t unit_stride);
 
-  // The way back, for the weights' gradient: to[c * column + d * taps + k] = from[k * tap + d * depth + c].
-  void (*unpack)(const A* from, int64_t tap, int64_t depth, int64_t columns, int64_t depths, int64_t taps, A* to,
-                 int64_t column);
+  // The way back, for the gradient of the weight: to[c * column_stride + d * taps + k] =
+  // from[k * tap_stride + d * depth_stride + c].
+  void (*unpack)(const A* from, int64_t tap_stride, int64_t depth_stride, int64_t columns, int64_t depths, int64_t taps,
+                 A* to, int64_t column_stride);
 
-  // With g = panel[p * stride + c], the gradient of a sample's channel, adds for every corner i inside the map
-  //     dots[4 * p + i] += sum_c g * from.at(corner_i)[c]           (unless dots is null)
-  //     gradient[corner_i * from.stride + c] += share_i * g         (unless gradient is null).
+  // With g = panel[p * panel_stride + c], the gradient of a sample's channel, adds for every corner i inside the map
+  //     corner_products[4 * p + i] += sum_c g * from.at(corner_i)[c]      (unless corner_products is null)
+  //     gradient[corner_i * from.pixel_stride + c] += share_i * g         (unless gradient is null).
   void (*scatter)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, const A* panel,
-                  int64_t stride, A* dots, A* gradient);
+                  int64_t panel_stride, A* corner_products, A* gradient);
 };
 
 // The instruction sets, in the words of PyTorch's environment variable ATEN_CPU_CAPABILITY.

@@ -1,7 +1,6 @@
 // The backward pass on a CUDA device: which kernels run, and with what.
 
-#include "../gradients.h"
-#include "operators.h"
+#include "implementation.h"
 #include "sample_gradient.h"
 #include "sums.h"
 #include "weight_gradient.h"
@@ -18,8 +17,8 @@ void sum_rows(const Device& device, const Tensor& terms, int64_t rows, int64_t c
 
 // Gradients of features, offset, mask and level weight.
 template <typename T, bool kTensorCores, bool kVectors>
-void sample_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
-                 const Problem& problem, bool deterministic, Gradients& gradients) {
+void sample_gradient_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
+                          const Problem& problem, bool deterministic, Gradients& gradients) {
   using A = Accumulator<T>;
   using Kernel = SampleGradient<T, kTensorCores, kVectors, false>;
   using Ordered = SampleGradient<T, kTensorCores, false, true>;
@@ -64,7 +63,8 @@ void sample_pass(const Device& device, const Inputs<T>& inputs, const OutputGrad
 }
 
 template <typename T, bool kTensorCores, bool kVectors, int kRunPanels>
-void weight_pass_of(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient, Tensor& result) {
+void weight_gradient_pass_of(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
+                             Tensor& result) {
   using A = Accumulator<T>;
   using Kernel = WeightGradient<T, kTensorCores, kVectors, kRunPanels>;
   using Sum = SumWeightGradient<T>;
@@ -73,39 +73,41 @@ void weight_pass_of(const Device& device, const Inputs<T>& inputs, const OutputG
   const int runs = maps.runs(0, maps.channels, Kernel::kRun);
   const int64_t slices = Kernel::slices(maps);
   const int64_t units = static_cast<int64_t>(blocks) * runs * maps.taps() * maps.levels;
-  const int64_t matrix = static_cast<int64_t>(maps.out_channels) * maps.group_channels();
-  const int64_t size = matrix * maps.taps() * maps.levels;
+  const int64_t tap_stride = static_cast<int64_t>(maps.out_channels) * maps.group_channels();
+  const int64_t part_stride = tap_stride * maps.taps() * maps.levels;
 
   // Parts enough for some blocks on every multiprocessor, but not so many that writing them takes longer than
   // computing.
   constexpr int64_t blocks_per_processor = 8, least_slices = 4, most_elements = int64_t(1) << 26;
   const int64_t wanted = std::min(blocks_of(device.processors() * blocks_per_processor, units),
-                                  std::min(blocks_of(slices, least_slices), most_elements / size));
+                                  std::min(blocks_of(slices, least_slices), most_elements / part_stride));
   constexpr int64_t most_slices = 1 << 20;  // of a part, which counts its rows in 32 bits
   const int64_t part_slices = std::min(blocks_of(slices, std::max<int64_t>(wanted, 1)), most_slices);
   const int64_t parts = blocks_of(slices, part_slices);
-  const Tensor workspace_tensor = workspace(result, parts * size, accumulation_dtype(result.scalar_type()));
+  const Tensor workspace_tensor = workspace(result, parts * part_stride, accumulation_dtype(result.scalar_type()));
   A* const data = static_cast<A*>(workspace_tensor.mutable_data_ptr());
   launch<Kernel>(device, parts * units, {maps, gradient, data, blocks, runs, part_slices});
-  launch<Sum>(device, blocks_of(size, Sum::kThreads),
-              {data, static_cast<T*>(result.mutable_data_ptr()), size, matrix, static_cast<int>(parts), maps.taps()});
+  launch<Sum>(device, blocks_of(part_stride, Sum::kThreads),
+              {data, static_cast<T*>(result.mutable_data_ptr()), part_stride, tap_stride, static_cast<int>(parts),
+               maps.taps()});
 }
 
 template <typename T, bool kTensorCores, bool kVectors>
-void weight_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient, Tensor& result) {
+void weight_gradient_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
+                          Tensor& result) {
   if constexpr (kTensorCores && kVectors) {
     // Wide blocks read every operand from shared memory half as often, where it is large enough.
     const auto& maps = inputs.maps;
     const int run = std::min(maps.group_channels(), maps.offset_channels());
     if (run > kRow<T> && WeightGradient<T, kTensorCores, kVectors, 2>::kSharedBytes <= device.shared_limit()) {
-      return weight_pass_of<T, kTensorCores, kVectors, 2>(device, inputs, gradient, result);
+      return weight_gradient_pass_of<T, kTensorCores, kVectors, 2>(device, inputs, gradient, result);
     }
   }
-  weight_pass_of<T, kTensorCores, kVectors, 1>(device, inputs, gradient, result);
+  weight_gradient_pass_of<T, kTensorCores, kVectors, 1>(device, inputs, gradient, result);
 }
 
 template <typename T>
-void bias_pass(const Device& device, const Tensor& source, const Problem& problem, Tensor& result) {
+void bias_gradient_pass(const Device& device, const Tensor& source, const Problem& problem, Tensor& result) {
   using A = Accumulator<T>;
   using Chunks = SumColumnChunks<T>;
   const int64_t rows = problem.batch * problem.pixels(), chunks = blocks_of(rows, Chunks::kChunk);
@@ -117,18 +119,18 @@ void bias_pass(const Device& device, const Tensor& source, const Problem& proble
 }
 
 template <typename T, bool kTensorCores, bool kVectors>
-void passes(const Device& device, const Inputs<T>& inputs, const Tensor& source, const Problem& problem,
-            bool deterministic, Gradients& gradients) {
+void run(const Device& device, const Inputs<T>& inputs, const Tensor& source, const Problem& problem,
+         bool deterministic, Gradients& gradients) {
   const Needs& needs = gradients.needs;
   if (needs.features || needs.positions() || needs.weight) {
     std::vector<Tensor> kept;
     const OutputGradient<T> gradient = pack_output_gradient<T, kTensorCores>(device, source, inputs.maps, kept);
     if (needs.features || needs.positions()) {
-      sample_pass<T, kTensorCores, kVectors>(device, inputs, gradient, problem, deterministic, gradients);
+      sample_gradient_pass<T, kTensorCores, kVectors>(device, inputs, gradient, problem, deterministic, gradients);
     }
-    if (needs.weight) weight_pass<T, kTensorCores, kVectors>(device, inputs, gradient, gradients.weight);
+    if (needs.weight) weight_gradient_pass<T, kTensorCores, kVectors>(device, inputs, gradient, gradients.weight);
   }
-  if (needs.bias) bias_pass<T>(device, source, problem, gradients.bias);
+  if (needs.bias) bias_gradient_pass<T>(device, source, problem, gradients.bias);
 }
 
 // All gradients of an empty batch: those that have elements are sums of nothing.
@@ -138,33 +140,21 @@ void clear(Gradients& gradients) {
 
 }  // namespace
 
-GradientTuple pyramid_deform_conv2d_backward(Tensor grad, std::vector<Tensor> features, Tensor offset,
-                                             std::optional<Tensor> mask, Tensor weight, std::optional<Tensor> bias,
-                                             std::optional<Tensor> level_weight, bool aligned,
-                                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
-                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                             std::vector<bool> needs_grad, bool allow_tf32, bool deterministic) {
-  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
-                            aligned,  scales, stride, padding, dilation};
-  const Problem problem = check_arguments(arguments);
-  const Device device(features[0]);
-  Gradients gradients(grad, arguments, problem, needs_grad);
-  if (problem.batch == 0) {
-    clear(gradients);
-    return gradients.tuple();
-  }
+void Implementation::backward(const Tensor& grad, const Arguments& arguments, const Problem& problem, bool allow_tf32,
+                              bool deterministic, Gradients& gradients) {
+  const Device device(arguments.features[0]);
+  if (problem.batch == 0) return clear(gradients);
   const Tensor source = as_channels_last(grad);
   dispatch(problem.dtype, allow_tf32, [&](auto value, auto tensor_cores) {
     using T = decltype(value);
     constexpr bool kTensorCores = decltype(tensor_cores)::value;
     const Inputs<T> inputs(arguments, problem);
     if (inputs.vectors) {
-      passes<T, kTensorCores, true>(device, inputs, source, problem, deterministic, gradients);
+      run<T, kTensorCores, true>(device, inputs, source, problem, deterministic, gradients);
     } else {
-      passes<T, kTensorCores, false>(device, inputs, source, problem, deterministic, gradients);
+      run<T, kTensorCores, false>(device, inputs, source, problem, deterministic, gradients);
     }
   });
-  return gradients.tuple();
 }
 
 }  // namespace dyhead::cuda

@@ -1,9 +1,8 @@
 // The channel-wise operators on a CUDA device: which kernels run, and with what.
 
-#include "../channelwise.h"
-
 #include "channelwise.h"
-#include "operators.h"
+
+#include "implementation.h"
 
 namespace dyhead::cuda {
 namespace {
@@ -62,14 +61,15 @@ struct MaximumInputs {
 };
 
 template <typename T, int kCount>
-void forward(const Device& device, const AffineMaps<T>& maps, Tensor& result) {
+void maximum(const Device& device, const AffineMaps<T>& maps, Tensor& result) {
   using Kernel = AffineMaximum<T, kCount>;
   const int64_t size = maps.batch * maps.pixels * (maps.channels / kCount);
   launch<Kernel>(device, blocks_of(size, Kernel::kThreads), {maps, static_cast<T*>(result.mutable_data_ptr())});
 }
 
 template <typename T, int kCount>
-void backward(const Device& device, const AffineMaps<T>& maps, const Tensor& grad, MaximumGradients& gradients) {
+void maximum_gradient(const Device& device, const AffineMaps<T>& maps, const Tensor& grad,
+                      MaximumGradients& gradients) {
   using A = Accumulator<T>;
   using Kernel = AffineMaximumGradient<T, kCount>;
   using Join = JoinSums<A>;
@@ -94,11 +94,9 @@ void dispatch_maps(ScalarType dtype, const Visit& visit) {
 
 }  // namespace
 
-Tensor channel_statistics(Tensor x) {
-  check_map("x", x);
+void Implementation::channel_statistics(const Tensor& x, Tensor& result) {
   const Device device(x);
   const Tensor last = as_channels_last(x);
-  Tensor result = new_tensor(x, {x.size(0), 2, x.size(1)}, accumulation_dtype(x.scalar_type()), false);
   dispatch_maps(x.scalar_type(), [&](auto value, auto count) {
     using T = decltype(value);
     if (x.size(1) % count == 0 && is_aligned(last.const_data_ptr())) {
@@ -107,40 +105,35 @@ Tensor channel_statistics(Tensor x) {
       statistics<T, 1>(device, last, result);
     }
   });
-  return result;
 }
 
-Tensor affine_maximum(std::vector<Tensor> xs, Tensor slopes, Tensor intercepts) {
-  check_maps(xs, slopes, intercepts);
+void Implementation::affine_maximum(const std::vector<Tensor>& xs, const Tensor& slopes, const Tensor& intercepts,
+                                    Tensor& result) {
   const Device device(xs[0]);
-  Tensor result = new_map(xs[0]);
   dispatch_maps(xs[0].scalar_type(), [&](auto value, auto count) {
     using T = decltype(value);
     const MaximumInputs<T> inputs(xs, slopes, intercepts);
     if (inputs.vectors) {
-      forward<T, decltype(count)::value>(device, inputs.maps, result);
+      maximum<T, decltype(count)::value>(device, inputs.maps, result);
     } else {
-      forward<T, 1>(device, inputs.maps, result);
+      maximum<T, 1>(device, inputs.maps, result);
     }
   });
-  return copy_back(result, xs[0]);
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> affine_maximum_backward(Tensor grad, std::vector<Tensor> xs,
-                                                                        Tensor slopes, Tensor intercepts) {
-  MaximumGradients gradients(grad, xs, slopes, intercepts);
+void Implementation::affine_maximum_backward(const Tensor& grad, const std::vector<Tensor>& xs, const Tensor& slopes,
+                                             const Tensor& intercepts, MaximumGradients& gradients) {
   const Device device(xs[0]);
   const Tensor last = as_channels_last(grad);
   dispatch_maps(xs[0].scalar_type(), [&](auto value, auto count) {
     using T = decltype(value);
     const MaximumInputs<T> inputs(xs, slopes, intercepts);
     if (inputs.vectors && is_aligned(last.const_data_ptr())) {
-      backward<T, decltype(count)::value>(device, inputs.maps, last, gradients);
+      maximum_gradient<T, decltype(count)::value>(device, inputs.maps, last, gradients);
     } else {
-      backward<T, 1>(device, inputs.maps, last, gradients);
+      maximum_gradient<T, 1>(device, inputs.maps, last, gradients);
     }
   });
-  return gradients.tuple(xs);
 }
 
 }  // namespace dyhead::cuda

@@ -326,11 +326,11 @@ struct JoinSums {
   static DYHEAD_DEVICE void run(const Params& params) {
     const int64_t index = block_index() * kThreads + thread_index();
     if (index >= params.size) return;
-    const int64_t image_size = 2 * static_cast<int64_t>(params.terms + 1) * params.channels;
-    const int64_t n = index / image_size, at = index % image_size;
+    const int64_t chunk_stride = 2 * static_cast<int64_t>(params.terms + 1) * params.channels;
+    const int64_t n = index / chunk_stride, at = index % chunk_stride;
     double sum = 0;
     for (int64_t chunk = 0; chunk < params.chunks; ++chunk) {
-      sum += static_cast<double>(params.sums[(n * params.chunks + chunk) * image_size + at]);
+      sum += static_cast<double>(params.sums[(n * params.chunks + chunk) * chunk_stride + at]);
     }
     const int64_t c = at % params.channels, term = at / params.channels % (params.terms + 1);
     const int64_t row = n * 2 + at / params.channels / (params.terms + 1);

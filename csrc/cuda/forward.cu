@@ -2,13 +2,14 @@
 
 #include "forward.h"
 
-#include "operators.h"
+#include "implementation.h"
 
 namespace dyhead::cuda {
 namespace {
 
 template <typename T, bool kTensorCores, bool kVectors, int kColumns>
-void run(const Device& device, Inputs<T>& inputs, const Arguments& arguments, Tensor& result, bool channels_last) {
+void launch_forward(const Device& device, Inputs<T>& inputs, const Arguments& arguments, Tensor& result,
+                    bool channels_last) {
   using Kernel = Forward<T, kTensorCores, kVectors, kColumns>;
   const auto& maps = inputs.maps;
   const int blocks = static_cast<int>(blocks_of(maps.group_out_channels(), kColumns));
@@ -27,45 +28,37 @@ void run(const Device& device, Inputs<T>& inputs, const Arguments& arguments, Te
 }
 
 template <typename T, bool kTensorCores>
-void forward(const Device& device, const Arguments& arguments, const Problem& problem, Tensor& result,
-             bool channels_last) {
+void run(const Device& device, const Arguments& arguments, const Problem& problem, Tensor& result, bool channels_last) {
   Inputs<T> inputs(arguments, problem);
   if constexpr (std::is_same_v<T, double>) {
-    if (inputs.vectors) return run<T, kTensorCores, true, 64>(device, inputs, arguments, result, channels_last);
-    return run<T, kTensorCores, false, 64>(device, inputs, arguments, result, channels_last);
+    if (inputs.vectors)
+      return launch_forward<T, kTensorCores, true, 64>(device, inputs, arguments, result, channels_last);
+    return launch_forward<T, kTensorCores, false, 64>(device, inputs, arguments, result, channels_last);
   } else {
-    if (!inputs.vectors) return run<T, kTensorCores, false, 128>(device, inputs, arguments, result, channels_last);
+    if (!inputs.vectors)
+      return launch_forward<T, kTensorCores, false, 128>(device, inputs, arguments, result, channels_last);
     if constexpr (kTensorCores) {
       // Wide blocks gather every sample once; but not where they leave multiprocessors without work, or do not fit.
       using Wide = Forward<T, kTensorCores, true, 256>;
       const int64_t patches = inputs.maps.batch * Patch<Wide::kPixels>::count(inputs.maps);
       if (inputs.maps.group_out_channels() > 128 && patches * inputs.maps.groups >= device.processors() &&
           Wide::kSharedBytes <= device.shared_limit()) {
-        return run<T, kTensorCores, true, 256>(device, inputs, arguments, result, channels_last);
+        return launch_forward<T, kTensorCores, true, 256>(device, inputs, arguments, result, channels_last);
       }
     }
-    run<T, kTensorCores, true, 128>(device, inputs, arguments, result, channels_last);
+    launch_forward<T, kTensorCores, true, 128>(device, inputs, arguments, result, channels_last);
   }
 }
 
 }  // namespace
 
-Tensor pyramid_deform_conv2d(std::vector<Tensor> features, Tensor offset, std::optional<Tensor> mask, Tensor weight,
-                             std::optional<Tensor> bias, std::optional<Tensor> level_weight, bool aligned,
-                             std::optional<std::vector<double>> scales, std::vector<int64_t> stride,
-                             std::vector<int64_t> padding, std::vector<int64_t> dilation, bool allow_tf32) {
-  const Arguments arguments{features, offset, mask,   weight,  bias,    level_weight,
-                            aligned,  scales, stride, padding, dilation};
-  const Problem problem = check_arguments(arguments);
-  const Device device(features[0]);
-  const bool last = is_channels_last(features[0]);
-  Tensor result = new_tensor(features[0], {problem.batch, problem.out_channels, problem.height, problem.width},
-                             problem.dtype, last);
-  if (problem.batch == 0) return result;
+void Implementation::forward(const Arguments& arguments, const Problem& problem, bool allow_tf32, Tensor& result) {
+  const Device device(arguments.features[0]);
+  if (problem.batch == 0) return;
+  const bool channels_last = is_channels_last(arguments.features[0]);
   dispatch(problem.dtype, allow_tf32, [&](auto value, auto tensor_cores) {
-    forward<decltype(value), decltype(tensor_cores)::value>(device, arguments, problem, result, last);
+    run<decltype(value), decltype(tensor_cores)::value>(device, arguments, problem, result, channels_last);
   });
-  return result;
 }
 
 }  // namespace dyhead::cuda

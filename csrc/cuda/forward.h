@@ -117,7 +117,7 @@ struct Forward {
     Gather<T, kTensorCores, kVectors> gather;
     const auto load = [&](const Slice& slice, const Table<A, kPixels>& table, int step) {
       const T* const image = static_cast<const T*>(maps.level[slice.level].features) +
-                             patch.n * maps.image_size(slice.level) + slice.begin + chunk * kVector<T>;
+                             patch.n * maps.image_stride(slice.level) + slice.begin + chunk * kVector<T>;
       gather.load(table, thread / kChunks + step * (kThreads / kChunks), image, maps.channels,
                   slice.end - slice.begin - chunk * kVector<T>);
     };

@@ -1,5 +1,5 @@
 // What kernels use of the machine, under names of their own: inline PTX on a device; on the host, where tests run the
-// same kernel bodies, emulation.h. So a kernel's body has no conditional compilation.
+// same kernel bodies, csrc/emulation/emulation.h. So a kernel's body has no conditional compilation.
 
 #pragma once
 
@@ -26,7 +26,7 @@ struct alignas(16) Vector {
 }  // namespace dyhead::cuda
 
 #if !defined(__CUDACC__)
-#include "emulation.h"
+#include "../emulation/emulation.h"
 #else
 
 #define DYHEAD_DEVICE __device__ __forceinline__

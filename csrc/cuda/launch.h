@@ -1,5 +1,5 @@
 // How a kernel is launched: on the device and the current stream of the tensors at hand, checked; or, where the sources
-// are compiled for the host, run by the emulation.
+// are compiled for the host, run by csrc/emulation.
 //
 // A kernel is a struct with kThreads, kMinBlocks (per multiprocessor, for the compiler), kSharedBytes, Params, and
 // run(params), which every thread executes.
@@ -13,7 +13,9 @@
 #include "../arguments.h"
 #include "intrinsics.h"
 
-#if defined(__CUDACC__)
+#if !defined(__CUDACC__)
+#include "../emulation/device.h"
+#else
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -68,22 +70,6 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
   int processors_ = 0, shared_limit_ = 0;
-};
-
-#else
-
-class Device {
- public:
-  explicit Device(const Tensor&) {}
-
-  // Few, so that small tests have work for all of them and for more.
-  int processors() const { return 4; }
-  int shared_limit() const { return 227 << 10; }
-
-  template <typename Kernel>
-  void run(int64_t blocks, const typename Kernel::Params& params) const {
-    emulation::run_blocks(blocks, Kernel::kThreads, Kernel::kSharedBytes, [&] { Kernel::run(params); });
-  }
 };
 
 #endif

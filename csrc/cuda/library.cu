@@ -3,9 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
-#include "operators.h"
+#include "../operators.h"
+#include "implementation.h"
 
-STABLE_TORCH_LIBRARY_IMPL(dyhead, CUDA, library) { dyhead::cuda::implement_operators(library); }
+STABLE_TORCH_LIBRARY_IMPL(dyhead, CUDA, library) {
+  dyhead::Operators<dyhead::cuda::Implementation>::implement(library);
+}
 
 #define DYHEAD_TEXT_(...) #__VA_ARGS__
 #define DYHEAD_TEXT(...) DYHEAD_TEXT_(__VA_ARGS__)

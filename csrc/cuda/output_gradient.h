@@ -11,11 +11,11 @@ template <typename T>
 struct OutputGradient {
   const T* data;
   int group_stride;  // elements
-  int64_t row_stride;
+  int64_t pixel_stride;
 
   // The vector of output channels from `out` of a group on.
   DYHEAD_DEVICE const T* at(int64_t row, int group, int out) const {
-    return data + row * row_stride + static_cast<int64_t>(group) * group_stride + out;
+    return data + row * pixel_stride + static_cast<int64_t>(group) * group_stride + out;
   }
 };
 
@@ -56,15 +56,15 @@ OutputGradient<T> pack_output_gradient(const Device& device, const Tensor& sourc
   constexpr bool rounds = kTensorCores && std::is_same_v<T, float>;
   const T* const data = static_cast<const T*>(source.const_data_ptr());
   const int channels = maps.group_out_channels();
-  const int stride = static_cast<int>(blocks_of(channels, kVector<T>)) * kVector<T>;
-  const int64_t row_stride = static_cast<int64_t>(maps.groups) * stride;
-  if (stride == channels && !rounds && is_aligned(data)) return {data, stride, row_stride};
+  const int group_stride = static_cast<int>(blocks_of(channels, kVector<T>)) * kVector<T>;
+  const int64_t pixel_stride = static_cast<int64_t>(maps.groups) * group_stride;
+  if (group_stride == channels && !rounds && is_aligned(data)) return {data, group_stride, pixel_stride};
   const int64_t rows = static_cast<int64_t>(maps.batch) * maps.pixels();
-  tensors.push_back(workspace(source, rows * row_stride, source.scalar_type()));
+  tensors.push_back(workspace(source, rows * pixel_stride, source.scalar_type()));
   T* const packed = static_cast<T*>(tensors.back().mutable_data_ptr());
-  launch<Pack>(device, blocks_of(rows * row_stride / kVector<T>, Pack::kThreads),
-               {data, packed, rows, maps.groups, channels, stride});
-  return {packed, stride, row_stride};
+  launch<Pack>(device, blocks_of(rows * pixel_stride / kVector<T>, Pack::kThreads),
+               {data, packed, rows, maps.groups, channels, group_stride});
+  return {packed, group_stride, pixel_stride};
 }
 
 }  // namespace dyhead::cuda

@@ -46,7 +46,7 @@ struct SampleGradient {
     // The gradients of samples; padded, so that the rows that a warp writes at a time lie in different banks.
     A samples[kPixels][kRun + 32 / sizeof(A)];
     Table<A, kPixels> table;
-    A products[kPixels][4];
+    A corner_products[kPixels][4];
     int parity[kPixels];                        // 2 * (row & 1) + (column & 1) of the top left corner
     A level_sums[kPixels / kWarp][kMaxLevels];  // of each warp of owners
   };
@@ -251,7 +251,7 @@ struct SampleGradient {
     const Maps<A>& maps = params.maps;
     const int c = thread_index() % kRun, kind = thread_index() / kRun;
     if (unit.begin + c >= unit.end) return;
-    A* const gradient = params.features[unit.level] + patch.n * maps.image_size(unit.level) + unit.begin + c;
+    A* const gradient = params.features[unit.level] + patch.n * maps.image_stride(unit.level) + unit.begin + c;
     for (int p = 0; p < kPixels; ++p) {
       const int i = kind ^ shared.parity[p], corner = shared.table.corner[p].at[i];
       if (corner < 0) continue;
@@ -265,7 +265,7 @@ struct SampleGradient {
     const Maps<A>& maps = params.maps;
     const int c = thread_index() % kLanes * kCount, valid = unit.end - unit.begin - c;
     const bool positions = params.offset != nullptr || params.mask != nullptr || params.level_weight != nullptr;
-    const int64_t image = patch.n * maps.image_size(unit.level) + unit.begin + c;
+    const int64_t image = patch.n * maps.image_stride(unit.level) + unit.begin + c;
     const T* const features = static_cast<const T*>(maps.level[unit.level].features) + image;
     A* const gradients = params.features[unit.level] == nullptr ? nullptr : params.features[unit.level] + image;
 #pragma unroll 1
@@ -291,7 +291,8 @@ struct SampleGradient {
         }
         if (c == 0) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) shared.products[p][i] = starts ? product[i] : shared.products[p][i] + product[i];
+          for (int i = 0; i < 4; ++i)
+            shared.corner_products[p][i] = starts ? product[i] : shared.corner_products[p][i] + product[i];
         }
       }
       if (gradients == nullptr || valid <= 0) continue;
@@ -324,7 +325,7 @@ struct SampleGradient {
     const auto& level = maps.level[unit.level];
     const int p = thread_index();
     const SampleGradients<A> more =
-        sample_gradients(cell, shared.products[p], mask, maps.level_factor(patch.n, unit.level),
+        sample_gradients(cell, shared.corner_products[p], mask, maps.level_factor(patch.n, unit.level),
                          static_cast<A>(level.rows.shift), static_cast<A>(level.columns.shift));
     own.dy += more.dy;
     own.dx += more.dx;

@@ -30,7 +30,7 @@ struct Maps {
   DYHEAD_HOST_DEVICE int group_out_channels() const { return out_channels / groups; }
   DYHEAD_HOST_DEVICE int offset_channels() const { return channels / offset_groups; }
 
-  DYHEAD_HOST_DEVICE int64_t image_size(int l) const {
+  DYHEAD_HOST_DEVICE int64_t image_stride(int l) const {
     return static_cast<int64_t>(level[l].height) * level[l].width * channels;
   }
   // The end of the run of at most `most` channels from `begin` on that have the same groups.
@@ -129,21 +129,21 @@ struct Table {
 // kCount channels of a corner, of which the first `valid` exist; 0 for the others and for a corner outside. kVectors:
 // the channels that exist are whole vectors on their boundaries, so one load fetches up to 16 bytes.
 template <bool kVectors, int kCount, typename T>
-DYHEAD_DEVICE void load_channels(const T* image, int corner, int channels, int valid, T (&result)[kCount]) {
+DYHEAD_DEVICE void load_channels(const T* image, int corner, int pixel_stride, int valid, T (&result)[kCount]) {
   if constexpr (kVectors && kCount * sizeof(T) == sizeof(Vector)) {
     Vector vector{{0, 0, 0, 0}};
-    if (corner >= 0 && valid > 0) vector = load_vector(image + static_cast<int64_t>(corner) * channels);
+    if (corner >= 0 && valid > 0) vector = load_vector(image + static_cast<int64_t>(corner) * pixel_stride);
     std::memcpy(result, &vector, sizeof(vector));
   } else if constexpr (kVectors && kCount * sizeof(T) == sizeof(Vector) / 2) {
     uint64_t half = 0;
     if (corner >= 0 && valid > 0) {
-      half = *reinterpret_cast<const uint64_t*>(image + static_cast<int64_t>(corner) * channels);
+      half = *reinterpret_cast<const uint64_t*>(image + static_cast<int64_t>(corner) * pixel_stride);
     }
     std::memcpy(result, &half, sizeof(half));
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      result[i] = corner >= 0 && i < valid ? image[static_cast<int64_t>(corner) * channels + i] : T(0);
+      result[i] = corner >= 0 && i < valid ? image[static_cast<int64_t>(corner) * pixel_stride + i] : T(0);
     }
   }
 }
@@ -157,10 +157,10 @@ struct Gather {
   T value[4][kCount];
 
   template <int kPixels>
-  DYHEAD_DEVICE void load(const Table<A, kPixels>& table, int p, const T* image, int channels, int valid) {
+  DYHEAD_DEVICE void load(const Table<A, kPixels>& table, int p, const T* image, int pixel_stride, int valid) {
     const auto corners = table.corner[p];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_channels<kVectors>(image, corners.at[i], channels, valid, value[i]);
+    for (int i = 0; i < 4; ++i) load_channels<kVectors>(image, corners.at[i], pixel_stride, valid, value[i]);
   }
 
   template <int kPixels>

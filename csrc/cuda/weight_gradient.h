@@ -71,13 +71,13 @@ struct WeightGradient {
     const int copied_rows = out < params.gradient.group_stride ? rows : 0;
     const T* const gradient = params.gradient.at(first + line, group, out < params.gradient.group_stride ? out : 0);
     const auto copy_gradient = [&](int slice, char* to) {
-      const T* from = gradient + slice * kPanelRows * params.gradient.row_stride;
+      const T* from = gradient + slice * kPanelRows * params.gradient.pixel_stride;
       to += panel_offset(line, column);
 #pragma unroll
       for (int i = 0; i < kPanelRows / kLines; ++i) {
         const bool valid = slice * kPanelRows + line + i * kLines < copied_rows;
         copy_async(to + i * kLines * kRowBytes, valid ? from : params.gradient.data, valid);
-        from += kLines * params.gradient.row_stride;
+        from += kLines * params.gradient.pixel_stride;
       }
     };
     // The tables' owners, a row each: pixels of all images in one sequence. What a table is made of is read a slice
@@ -105,7 +105,7 @@ struct WeightGradient {
     Gather<T, kTensorCores, kVectors> gather;
     const auto load = [&](int slice, int part) {
       const int row = thread / kChunks + part % 2 * (kThreads / kChunks), channel = part / 2 * kRow<T>;
-      const int64_t image = shared.image[slice % 2][row] * maps.image_size(level);
+      const int64_t image = shared.image[slice % 2][row] * maps.image_stride(level);
       gather.load(shared.table[slice % 2], row, features + image + channel, maps.channels,
                   end - begin - chunk * kVector<T> - channel);
     };
@@ -182,18 +182,18 @@ struct SumWeightGradient {
   struct Params {
     const A* parts;  // of WeightGradient
     T* result;
-    int64_t size, matrix;  // of a part, and of a tap of it
+    int64_t part_stride, tap_stride;  // and all elements of a part, and of a tap of it
     int parts_count, taps;
   };
 
   static DYHEAD_DEVICE void run(const Params& params) {
     const int64_t index = block_index() * kThreads + thread_index();
-    if (index >= params.size) return;
+    if (index >= params.part_stride) return;
     A sum = A(0);
-    for (int part = 0; part < params.parts_count; ++part) sum += params.parts[part * params.size + index];
-    const int64_t element = index % params.matrix, tap = index / params.matrix % params.taps;
-    const int64_t level = index / params.matrix / params.taps;
-    params.result[(level * params.matrix + element) * params.taps + tap] = static_cast<T>(sum);
+    for (int part = 0; part < params.parts_count; ++part) sum += params.parts[part * params.part_stride + index];
+    const int64_t element = index % params.tap_stride, tap = index / params.tap_stride % params.taps;
+    const int64_t level = index / params.tap_stride / params.taps;
+    params.result[(level * params.tap_stride + element) * params.taps + tap] = static_cast<T>(sum);
   }
 };
 

@@ -1,5 +1,6 @@
 """The operator of Eq. 4 of the Dynamic Head paper, level-aggregated modulated deformable sampling, for any project."""
 
+from .backends import backend
 from .functional import deform_conv2d, pyramid_deform_conv2d
 
-__all__ = ["deform_conv2d", "pyramid_deform_conv2d"]
+__all__ = ["backend", "deform_conv2d", "pyramid_deform_conv2d"]

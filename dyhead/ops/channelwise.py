@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import library
+from . import backends, library
 from .checks import accumulation_dtype, check_maps
 
 
@@ -77,4 +77,4 @@ def define_affine_maximum(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tens
 
 
 def _is_compiled_for(x: Tensor) -> bool:
-    return x.device.type in library.DEVICES
+    return backends.selected() == "compiled" and x.device.type in library.DEVICES

@@ -18,9 +18,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_arguments(
     features: Sequence[Tensor],
     offset: Tensor,
-    mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     level_weight: Tensor | None,
     aligned: bool,
     scales: Sequence[float] | None,
@@ -46,8 +46,8 @@ def check_arguments(
     positions = accumulation_dtype(first.dtype)
     _expect_like("offset", offset, positions, first)
     _expect_like("weight", weight, first.dtype, first)
-    _expect_like("mask", mask, positions, first)
     _expect_like("bias", bias, first.dtype, first)
+    _expect_like("mask", mask, positions, first)
     _expect_like("level_weight", level_weight, positions, first)
     _expect_pair("stride", stride, 1)
     _expect_pair("padding", padding, 0)

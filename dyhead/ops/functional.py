@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import backends, library, reference
 
 if library.PROBLEM is None:
     from . import registration  # noqa: F401
@@ -62,7 +62,8 @@ def pyramid_deform_conv2d(
     threads; on a CUDA device the features' gradient is summed in an unspecified order, unless
     `torch.use_deterministic_algorithms` is set. Autocast casts features, weight and bias to its type.
 
-    Every tensor has first derivatives; for second derivatives use `dyhead.ops.reference`, as the error says.
+    Every tensor has first derivatives; for second derivatives use `dyhead.ops.reference` or
+    `dyhead.ops.backend("reference")`, as the error says.
 
     Raises:
         RuntimeError: a wrong shape, dtype or device; the message names the argument, what was expected and what came.
@@ -101,7 +102,7 @@ def deform_conv2d(
 
 
 def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:
-    if library.runs_on(features[0].device):
+    if backends.selected() == "compiled" and library.runs_on(features[0].device):
         return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, *others, _allow_tf32(features[0]))
     return _run_reference(features, offset, *others)
 
@@ -115,10 +116,10 @@ def _allow_tf32(feature: Tensor) -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def _run_reference(features, offset, mask, weight, bias, level_weight, *geometry) -> Tensor:
+def _run_reference(features, offset, weight, bias, mask, level_weight, *geometry) -> Tensor:
     device = features[0].device.type
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
-        return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *geometry)
+        return reference.pyramid_deform_conv(features, offset, weight, bias, mask, level_weight, *geometry)
     features, weight, bias = reference.autocast_values(device, features, weight, bias)
     with torch.autocast(device, enabled=False):
-        return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *geometry)
+        return reference.pyramid_deform_conv(features, offset, weight, bias, mask, level_weight, *geometry)

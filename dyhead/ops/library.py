@@ -11,7 +11,8 @@ import warnings
 
 import torch
 
-TORCH_MINIMUM = (2, 11)
+from .torch_version import TORCH_MINIMUM
+
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 INSTALL = "pip install -e . --no-build-isolation  (in the repository; needs a C++ compiler)"
 INSTALL_CUDA = "FORCE_CUDA=1 pip install -e . --no-build-isolation  (in the repository; needs a C++ compiler and nvcc)"

@@ -99,9 +99,9 @@ def raw_arguments(
     return (
         features,
         _widen("offset", offset, wide),
-        _widen("mask", mask, wide),
         weight,
         bias,
+        _widen("mask", mask, wide),
         _widen("level_weight", level_weight, wide),
         aligned,
         None if scales is None else [float(scale) for scale in scales],
@@ -154,9 +154,9 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 def pyramid_deform_conv(
     features: Sequence[Tensor],
     offset: Tensor,
-    mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     level_weight: Tensor | None,
     aligned: bool,
     scales: Sequence[float] | None,
@@ -164,8 +164,8 @@ def pyramid_deform_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """The raw operator `dyhead::pyramid_deform_conv` in plain PyTorch."""
-    check_arguments(features, offset, mask, weight, bias, level_weight, aligned, scales, stride, padding, dilation)
+    """The raw operator `dyhead::pyramid_deform_conv2d` in plain PyTorch."""
+    check_arguments(features, offset, weight, bias, mask, level_weight, aligned, scales, stride, padding, dilation)
     dtype, wide = features[0].dtype, accumulation_dtype(features[0].dtype)
     channels = features[0].shape[1]
     _, out_channels, group_channels, kh, kw = weight.shape

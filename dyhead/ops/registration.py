@@ -22,32 +22,37 @@ def _memory_format(like: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
 @torch.library.register_fake(FORWARD)
-def _fake(features, offset, mask, weight, bias, level_weight, *geometry, allow_tf32=False):
-    check_arguments(features, offset, mask, weight, bias, level_weight, *geometry[:GEOMETRY])
+def _fake(features, offset, weight, bias, mask, level_weight, *geometry, allow_tf32=False):
+    check_arguments(features, offset, weight, bias, mask, level_weight, *geometry[:GEOMETRY])
     first = features[0]
     size = (first.shape[0], weight.shape[1], offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=_memory_format(first))
 
 
 @torch.library.register_fake(BACKWARD)
-def _backward_fake(grad, features, offset, mask, weight, bias, level_weight, *others, **settings):
+def _backward_fake(grad, features, offset, weight, bias, mask, level_weight, *others, **settings):
     needs = others[GEOMETRY]
-    check_arguments(features, offset, mask, weight, bias, level_weight, *others[:GEOMETRY])
+    check_arguments(features, offset, weight, bias, mask, level_weight, *others[:GEOMETRY])
     first = features[0]
 
-    def empty(needed, like):
+    positions = accumulation_dtype(first.dtype)
+
+    def empty(needed, like, dtype):
         return torch.empty(like.shape if needed and like is not None else (0,), dtype=dtype, device=first.device)
 
-    dtype = first.dtype
-    weight_grad, bias_grad = empty(needs[3], weight), empty(needs[4], bias)
-    dtype = accumulation_dtype(first.dtype)
-    offset_grad, mask_grad, level_grad = empty(needs[1], offset), empty(needs[2], mask), empty(needs[5], level_weight)
-    feature_grads = [
-        torch.empty(f.shape, dtype=f.dtype, device=f.device, memory_format=_memory_format(f))
-        for f in (features if needs[0] else [])
-    ]
-    return feature_grads, offset_grad, mask_grad, weight_grad, bias_grad, level_grad
+    return (
+        [_empty_like(feature) for feature in (features if needs[0] else [])],
+        empty(needs[1], offset, positions),
+        empty(needs[2], weight, first.dtype),
+        empty(needs[3], bias, first.dtype),
+        empty(needs[4], mask, positions),
+        empty(needs[5], level_weight, positions),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -73,8 +78,8 @@ torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "dyhead's compiled operators have no second derivatives: expected the functions of dyhead.ops.reference (or "
-        "the definitions in dyhead.ops.channelwise), which have, where gradients are differentiated again"
+        "dyhead's compiled operators have no second derivatives: expected the functions of dyhead.ops.reference, or "
+        'the forward pass under dyhead.ops.backend("reference"), where gradients are differentiated again'
     )
 
 
@@ -82,13 +87,10 @@ torch.library.register_autograd(BACKWARD, _no_second_derivative)
 
 
 def _register_autocast(device: str, key: str) -> None:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(features, offset, mask, weight, bias, level_weight, *geometry):
+    def cast(features, offset, weight, bias, *others):
         features, weight, bias = autocast_values(device, features, weight, bias)
-        # Not `torch.autocast(enabled=False)`: this leaves other operators' autocast state alone.
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, mask, weight, bias, level_weight, *geometry)
+        with torch.autocast(device, enabled=False):
+            return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, weight, bias, *others)
 
     _library.impl("pyramid_deform_conv2d", cast, key)
 
@@ -98,26 +100,21 @@ _register_autocast("cuda", "AutocastCUDA")
 
 
 @register_flop_formula(torch.ops.dyhead.pyramid_deform_conv2d)
-def _flops(features, offset, mask, weight, *others, **unused) -> int:
+def _flops(features, offset, weight, *others, **unused) -> int:
     """Two per multiply-add of the weights; sampling is not counted."""
     return 2 * prod(weight) * offset[0] * offset[2] * offset[3]
 
 
 @register_flop_formula(torch.ops.dyhead._pyramid_deform_conv2d_backward)
-def _backward_flops(grad, features, offset, mask, weight, *others, **unused) -> int:
-    # After weight come bias, level_weight and the geometry.
-    needs_features, needs_offset, needs_mask, needs_weight, _, needs_level_weight = others[2 + GEOMETRY]
+def _backward_flops(grad, features, offset, weight, bias, mask, level_weight, *others, **unused) -> int:
+    needs_features, needs_offset, needs_weight, _, needs_mask, needs_level_weight = others[GEOMETRY]
     samples = needs_features or needs_offset or needs_mask or needs_level_weight
-    return (bool(samples) + bool(needs_weight)) * _flops(features, offset, mask, weight)
+    return (bool(samples) + bool(needs_weight)) * _flops(features, offset, weight)
 
 
 STATISTICS, MAXIMUM, MAXIMUM_BACKWARD = (
     f"dyhead::{name}" for name in ("channel_statistics", "affine_maximum", "_affine_maximum_backward")
 )
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 @torch.library.register_fake(STATISTICS)

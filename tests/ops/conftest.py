@@ -13,19 +13,19 @@ class Case:
 
     features: list[Tensor]
     offset: Tensor
-    mask: Tensor | None
     weight: Tensor
     bias: Tensor | None
+    mask: Tensor | None
     level_weight: Tensor | None
     geometry: tuple
     grad: Tensor
 
     def arguments(self) -> tuple:
-        return self.features, self.offset, self.mask, self.weight, self.bias, self.level_weight, *self.geometry
+        return self.features, self.offset, self.weight, self.bias, self.mask, self.level_weight, *self.geometry
 
     def tensors(self) -> list[Tensor]:
         """All that have a gradient."""
-        every = [*self.features, self.offset, self.mask, self.weight, self.bias, self.level_weight]
+        every = [*self.features, self.offset, self.weight, self.bias, self.mask, self.level_weight]
         return [tensor for tensor in every if tensor is not None]
 
     def map(self, change) -> "Case":
@@ -34,7 +34,7 @@ class Case:
         def apply(tensor):
             return None if tensor is None else change(tensor.detach()).requires_grad_()
 
-        rest = [apply(t) for t in (self.offset, self.mask, self.weight, self.bias, self.level_weight)]
+        rest = [apply(t) for t in (self.offset, self.weight, self.bias, self.mask, self.level_weight)]
         return Case([apply(f) for f in self.features], *rest, self.geometry, change(self.grad))
 
     def run(self, function) -> tuple[Tensor, list[Tensor]]:

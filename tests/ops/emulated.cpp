@@ -1,11 +1,11 @@
-// The CUDA operators on CPU tensors, run by csrc/cuda/emulation.h: torch.ops.dyhead_emulated. And kernels with races,
-// which csrc/cuda/races.h has to find.
+// The CUDA operators on CPU tensors, run by csrc/emulation: torch.ops.dyhead_emulated. And kernels with races, which
+// csrc/emulation/races.h has to find.
 
 #include <torch/csrc/stable/library.h>
 
+#include "../../csrc/cuda/implementation.h"
 #include "../../csrc/cuda/intrinsics.h"
-#include "../../csrc/cuda/operators.h"
-#include "../../csrc/schemas.h"
+#include "../../csrc/operators.h"
 
 namespace dyhead::cuda {
 namespace {
@@ -78,6 +78,6 @@ STABLE_TORCH_LIBRARY(dyhead_emulated, library) {
   library.def("hand_on(Tensor(a!) out, str kind) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyhead_emulated, CPU, library) {
-  dyhead::cuda::implement_operators(library);
+  dyhead::Operators<dyhead::cuda::Implementation>::implement(library);
   library.impl("hand_on", TORCH_BOX(&dyhead::cuda::hand_on));
 }

@@ -1,31 +1,34 @@
 """Builds the CUDA operators for the host: torch.ops.dyhead_emulated, on CPU tensors, without a GPU or CUDA toolkit.
 
 `python -m tests.ops.emulation` only builds them. With DYHEAD_RACES=1 in the environment all accesses to memory are
-watched for races (csrc/cuda/races.h), which takes a multiple of the time.
+watched for races (csrc/emulation/races.h), which takes a multiple of the time.
 """
 
 import hashlib
 import os
+import runpy
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "csrc" / "cuda"
+KERNELS, EMULATION = ROOT / "csrc" / "cuda", ROOT / "csrc" / "emulation"
 
 
 def build() -> Path:
     """Compiles what csrc/cuda holds with the C++ compiler into build/emulation, if anything changed."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    # By itself: the package would load its library, which a sanitizer may keep from loading.
+    major, minor = runpy.run_path(str(ROOT / "dyhead/ops/torch_version.py"))["TORCH_MINIMUM"]
     flags = [
         "-std=c++20",
         "-fPIC",
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-unknown-pragmas",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
     ]
     flags += shlex.split(os.environ.get("DYHEAD_CXX_FLAGS", "-O2"))
     flags += [f"-isystem{path}" for path in include_paths()]
@@ -36,7 +39,7 @@ def build() -> Path:
     folder = ROOT / "build" / "emulation" / key
     folder.mkdir(parents=True, exist_ok=True)
     kernels = [*sorted(set(KERNELS.glob("*.cu")) - {KERNELS / "library.cu"}), Path(__file__).with_name("emulated.cpp")]
-    sources = [*kernels, KERNELS / "emulation.cpp", KERNELS / "races.cpp"]
+    sources = [*kernels, *sorted(EMULATION.glob("*.cpp"))]
     newest = max(file.stat().st_mtime for file in [*ROOT.glob("csrc/**/*.h"), *sources, Path(__file__)])
     library = folder / "libdyhead_emulated.so"
     if library.exists() and library.stat().st_mtime > newest:

@@ -1,4 +1,4 @@
-"""Where the CUDA kernels run in tests: on a GPU, or emulated on the CPU (csrc/cuda/emulation.h)."""
+"""Where the CUDA kernels run in tests: on a GPU, or emulated on the CPU (csrc/emulation)."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ class Machine:
                 moved.grad, *moved.arguments(), list(needs), allow_tf32, deterministic
             )
         grads = [grad.cpu() for grad in features] if needs[0] else [None] * len(case.features)
-        tensors = (case.offset, case.mask, case.weight, case.bias, case.level_weight)
+        tensors = (case.offset, case.weight, case.bias, case.mask, case.level_weight)
         for grad, tensor, needed in zip(others, tensors, needs[1:], strict=True):
             if tensor is not None:
                 grads.append(grad.cpu() if needed else None)

@@ -21,9 +21,9 @@ def meta(*arguments):
 NAMES = [
     "features",
     "offset",
-    "mask",
     "weight",
     "bias",
+    "mask",
     "level_weight",
     "aligned",
     "scales",
@@ -38,9 +38,9 @@ def good():
     values = (
         [torch.randn(2, 4, 10, 8), torch.randn(2, 4, 5, 4)],
         torch.randn(2, 36, 5, 4),
-        torch.rand(2, 18, 5, 4),
         torch.randn(2, 2, 2, 3, 3),
         torch.randn(2),
+        torch.rand(2, 18, 5, 4),
         torch.rand(2, 2),
         True,
         [2.0, 1.0],

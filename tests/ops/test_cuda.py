@@ -34,7 +34,7 @@ def precision_fixture(request):
 
 def names(case):
     """What the gradients of `Machine.backward` are of."""
-    others = ("offset", "mask", "weight", "bias", "level_weight")
+    others = ("offset", "weight", "bias", "mask", "level_weight")
     given = [name for name in others if getattr(case, name) is not None]
     return [*(f"features[{level}]" for level in range(len(case.features))), *given]
 

@@ -17,7 +17,7 @@ def test_library_is_loaded():
     assert library.runs_on(torch.device("cuda"))
 
 
-def plain(features, offset, mask, weight, bias, level_weight, aligned, scales, stride, padding, dilation):
+def plain(features, offset, weight, bias, mask, level_weight, aligned, scales, stride, padding, dilation):
     """The operator as PyTorch would run it in a half type: samples in memory, rounded, then a product per level."""
     assert aligned
     _, out_channels, channels, kh, kw = weight.shape
@@ -121,7 +121,7 @@ def test_runs_on_a_device_that_is_not_the_current_one(make_case):
 
 def test_tf32_follows_the_setting_of_convolutions(make_case, monkeypatch):
     case = make_case(**LARGE, dtype=torch.float32, device="cuda")
-    features, offset, mask, weight, bias, level_weight, *_ = case.arguments()
+    features, offset, weight, bias, mask, level_weight, *_ = case.arguments()
     exact = reference.pyramid_deform_conv(*case.map(torch.Tensor.double).arguments())
     errors = []
     for allowed in (False, True):
@@ -144,5 +144,5 @@ def test_large_maps_are_addressed_in_64_bits():
     feature[:, :, -1, -1] = 1
     offset = torch.tensor([height - 1.0, width - 1.0], device="cuda").view(1, 2, 1, 1)
     weight = torch.ones(1, 1, channels, 1, 1, device="cuda", dtype=torch.half)
-    result = operator([feature], offset, None, weight, None, None, True, [1.0], [1, 1], [0, 0], [1, 1])
+    result = operator([feature], offset, weight, None, None, None, True, [1.0], [1, 1], [0, 0], [1, 1])
     assert result.item() == channels

@@ -195,7 +195,7 @@ def test_reference_has_second_derivatives(make_case):
     )
 
     def function(*tensors):
-        features, (offset, mask, weight, bias, level_weight) = list(tensors[:2]), tensors[2:]
-        return reference.pyramid_deform_conv(features, offset, mask, weight, bias, level_weight, *case.geometry)
+        features, (offset, weight, bias, mask, level_weight) = list(tensors[:2]), tensors[2:]
+        return reference.pyramid_deform_conv(features, offset, weight, bias, mask, level_weight, *case.geometry)
 
     assert torch.autograd.gradgradcheck(function, case.tensors())

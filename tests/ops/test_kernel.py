@@ -52,7 +52,7 @@ def test_half_types_round_once(options, dtype, make_case):
     unsigned.weight, unsigned.grad = unsigned.weight.detach().abs().requires_grad_(), unsigned.grad.abs()
     terms, term_grads = unsigned.run(pyramid_deform_conv)
     names = [f"features[{i}]" for i in range(len(case.features))] + [
-        name for name in ("offset", "mask", "weight", "bias", "level_weight") if getattr(case, name) is not None
+        name for name in ("offset", "weight", "bias", "mask", "level_weight") if getattr(case, name) is not None
     ]
     everything = zip(["result", *names], [result, *grads], [exact, *exact_grads], [terms, *term_grads], strict=True)
     for name, got, best, total in everything:
@@ -74,7 +74,7 @@ def test_half_values_are_read_exactly(channels, dtype):
     feature = values[: len(values) // channels * channels].view(-1, channels, 1, 1)
     weight = torch.eye(channels).to(dtype).view(1, channels, channels, 1, 1)
     offset = torch.zeros(len(feature), 2, 1, 1)
-    result = operator([feature], offset, None, weight, None, None, True, None, [1, 1], [0, 0], [1, 1])
+    result = operator([feature], offset, weight, None, None, None, True, None, [1, 1], [0, 0], [1, 1])
     if PRODUCTS_OF_BFLOAT16 and dtype == torch.bfloat16:
         feature = torch.where(feature.abs() < torch.finfo(dtype).tiny, 0, feature)
     assert torch.equal(result, feature)
@@ -86,8 +86,8 @@ def test_gradcheck_of_every_input(make_case, device):
     levels = len(case.features)
 
     def function(*tensors):
-        features, (offset, mask, weight, bias, level_weight) = list(tensors[:levels]), tensors[levels:]
-        return operator(features, offset, mask, weight, bias, level_weight, *case.geometry)
+        features, (offset, weight, bias, mask, level_weight) = list(tensors[:levels]), tensors[levels:]
+        return operator(features, offset, weight, bias, mask, level_weight, *case.geometry)
 
     assert torch.autograd.gradcheck(function, case.tensors())
 
@@ -135,7 +135,7 @@ def test_pixels_outside_the_map_are_zero_even_next_to_infinities():
     offset = torch.tensor([-1.5, 0.0], dtype=torch.float64).view(1, 2, 1, 1).requires_grad_()
     weight = torch.ones(1, 1, 20, 1, 1, dtype=torch.float64)
     for function in (operator, pyramid_deform_conv):
-        result = function([feature], offset, None, weight, None, None, True, None, [1, 1], [0, 0], [1, 1])
+        result = function([feature], offset, weight, None, None, None, True, None, [1, 1], [0, 0], [1, 1])
         grads = torch.autograd.grad(result, [feature, offset])
         assert result.item() == 0
         assert not grads[0].any()
@@ -149,7 +149,7 @@ def test_far_positions_keep_their_precision():
     feature[..., -1] = 1
     offset = torch.zeros(1, 2, 1, width)
     weight = torch.ones(1, 1, 1, 1, 1)
-    result = operator([feature], offset, None, weight, None, None, True, None, [1, 1], [0, 0], [1, 1])
+    result = operator([feature], offset, weight, None, None, None, True, None, [1, 1], [0, 0], [1, 1])
     assert torch.equal(result, feature)
 
 

@@ -1,14 +1,17 @@
 """A library that is missing or does not load: the reference runs, and one warning says why and what to do."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dyhead import _C, info
 from dyhead.ops import library
+from dyhead.ops.torch_version import TORCH_MINIMUM
 
 # The child processes import a copy of the package, where the library can be missing or broken. The finder of an
 # editable installation would find the real one.
@@ -22,7 +25,7 @@ assert dyhead.__file__.startswith(sys.argv[1]), dyhead.__file__
 USE = """
 import warnings
 import torch
-from dyhead.ops import pyramid_deform_conv2d
+from dyhead.ops import backend, pyramid_deform_conv2d
 features = [torch.randn(1, 4, 8, 6, requires_grad=True), torch.randn(1, 4, 4, 3)]
 arguments = features, torch.randn(1, 18, 4, 3), torch.randn(2, 2, 4, 3, 3)
 with warnings.catch_warnings(record=True) as caught:
@@ -32,6 +35,16 @@ with warnings.catch_warnings(record=True) as caught:
     with torch.autocast("cpu", torch.bfloat16):
         assert pyramid_deform_conv2d(*arguments).dtype == torch.bfloat16
     torch.compile(pyramid_deform_conv2d, backend="eager", fullgraph=True)(*arguments)
+    with backend("reference"):
+        assert torch.equal(pyramid_deform_conv2d(*arguments), results[0])
+    try:
+        backend("compiled")
+    except RuntimeError as error:
+        assert str(error).startswith("backend: expected a library for 'compiled', got none: dyhead's"), error
+        assert "was not built" in str(error), error
+    else:
+        raise AssertionError("expected an error")
+    assert torch.equal(pyramid_deform_conv2d(*arguments), results[0])
 assert not hasattr(torch.ops.dyhead, "pyramid_deform_conv2d")
 own = [str(w.message) for w in caught if "dyhead" in str(w.message)]
 assert len(own) == 1, own
@@ -120,6 +133,13 @@ def test_device_without_an_operator_warns_once():
     with pytest.warns(UserWarning, match="no compiled operator for xpu tensors"):
         assert not library.runs_on(device)
     assert not library.runs_on(device)
+
+
+def test_oldest_pytorch_is_the_same_everywhere():
+    oldest = ".".join(map(str, TORCH_MINIMUM))
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert re.findall(r'"torch>=([^"]+)"', project) == [oldest, oldest]  # to build, and to run
+    assert _C.build_info()["torch_minimum"] == oldest
 
 
 def test_info_lists_every_part():

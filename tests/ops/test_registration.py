@@ -51,7 +51,7 @@ def test_opcheck_of_the_convolution_geometry(make_case, device):
 
 
 def test_compiles_once_for_many_sizes(make_case, device):
-    def function(features, offset, mask, weight, bias, level_weight, *geometry):
+    def function(features, offset, weight, bias, mask, level_weight, *geometry):
         features = [feature * 2 for feature in features]
         return pyramid_deform_conv2d(features, offset, weight, bias, mask.sigmoid(), level_weight).relu()
 
@@ -112,7 +112,7 @@ def test_autocast_casts_values_and_keeps_positions(dtype, make_case, device):
     with torch.autocast(device, dtype):
         result, grads = cast.run(operator)
     half = [feature.to(dtype) for feature in case.features]
-    expected = operator(half, case.offset, case.mask, case.weight.to(dtype), case.bias.to(dtype), case.level_weight,
+    expected = operator(half, case.offset, case.weight.to(dtype), case.bias.to(dtype), case.mask, case.level_weight,
                         *case.geometry)  # fmt: skip
     assert result.dtype == dtype
     assert torch.equal(result, expected)

@@ -1,6 +1,6 @@
-// The intrinsics of intrinsics.h on the host, for tests without a GPU. A block's threads run as fibers, one at a time,
-// each as far as it can: up to the next synchronisation of the block, or up to an instruction that the whole warp
-// executes. Which warp goes first changes from one synchronisation to the next, so that a missing one shows in the
+// The intrinsics of csrc/cuda/intrinsics.h on the host, for tests without a GPU. A block's threads run as fibers, one
+// at a time, each as far as it can: up to the next synchronisation of the block, or up to an instruction that the whole
+// warp executes. Which warp goes first changes from one synchronisation to the next, so that a missing one shows in the
 // result. What a GPU would leave undefined is NaN here: shared memory before it is written, and the target of an
 // asynchronous copy until it was waited for. Misuse (a misaligned vector, threads that part ways before an instruction
 // of the warp, a synchronisation that some threads never reach, two threads that add to what each takes for its own)
@@ -17,7 +17,7 @@
 #include <functional>
 #include <string>
 
-#include "intrinsics.h"
+#include "../cuda/intrinsics.h"
 
 #define DYHEAD_DEVICE inline
 

@@ -4,4 +4,4 @@
 #define DYHEAD_TARGET
 #define DYHEAD_BYTES 16
 #define DYHEAD_ROWS 6
-#include "kernels_body.h"
+#include "table.h"

@@ -5,5 +5,5 @@
 #define DYHEAD_TARGET __attribute__((target("avx2,fma,f16c")))
 #define DYHEAD_BYTES 32
 #define DYHEAD_ROWS 6
-#include "kernels_body.h"
+#include "table.h"
 #endif

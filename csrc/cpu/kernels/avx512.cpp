@@ -5,5 +5,5 @@
 #define DYHEAD_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define DYHEAD_BYTES 64
 #define DYHEAD_ROWS 12
-#include "kernels_body.h"
+#include "table.h"
 #endif

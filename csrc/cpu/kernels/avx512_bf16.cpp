@@ -6,5 +6,5 @@
 #define DYHEAD_BYTES 64
 #define DYHEAD_ROWS 12
 #define DYHEAD_PAIRS
-#include "kernels_body.h"
+#include "table.h"
 #endif
