@@ -16,12 +16,13 @@ from benchmarks.block import COMPILED, EAGER, RATIOS, choose_peers
 from benchmarks.composition import composition
 from benchmarks.program import Benchmark, parser, run, size
 from dyhead.config import load_config, num_classes
+from dyhead.detection import DETECTORS
 from dyhead.torchvision import build_model, get_cfg
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = {"R18": "quickstart/{}_dyhead_R18_shapes.yaml", "R50": "{}_dyhead_R50.yaml"}
 SIZES = {"R18": (192, 256), "R50": (800, 1333)}
-DETECTORS = ["fcos", "retinanet", "faster_rcnn"]
+NAMES = [*(detector.name.lower() for detector in DETECTORS.values()), "faster_rcnn"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Case:
     """One row.
 
     Attributes:
-        detector: "fcos", "retinanet" or "faster_rcnn".
+        detector: a registered detector in lower case, or "faster_rcnn".
         backbone: "R18" (quickstart) or "R50" (full).
         mode: "inference", including post-processing, or "training": losses, backward, and a step of SGD.
         size: (height, width) of the images.
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the program."""
     options_of = parser(BENCHMARK)
     options_of.set_defaults(repeats=9, seconds=120)
-    options_of.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS)
+    options_of.add_argument("--detectors", nargs="+", choices=NAMES, default=NAMES)
     options_of.add_argument(
         "--backbones", nargs="+", choices=list(FILES), default=["R18"], help="R18: quickstart; R50: full"
     )
