@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from dyhead.layers import DyHead
 from dyhead.layers.head import BLOCKS
 from dyhead.necks.registry import register_neck
-from dyhead.options import Check, at_least, one_of, option
+from dyhead.options import at_least, one_of, option, or_null
 
 
 @register_neck("DyHead")
@@ -29,7 +29,7 @@ class DyHeadOptions:
     window: int | None = option(
         1,
         "levels on each side of a level that Eq. 4 sums over; null is the whole pyramid",
-        Check("at least 1, or null", lambda value: value is None or value >= 1),
+        or_null(at_least(1)),
     )
     scale_aware: bool = option(True, "apply Eq. 3, the scale-aware attention")
     spatial_aware: bool = option(True, "apply Eq. 4, the spatial-aware attention")

@@ -20,7 +20,7 @@ _LARGEST_LOG = math.log(1000 / 16)
 class Deltas:
     """dx, dy in units of the anchor's size, dw, dh as logarithms of ratios, each multiplied by a weight."""
 
-    bbox_reg_weights: tuple = option(
+    bbox_reg_weights: tuple[float, ...] = option(
         (1.0, 1.0, 1.0, 1.0),
         "what dx, dy, dw and dh are multiplied by when boxes are encoded",
         Check("four numbers above 0", lambda value: len(value) == 4 and min(value) > 0),
