@@ -37,7 +37,7 @@ class BackboneOptions:
 
 @dataclass(frozen=True)
 class FPNOptions:
-    """The two coarsest levels, where ``MODEL.BACKBONE.NAME`` is one whose P6 and P7 are convolved."""
+    """P6 and P7 of ``build_resnet_fpn_p6p7_backbone`` and ``build_retinanet_resnet_fpn_dyhead_backbone``."""
 
     p6p7_in_feature: str = option("p5", "the level that P6 and P7 are computed from", one_of("p5", "res5"))
     p7_relu: bool = option(True, "apply ReLU to P6 before P7 is computed from it; mmdetection does not")

@@ -80,7 +80,7 @@ def between(low: float, high: float) -> Check:
 
 def inside(low: float, high: float) -> Check:
     """Numbers between ``low`` and ``high``, both excluded."""
-    return Check(f"between {low} and {high}", lambda value: low < value < high)
+    return Check(f"above {low}, below {high}", lambda value: low < value < high)
 
 
 def one_of(*values: Any) -> Check:
@@ -95,7 +95,7 @@ def or_null(check: Check) -> Check:
 
 def odd() -> Check:
     """Odd numbers."""
-    return Check("an odd number, at least 1", lambda value: value >= 1 and value % 2 == 1)
+    return Check("odd, at least 1", lambda value: value >= 1 and value % 2 == 1)
 
 
 def increasing() -> Check:
@@ -161,6 +161,8 @@ class Leaf:
 
     def expected(self, value: Any) -> str | None:
         """What was expected instead of ``value``; None if it is legal."""
+        if value is None and self.type.fits(value):
+            return None  # the check is for what is not null
         if not self.type.fits(value):
             return self.type.text if self.check is None else f"{self.type.text}, {self.check.text}"
         return None if self.check is None or self.check.fits(value) else self.check.text
