@@ -262,5 +262,5 @@ def test_both_engines_refuse_before_they_start(engine, detector, key, value, tmp
         dist_url="tcp://127.0.0.1:1",
     )
     with pytest.raises(ConfigError, match=f"^{key}: expected .*, got {value}$"):
-        importlib.import_module(engine).main(args)
+        importlib.import_module(engine).setup(args)
     assert not (tmp_path / "run").exists()
