@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 #: Subcommands by name: the module, and a line of help.
 SUBCOMMANDS = {
+    "config": ("dyhead.config_page", "list the keys of the configuration with their defaults, values and meaning"),
     "convert": ("dyhead.checkpoints.command", "give another project's checkpoint this project's names"),
     "info": ("dyhead.info", "print versions, what was built, and why anything did not load"),
 }

@@ -1,7 +1,8 @@
 """Configuration that both engines share: the keys this project adds to Detectron2's, and how a YAML file is read.
 
 Keys and their meaning are Detectron2's wherever Detectron2 has one. The added keys, their defaults and the checks of
-their values are the options of the parts that read them (:mod:`dyhead.options`).
+their values are the options of the parts that read them (:mod:`dyhead.config_options` lists them); the checks of
+Detectron2's own keys stand in :mod:`dyhead.config_checks`. docs/config.md is made from both.
 """
 
 from __future__ import annotations
@@ -10,83 +11,21 @@ import ast
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
+from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
-from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.assigners import MaxIoUAssigner
 from dyhead.necks import NECKS, Stack
-from dyhead.options import Check, at_least, leaves, one_of, option, read
-
-#: The meta-architecture of two-stage detectors, which are those of the engine.
-TWO_STAGE = "DyHeadRCNN"
+from dyhead.options import Check, leaves, read
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file or key, what was expected and what came."""
-
-
-@dataclass(frozen=True)
-class _FPNOptions:
-    p6p7_in_feature: str = option("p5", "the level that P6 and P7 are computed from", one_of("p5", "res5"))
-    p7_relu: bool = option(True, "apply ReLU to P6 before P7 is computed from it; mmdetection does not")
-
-
-@dataclass(frozen=True)
-class _BackboneOptions:
-    size_divisibility: int = option(
-        0,
-        "images are padded to multiples of it, in pixels; 0: of what the backbone and the necks ask for",
-        at_least(0),
-    )
-
-
-@dataclass(frozen=True)
-class _ModelOptions:
-    necks: tuple = option(
-        (),
-        "what follows the backbone's pyramid, in this order",
-        Check(
-            f"some of {', '.join(map(repr, NECKS))}, each once",
-            lambda v: set(v) <= set(NECKS) and len(set(v)) == len(v),
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class _DatasetOptions:
-    register: tuple = option(
-        (),
-        "datasets in COCO's format to register: [[name, json file, image folder], ...]; paths from the working folder",
-    )
-
-
-@dataclass(frozen=True)
-class _SolverOptions:
-    optimizer: str = option("SGD", "SGD has MOMENTUM and NESTEROV", one_of("SGD", "ADAMW"))
-
-
-@dataclass(frozen=True)
-class _BenchmarkOptions:
-    num_images: int = option(50, "images of the first test set that are timed", at_least(1))
-    batch_size: int = option(1, "images at a time", at_least(1))
-
-
-#: The options that stand in the configuration, by node; where Detectron2 has a key of the name, it is Detectron2's.
-OPTIONS: dict[str, type] = {
-    "MODEL": _ModelOptions,
-    "MODEL.BACKBONE": _BackboneOptions,
-    "MODEL.FPN": _FPNOptions,
-    "MODEL.ANCHOR_GENERATOR": AnchorOptions,
-    **{neck.node: neck.options for neck in NECKS.values()},
-    **{detector.node: detector.options for detector in DETECTORS.values()},
-    "DATASETS": _DatasetOptions,
-    "SOLVER": _SolverOptions,
-    "TEST.BENCHMARK": _BenchmarkOptions,
-}
 
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
@@ -108,7 +47,7 @@ def add_dyhead_config(cfg: CfgNode) -> CfgNode:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Check what can be checked before anything is built: the meta-architecture, and every option that it reads.
+    """Check what can be checked before anything is built: every value that the configured detector's runs read.
 
     Raises:
         ConfigError: names the key, what was expected and what came.
@@ -119,6 +58,46 @@ def check_config(cfg: CfgNode) -> None:
     for node in OPTIONS:
         if node not in unread:
             options_of(cfg, node)
+    for key, check in detectron2_checks(cfg).items():
+        expect(cfg, key, check.fits(get(cfg, key)), check.text)
+    _check_together(cfg)
+
+
+def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
+    """The checks of Detectron2's own keys that the configured detector reads, by key."""
+    checks = dict(CHECKS)
+    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+        checks |= RESNET_CHECKS
+    if "fpn" in cfg.MODEL.BACKBONE.NAME:
+        checks |= FPN_CHECKS
+    if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
+        checks |= TWO_STAGE_CHECKS
+    return checks
+
+
+def expect(cfg: CfgNode, key: str, fits: Any, expected: str) -> None:
+    """Raise :class:`ConfigError` unless the value of ``key`` fits; ``expected`` says what would."""
+    if not fits:
+        raise ConfigError(f"{key}: expected {expected}, got {get(cfg, key)!r}")
+
+
+def _check_together(cfg: CfgNode) -> None:
+    """Values of Detectron2's keys, each legal by itself, that do not fit each other."""
+    solver, images = cfg.SOLVER, cfg.INPUT
+    channels = 1 if images.FORMAT == "L" else 3
+    for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+        expected = f"{channels} value{'s' * (channels > 1)}, one for each channel of INPUT.FORMAT {images.FORMAT}"
+        expect(cfg, key, len(get(cfg, key)) == channels, expected)
+    if images.MIN_SIZE_TRAIN_SAMPLING == "range":
+        sizes = images.MIN_SIZE_TRAIN
+        expect(cfg, "INPUT.MIN_SIZE_TRAIN", len(sizes) == 2 and sizes[0] <= sizes[1], "the lowest and the highest size")
+    base = solver.BASE_LR
+    expect(cfg, "SOLVER.BASE_LR_END", solver.BASE_LR_END <= base, f"at most SOLVER.BASE_LR, {base}")
+    if solver.OPTIMIZER == "SGD" and solver.NESTEROV:
+        expect(cfg, "SOLVER.MOMENTUM", solver.MOMENTUM > 0, "above 0 with SOLVER.NESTEROV True")
+    if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
+        for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
+            _read(cfg, node, MaxIoUAssigner)
 
 
 def options_of(cfg: CfgNode, node: str) -> Any:
@@ -128,8 +107,12 @@ def options_of(cfg: CfgNode, node: str) -> Any:
         ConfigError: a value out of its range, or values that do not fit each other.
     """
     check_options(cfg, node)
+    return _read(cfg, node, OPTIONS[node])
+
+
+def _read(cfg: CfgNode, node: str, options: type) -> Any:
     try:
-        return read(OPTIONS[node], lambda key: get(cfg, f"{node}.{key}"))
+        return read(options, lambda key: get(cfg, f"{node}.{key}"))
     except ValueError as error:
         raise ConfigError(f"{node}: {error}") from error
 
@@ -158,15 +141,9 @@ def necks_with_dyhead(cfg: CfgNode) -> list[str]:
 def check_options(cfg: CfgNode, node: str) -> None:
     """Raise :class:`ConfigError`, naming the key, if a value of a node's options is out of its range."""
     for leaf in leaves(OPTIONS[node]):
-        value = get(cfg, f"{node}.{leaf.key}")
-        if leaf.check is None:
-            continue
-        try:
-            fits = leaf.check.fits(value)
-        except TypeError:  # not a value that can be compared so
-            fits = False
-        if not fits:
-            raise ConfigError(f"{node}.{leaf.key}: expected {leaf.check.text}, got {value!r}")
+        key = f"{node}.{leaf.key}"
+        expected = leaf.expected(get(cfg, key))
+        expect(cfg, key, expected is None, expected)
 
 
 def load_config(cfg: CfgNode, file: str | os.PathLike, opts: Sequence[str] = ()) -> set[str]:
@@ -279,6 +256,13 @@ def _names(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+def _may_be_null() -> set[str]:
+    """Options whose default is not null, but that may be."""
+    return {
+        f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in leaves(options) if leaf.type.fits(None)
+    }
+
+
 def _parse(value: Any) -> Any:
     """A Python literal if ``value`` is the text of one, else ``value`` itself."""
     if not isinstance(value, str):
@@ -306,9 +290,8 @@ def _set(cfg: CfgNode, key: str, value: Any, origin: str) -> None:
         value = tuple(value)
     elif isinstance(default, list) and isinstance(value, tuple):
         value = list(value)
-    if default is not None and value is not None and type(value) is not type(default):
-        raise ConfigError(
-            f"{origin}: {key}: expected {type(default).__name__} (its default is {default!r}), "
-            f"got {type(value).__name__} {value!r}"
-        )
+    may_be_null = default is None or key in _may_be_null()
+    if not (value is None and may_be_null) and default is not None and type(value) is not type(default):
+        got = "null" if value is None else f"{type(value).__name__} {value!r}"
+        raise ConfigError(f"{origin}: {key}: expected {type(default).__name__} (its default is {default!r}), got {got}")
     node[name] = value

@@ -7,15 +7,20 @@ defaults, the checks of their values and the page docs/config.md all come from t
     class FocalLoss:
         alpha: float = option(0.25, "weight of the positives", between(0, 1))
 
-A field may be a number, a text, a tuple, or another such dataclass (:func:`part`), whose fields then become keys of the
-same node; or one of several dataclasses, chosen by name (:func:`choice`).
+A field's annotation is its type, and is checked, too: bool, int, float, str, tuples of one of these, or ``| None``. A
+field may also be another such dataclass (:func:`part`), whose fields then become keys of the same node; or one of
+several dataclasses, chosen by name (:func:`choice`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -25,6 +30,27 @@ class Check:
 
     text: str
     fits: Callable[[Any], bool]
+
+    def __and__(self, other: Check) -> Check:
+        """Values that both find legal; ``other`` is asked only about those that are legal here."""
+        return Check(f"{self.text}, {other.text}", lambda value: self.fits(value) and other.fits(value))
+
+
+def of_type(annotation: Any) -> Check:
+    """Values of a type: bool, int, float (finite), str, None, tuples of it or a union of it.
+
+    A whole number is a number, too; True and False are not. Lists are legal where the type is a tuple.
+
+    Raises:
+        TypeError: another type.
+    """
+    singular, _, fits = _type(annotation)
+    return Check(singular, fits)
+
+
+def each(check: Check) -> Check:
+    """Sequences of which every member is legal."""
+    return Check(f"each {check.text}", lambda values: all(map(check.fits, values)))
 
 
 def at_least(low: float) -> Check:
@@ -37,6 +63,16 @@ def above(low: float) -> Check:
     return Check(f"above {low}", lambda value: value > low)
 
 
+def at_most(high: float) -> Check:
+    """Numbers up to ``high``."""
+    return Check(f"at most {high}", lambda value: value <= high)
+
+
+def below(high: float) -> Check:
+    """Numbers below ``high``."""
+    return Check(f"below {high}", lambda value: value < high)
+
+
 def between(low: float, high: float) -> Check:
     """Numbers from ``low`` to ``high``, both included."""
     return Check(f"{low} to {high}", lambda value: low <= value <= high)
@@ -44,7 +80,7 @@ def between(low: float, high: float) -> Check:
 
 def inside(low: float, high: float) -> Check:
     """Numbers between ``low`` and ``high``, both excluded."""
-    return Check(f"between {low} and {high}", lambda value: low < value < high)
+    return Check(f"above {low}, below {high}", lambda value: low < value < high)
 
 
 def one_of(*values: Any) -> Check:
@@ -52,9 +88,19 @@ def one_of(*values: Any) -> Check:
     return Check(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
 
 
+def or_null(check: Check) -> Check:
+    """None, and what is legal otherwise."""
+    return Check(f"{check.text}, or null", lambda value: value is None or check.fits(value))
+
+
 def odd() -> Check:
     """Odd numbers."""
-    return Check("an odd number, at least 1", lambda value: value >= 1 and value % 2 == 1)
+    return Check("odd, at least 1", lambda value: value >= 1 and value % 2 == 1)
+
+
+def increasing() -> Check:
+    """Sequences of which every number is larger than the one before."""
+    return Check("increasing", lambda values: all(low < high for low, high in pairwise(values)))
 
 
 def at_least_one(of: str) -> Check:
@@ -66,7 +112,7 @@ def option(default: Any, doc: str, check: Check | None = None) -> Any:
     """A field of an options dataclass.
 
     Args:
-        default: its value where none is given; its type is the option's, None is any type.
+        default: its value where none is given.
         doc: what it means, in what unit, for docs/config.md.
         check: which values are legal.
     """
@@ -97,28 +143,47 @@ def choice(default: str, doc: str, registry: Mapping[str, type]) -> Any:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One key that an options dataclass adds to its node."""
+    """One key that an options dataclass adds to its node.
+
+    Attributes:
+        key: its name in the node.
+        default: its value where none is given.
+        doc: what it means.
+        type: which values have the right type.
+        check: which of these are legal; None: all.
+    """
 
     key: str
     default: Any
     doc: str
+    type: Check
     check: Check | None
+
+    def expected(self, value: Any) -> str | None:
+        """What was expected instead of ``value``; None if it is legal."""
+        if value is None and self.type.fits(value):
+            return None  # the check is for what is not null
+        if not self.type.fits(value):
+            return self.type.text if self.check is None else f"{self.type.text}, {self.check.text}"
+        return None if self.check is None or self.check.fits(value) else self.check.text
 
 
 def leaves(options: type | Any, prefix: str = "") -> Iterator[Leaf]:
     """The keys of an options dataclass, or of an instance of one, whose values are then the defaults."""
     instance = options() if isinstance(options, type) else options
+    hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
         metadata, value = field.metadata, getattr(instance, field.name)
         if "registry" in metadata:
-            names = tuple(metadata["registry"])
-            yield Leaf(prefix + field.name.upper(), metadata["chosen"], metadata["doc"], one_of(*names))
+            names = one_of(*metadata["registry"])
+            yield Leaf(prefix + field.name.upper(), metadata["chosen"], metadata["doc"], of_type(str), names)
             for name, member in metadata["registry"].items():
                 yield from leaves(member, prefix + _member_prefix(name, field.name))
         elif "prefix" in metadata:
             yield from leaves(value, prefix + metadata["prefix"])
         else:
-            yield Leaf(prefix + field.name.upper(), value, metadata["doc"], metadata["check"])
+            type_ = of_type(hints[field.name])
+            yield Leaf(prefix + field.name.upper(), value, metadata["doc"], type_, metadata["check"])
 
 
 def read(options: type | Any, value_of: Callable[[str], Any], prefix: str = "") -> Any:
@@ -149,3 +214,38 @@ def _member_prefix(name: str, field: str) -> str:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+# What a type is called, what many of it are called, and which values have it.
+_TYPES: dict[Any, tuple[str, str, Callable[[Any], bool]]] = {
+    bool: ("True or False", "True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", "whole numbers", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    float: (
+        "a number",
+        "numbers",
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+    ),
+    str: ("a string", "strings", lambda value: isinstance(value, str)),
+    type(None): ("null", "nulls", lambda value: value is None),
+}
+
+
+def _type(annotation: Any) -> tuple[str, str, Callable[[Any], bool]]:
+    if annotation in _TYPES:
+        return _TYPES[annotation]
+    members = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple and members:
+        _, plural, member_fits = _type(members[0])
+        count = None if members[1:] == (...,) else len(members)
+        of = plural if count is None else f"{count} {plural}"
+        return (
+            f"a list of {of}",
+            f"lists of {of}",
+            lambda value: (
+                isinstance(value, (list, tuple)) and count in (None, len(value)) and all(map(member_fits, value))
+            ),
+        )
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        singulars, plurals, fits = zip(*map(_type, members), strict=True)
+        return " or ".join(singulars), " or ".join(plurals), lambda value: any(fit(value) for fit in fits)
+    raise TypeError(f"expected bool, int, float, str, tuples of them or a union with None, got {annotation}")

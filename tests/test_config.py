@@ -1,9 +1,24 @@
 """Config files: inheritance, overrides, and an error for everything that is not a known key of the right type."""
 
+import importlib
+import re
+
 import pytest
 from fvcore.common.config import CfgNode
 
-from dyhead.config import ConfigError, add_dyhead_config, check_num_classes, load_config, num_classes
+from dyhead.config import (
+    OPTIONS,
+    ConfigError,
+    add_dyhead_config,
+    check_num_classes,
+    get,
+    load_config,
+    num_classes,
+)
+from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.detection import DETECTORS
+from dyhead.necks import NECKS
+from dyhead.options import leaves
 
 
 @pytest.fixture
@@ -64,6 +79,19 @@ def test_window_may_be_the_whole_pyramid(cfg, write):
     assert cfg.MODEL.DYHEAD.WINDOW is None
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("SOLVER: {BASE_LR: null}", "SOLVER.BASE_LR: expected float (its default is 0.02)"),
+        ("MODEL: {WEIGHTS: null}", "MODEL.WEIGHTS: expected str (its default is '')"),
+        ("MODEL: {DYHEAD: {BLOCK: null}}", "MODEL.DYHEAD.BLOCK: expected str (its default is 'paper')"),
+    ],
+)
+def test_null_is_refused_where_it_means_nothing(cfg, write, text, expected):
+    with pytest.raises(ConfigError, match=re.escape(f"{expected}, got null")):
+        load_config(cfg, write(text))
+
+
 def test_every_unknown_key_is_named_with_its_neighbour(cfg, write):
     with pytest.raises(ConfigError) as error:
         load_config(cfg, write("SOLVER: {BASE_RL: 1}\nMODEL: {DYHEAD: {NUM_BLOCK: 1}}"), ["MODEL.NOTHING.LIKE_IT", "1"])
@@ -113,3 +141,38 @@ def test_number_of_classes_must_be_the_datasets(cfg):
     cfg.MODEL.META_ARCHITECTURE = "YOLO"
     with pytest.raises(ConfigError, match="META_ARCHITECTURE.*'YOLO'"):
         num_classes(cfg)
+
+
+ENGINES = ["dyhead.torchvision", pytest.param("detectron2.config", marks=pytest.mark.detectron2)]
+
+
+@pytest.mark.parametrize("package", ENGINES)
+def test_each_engine_has_every_key_with_the_default_of_its_option(package):
+    """Where Detectron2 has a key, what stands in the configuration is Detectron2's default: it must be the option's."""
+    cfg = add_dyhead_config(importlib.import_module(package).get_cfg())
+    for node, options in OPTIONS.items():
+        for leaf in leaves(options):
+            value = get(cfg, f"{node}.{leaf.key}")
+            default = leaf.default
+            assert as_lists(value) == as_lists(default), f"{node}.{leaf.key}"
+            assert type(value) is type(default) or isinstance(default, tuple), f"{node}.{leaf.key}"
+            assert leaf.expected(value) is None, f"{node}.{leaf.key}"
+
+
+@pytest.mark.parametrize("package", ENGINES)
+def test_each_engine_has_every_key_that_is_checked_and_a_legal_default(package):
+    cfg = importlib.import_module(package).get_cfg()
+    for key, check in (CHECKS | RESNET_CHECKS | TWO_STAGE_CHECKS).items():
+        assert check.fits(get(cfg, key)), key
+    assert [key for key, check in FPN_CHECKS.items() if not check.fits(get(cfg, key))] == ["MODEL.FPN.IN_FEATURES"]
+
+
+def test_every_detector_and_neck_has_a_node_and_no_key_is_checked_twice():
+    assert {d.node for d in DETECTORS.values()} | {n.node for n in NECKS.values()} < set(OPTIONS)
+    options = [f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in leaves(options)]
+    keys = [*options, *CHECKS, *RESNET_CHECKS, *FPN_CHECKS, *TWO_STAGE_CHECKS]
+    assert sorted(set(keys)) == sorted(keys)
+
+
+def as_lists(value):
+    return [as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value

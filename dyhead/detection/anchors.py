@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dyhead.options import between, option
+from dyhead.options import Check, between, option
 
 
 class Places(NamedTuple):
@@ -36,14 +36,25 @@ class Places(NamedTuple):
         return torch.repeat_interleave(self.anchors.new_tensor(values), counts)
 
 
+def _positive(values: Sequence) -> bool:
+    return len(values) > 0 and all(_positive(v) if isinstance(v, (list, tuple)) else v > 0 for v in values)
+
+
+_POSITIVE = Check("numbers above 0, at least one in each list", _positive)
+
+
 @dataclass(frozen=True)
 class AnchorOptions:
-    """``MODEL.ANCHOR_GENERATOR``, Detectron2's keys and defaults."""
+    """The anchors at every cell of RetinaNet, ATSS and the two-stage detectors' proposals."""
 
-    sizes: tuple = option(
-        ((32, 64, 128, 256, 512),), "for each level the square roots of the anchors' areas, in pixels"
+    sizes: tuple[tuple[float, ...], ...] | tuple[float, ...] = option(
+        ((32, 64, 128, 256, 512),),
+        "for each level the square roots of the anchors' areas, in pixels; one list serves all levels",
+        _POSITIVE,
     )
-    aspect_ratios: tuple = option(((0.5, 1.0, 2.0),), "for each level the anchors' ratios of height to width")
+    aspect_ratios: tuple[tuple[float, ...], ...] | tuple[float, ...] = option(
+        ((0.5, 1.0, 2.0),), "for each level the anchors' ratios of height to width, likewise", _POSITIVE
+    )
     offset: float = option(0.0, "where the first anchor's center lies, in strides: 0 or 0.5", between(0, 1))
 
 

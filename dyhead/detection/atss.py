@@ -19,7 +19,7 @@ from dyhead.options import inherited, part
 @register_detector("ATSS")
 @dataclass(frozen=True)
 class ATSSOptions(DenseOptions):
-    """``MODEL.ATSS``: one square anchor a cell, deltas with a factor per level, centerness as the quality.
+    """ATSS: one square anchor a cell, deltas with a factor per level, centerness as the quality.
 
     The anchors are those of ``MODEL.ANCHOR_GENERATOR``; the paper's have sides of 8 strides.
     """

@@ -19,7 +19,7 @@ class DenseOptions:
     """What every dense detector has. A detector's own options inherit from it, with its defaults."""
 
     num_classes: int = option(80, "classes, without background", at_least(1))
-    in_features: tuple = option(
+    in_features: tuple[str, ...] = option(
         ("p3", "p4", "p5", "p6", "p7"), "the levels to predict on, fine to coarse", at_least_one("level")
     )
     num_convs: int = option(

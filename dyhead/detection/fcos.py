@@ -19,7 +19,7 @@ from dyhead.options import one_of, option, part
 @register_detector("FCOS")
 @dataclass(frozen=True)
 class FCOSOptions(DenseOptions):
-    """``MODEL.FCOS``: one point a cell, boxes as distances from it, centerness as the quality."""
+    """FCOS: one point a cell, boxes as distances from it, centerness as the quality."""
 
     assigner: CenterAssigner = part(CenterAssigner())
     box_form: Distances = part(Distances())

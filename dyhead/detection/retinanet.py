@@ -19,7 +19,7 @@ from dyhead.options import inherited, part
 @register_detector("RetinaNet")
 @dataclass(frozen=True)
 class RetinaNetOptions(DenseOptions):
-    """``MODEL.RETINANET``: Detectron2's keys with its defaults, and those of every dense detector."""
+    """RetinaNet: anchors of several sizes and shapes a cell, boxes as deltas from them, no quality."""
 
     num_convs: int = inherited(DenseOptions, "num_convs", 4)
     nms_thresh_test: float = inherited(DenseOptions, "nms_thresh_test", 0.5)

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from dyhead.layers import DyHead
 from dyhead.layers.head import BLOCKS
 from dyhead.necks.registry import register_neck
-from dyhead.options import Check, at_least, one_of, option
+from dyhead.options import at_least, one_of, option
 
 
 @register_neck("DyHead")
 @dataclass(frozen=True)
 class DyHeadOptions:
-    """``MODEL.DYHEAD``; see :class:`dyhead.layers.DyHead`."""
+    """The Dynamic Head as a neck, where ``MODEL.NECKS`` lists it; see :class:`dyhead.layers.DyHead`."""
 
     num_blocks: int = option(
         6, "blocks stacked on the pyramid; the paper's best trade is 6. 0 leaves the pyramid as it is", at_least(0)
@@ -29,7 +29,7 @@ class DyHeadOptions:
     window: int | None = option(
         1,
         "levels on each side of a level that Eq. 4 sums over; null is the whole pyramid",
-        Check("at least 1, or null", lambda value: value is None or value >= 1),
+        at_least(1),
     )
     scale_aware: bool = option(True, "apply Eq. 3, the scale-aware attention")
     spatial_aware: bool = option(True, "apply Eq. 4, the spatial-aware attention")

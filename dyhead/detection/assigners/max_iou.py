@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from dyhead.detection.anchors import Places
 from dyhead.detection.assigners.labels import BACKGROUND, IGNORED
-from dyhead.options import Check, option
+from dyhead.options import above, at_least_one, at_most, each, increasing, one_of, option
 
 _MEANING = {0: BACKGROUND, -1: IGNORED}
 # So many IoUs are held at a time: 2^24 of them are 64 MB.
@@ -28,15 +28,15 @@ class MaxIoUAssigner:
         ValueError: not one label more than thresholds, or thresholds that do not increase.
     """
 
-    iou_thresholds: tuple = option(
+    iou_thresholds: tuple[float, ...] = option(
         (0.4, 0.5),
         "where one label of IOU_LABELS goes over into the next",
-        Check("increasing numbers from 0 to 1", lambda v: all(0 < x <= 1 for x in v) and list(v) == sorted(v) and v),
+        at_least_one("number") & increasing() & each(above(0) & at_most(1)),
     )
-    iou_labels: tuple = option(
+    iou_labels: tuple[int, ...] = option(
         (0, -1, 1),
         "between the thresholds: 0 background, -1 ignored, 1 object",
-        Check("some of 0, -1 and 1", lambda v: v and set(v) <= {0, -1, 1}),
+        each(one_of(0, -1, 1)),
     )
 
     def __post_init__(self) -> None:

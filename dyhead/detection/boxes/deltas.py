@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dyhead.detection.boxes.losses import OVERLAP_LOSSES
-from dyhead.options import Check, at_least, one_of, option
+from dyhead.options import above, at_least, each, one_of, option
 
 # A box grows at most from 16 to 1000 pixels: exp of a larger number is of no use, and overflows.
 _LARGEST_LOG = math.log(1000 / 16)
@@ -20,10 +20,10 @@ _LARGEST_LOG = math.log(1000 / 16)
 class Deltas:
     """dx, dy in units of the anchor's size, dw, dh as logarithms of ratios, each multiplied by a weight."""
 
-    bbox_reg_weights: tuple = option(
+    bbox_reg_weights: tuple[float, float, float, float] = option(
         (1.0, 1.0, 1.0, 1.0),
         "what dx, dy, dw and dh are multiplied by when boxes are encoded",
-        Check("four numbers above 0", lambda value: len(value) == 4 and min(value) > 0),
+        each(above(0)),
     )
     bbox_reg_loss_type: str = option(
         "smooth_l1", "the box loss: on deltas, or on decoded boxes", one_of("smooth_l1", *OVERLAP_LOSSES)

@@ -1,0 +1,82 @@
+"""Which options stand in which node of the configuration; those that no part of a detector has are declared here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dyhead.detection import DETECTORS
+from dyhead.detection.anchors import AnchorOptions
+from dyhead.necks import NECKS
+from dyhead.options import Check, at_least, each, one_of, option
+
+#: The meta-architecture of two-stage detectors, which are those of the engine.
+TWO_STAGE = "DyHeadRCNN"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the network is made of."""
+
+    necks: tuple[str, ...] = option(
+        (),
+        "what follows the backbone's pyramid, in this order",
+        each(one_of(*NECKS)) & Check("each at most once", lambda names: len(set(names)) == len(names)),
+    )
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """The backbone, up to its own pyramid."""
+
+    size_divisibility: int = option(
+        0,
+        "images are padded to multiples of it, in pixels; 0: of what the backbone and the necks ask for",
+        at_least(0),
+    )
+
+
+@dataclass(frozen=True)
+class FPNOptions:
+    """P6 and P7 of ``build_resnet_fpn_p6p7_backbone`` and ``build_retinanet_resnet_fpn_dyhead_backbone``."""
+
+    p6p7_in_feature: str = option("p5", "the level that P6 and P7 are computed from", one_of("p5", "res5"))
+    p7_relu: bool = option(True, "apply ReLU to P6 before P7 is computed from it; mmdetection does not")
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Datasets by name."""
+
+    register: tuple[tuple[str, str, str], ...] = option(
+        (),
+        "datasets in COCO's format to register: [[name, json file, image folder], ...]; paths from the working folder",
+    )
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """The optimizer."""
+
+    optimizer: str = option("SGD", "SGD has MOMENTUM and NESTEROV", one_of("SGD", "ADAMW"))
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What an evaluation times."""
+
+    num_images: int = option(50, "images of the first test set that are timed", at_least(1))
+    batch_size: int = option(1, "images at a time", at_least(1))
+
+
+#: The options that stand in the configuration, by node; where Detectron2 has a key of the name, it is Detectron2's.
+OPTIONS: dict[str, type] = {
+    "MODEL": ModelOptions,
+    "MODEL.BACKBONE": BackboneOptions,
+    "MODEL.FPN": FPNOptions,
+    "MODEL.ANCHOR_GENERATOR": AnchorOptions,
+    **{neck.node: neck.options for neck in NECKS.values()},
+    **{detector.node: detector.options for detector in DETECTORS.values()},
+    "DATASETS": DatasetOptions,
+    "SOLVER": SolverOptions,
+    "TEST.BENCHMARK": BenchmarkOptions,
+}
