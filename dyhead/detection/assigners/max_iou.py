@@ -22,7 +22,7 @@ class MaxIoUAssigner:
     """Each anchor belongs to the object of its largest IoU, if that is large enough.
 
     Besides, every anchor whose IoU with some object is the largest of all anchors' with it is positive, so that every
-    object has one; it belongs to the object of its own largest IoU.
+    object has one unless it overlaps none; it belongs to the object of its own largest IoU.
 
     Raises:
         ValueError: not one label more than thresholds, or thresholds that do not increase.
@@ -57,7 +57,9 @@ class MaxIoUAssigner:
         step = max(_CHUNK // max(len(anchors), 1), 1)
         for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
             iou = box_iou(boxes[first : first + step], anchors)
-            wanted |= (iou == iou.amax(dim=1, keepdim=True)).any(dim=0)
+            largest = iou.amax(dim=1, keepdim=True)
+            largest[largest == 0] = torch.inf  # of an object that overlaps no anchor all would tie
+            wanted |= (iou == largest).any(dim=0)
             value, index = iou.max(dim=0)
             owner = torch.where(value > best, index + first, owner)
             best = torch.maximum(value, best)
