@@ -15,6 +15,10 @@ from dyhead.options import Check, option
 _MEANING = {0: BACKGROUND, -1: IGNORED}
 # So many IoUs are held at a time: 2^24 of them are 64 MB.
 _CHUNK = 2**24
+_THRESHOLDS = Check(
+    "increasing numbers above 0, at most 1",
+    lambda value: len(value) > 0 and all(0 < x <= 1 for x in value) and list(value) == sorted(set(value)),
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,7 @@ class MaxIoUAssigner:
         ValueError: not one label more than thresholds, or thresholds that do not increase.
     """
 
-    iou_thresholds: tuple = option(
-        (0.4, 0.5),
-        "where one label of IOU_LABELS goes over into the next",
-        Check("increasing numbers from 0 to 1", lambda v: all(0 < x <= 1 for x in v) and list(v) == sorted(v) and v),
-    )
+    iou_thresholds: tuple = option((0.4, 0.5), "where one label of IOU_LABELS goes over into the next", _THRESHOLDS)
     iou_labels: tuple = option(
         (0, -1, 1),
         "between the thresholds: 0 background, -1 ignored, 1 object",
@@ -40,6 +40,8 @@ class MaxIoUAssigner:
     )
 
     def __post_init__(self) -> None:
+        if not _THRESHOLDS.fits(self.iou_thresholds):
+            raise ValueError(f"IOU_THRESHOLDS: expected {_THRESHOLDS.text}, got {list(self.iou_thresholds)}")
         if len(self.iou_labels) != len(self.iou_thresholds) + 1:
             raise ValueError(
                 f"IOU_LABELS: expected {len(self.iou_thresholds) + 1} labels with IOU_THRESHOLDS "

@@ -130,3 +130,10 @@ def test_as_many_labels_as_intervals():
         ValueError, match=r"IOU_LABELS: expected 2 labels with IOU_THRESHOLDS \[0.5\], got \[0, -1, 1\]"
     ):
         MaxIoUAssigner((0.5,))
+
+
+@pytest.mark.parametrize("thresholds", [(0.5, 0.4), (0.5, 0.5)])
+def test_thresholds_increase(thresholds):
+    message = rf"IOU_THRESHOLDS: expected increasing numbers.*, got \[{thresholds[0]}, {thresholds[1]}\]"
+    with pytest.raises(ValueError, match=message):
+        MaxIoUAssigner(thresholds)
