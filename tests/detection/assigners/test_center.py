@@ -47,7 +47,6 @@ def test_a_size_at_the_end_of_two_ranges(closed, levels):
     places = make_places([(16, 16), (8, 8)], [8, 16], offset=0.0)
     boxes = torch.tensor([[0.0, 0.0, 96.0, 128.0]], dtype=torch.float64)
     assigned = CenterAssigner(0, closed)(places, boxes)
-    at = {level: 0 for level in levels}
     fine, coarse = assigned[: 16 * 16].view(16, 16), assigned[16 * 16 :].view(8, 8)
     at = {level for level, grid, cell in ((0, fine, 8), (1, coarse, 4)) if grid[cell, cell - cell // 4] == 0}
     assert at == levels
