@@ -239,7 +239,9 @@ class DenseDetector(nn.Module):
         boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
         if self.inference.clip_before_nms:
             boxes, scores, labels = _inside(boxes, scores, labels, size)
-        keep = batched_nms(boxes, scores, labels, self.inference.nms_thresh)[: self.inference.limit]
+        # To keep classes apart, it moves each by the largest coordinate: none may be negative.
+        lowest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).min()
+        keep = batched_nms(boxes - lowest, scores, labels, self.inference.nms_thresh)[: self.inference.limit]
         return Detections(*_inside(boxes[keep], scores[keep], labels[keep], size))
 
 
