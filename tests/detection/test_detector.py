@@ -476,18 +476,26 @@ def test_boxes_of_different_classes_do_not_suppress_each_other(many):
 # How detectors are put together.
 
 
-@pytest.mark.parametrize("score", ["product", "root"])
-def test_a_score_of_a_quality_needs_a_head_that_predicts_one(score):
-    with pytest.raises(ValueError, match=f"SCORE {score}: the detector predicts no quality"):
+@pytest.mark.parametrize(
+    ("score", "box_loss", "what"),
+    [
+        ("product", BoxLoss(), "SCORE product"),
+        ("root", BoxLoss(), "SCORE root"),
+        ("class", BoxLoss(by_centerness=True), "BBOX_REG_LOSS_BY_CENTERNESS True"),
+    ],
+)
+def test_what_needs_a_quality_needs_a_head_that_predicts_one(score, box_loss, what):
+    with pytest.raises(ValueError, match=f"{what}: the detector predicts no quality"):
         DenseDetector(
             DenseHead(4, CLASSES),
             ("p3",),
             Anchors([[8]], [[1.0]], (8,)),
-            Distances(),
+            DISTANCES,
             CenterAssigner(),
             FocalLoss(),
             Score(score),
             LossNormalizer("positives"),
+            box_loss=box_loss,
         )
 
 
