@@ -136,9 +136,7 @@ def choice(default: str, doc: str, registry: Mapping[str, type]) -> Any:
     The options of all of them become keys of the same node, each after its name and the field's last word:
     ``FOCAL_LOSS_ALPHA`` for the option ``alpha`` of "focal" in a field ``class_loss``.
     """
-    return dataclasses.field(
-        default_factory=lambda: registry[default](), metadata={"doc": doc, "registry": registry, "chosen": default}
-    )
+    return dataclasses.field(default_factory=lambda: registry[default](), metadata={"doc": doc, "registry": registry})
 
 
 @dataclass(frozen=True)
@@ -175,10 +173,11 @@ def leaves(options: type | Any, prefix: str = "") -> Iterator[Leaf]:
     for field in dataclasses.fields(instance):
         metadata, value = field.metadata, getattr(instance, field.name)
         if "registry" in metadata:
-            names = one_of(*metadata["registry"])
-            yield Leaf(prefix + field.name.upper(), metadata["chosen"], metadata["doc"], of_type(str), names)
-            for name, member in metadata["registry"].items():
-                yield from leaves(member, prefix + _member_prefix(name, field.name))
+            registry = metadata["registry"]
+            (chosen,) = (name for name, member in registry.items() if type(value) is member)
+            yield Leaf(prefix + field.name.upper(), chosen, metadata["doc"], of_type(str), one_of(*registry))
+            for name, member in registry.items():
+                yield from leaves(value if name == chosen else member, prefix + _member_prefix(name, field.name))
         elif "prefix" in metadata:
             yield from leaves(value, prefix + metadata["prefix"])
         else:

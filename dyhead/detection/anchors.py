@@ -19,11 +19,13 @@ class Places(NamedTuple):
         anchors: (R, 4).
         counts: places on every level, fine to coarse; their sum is R.
         strides: of every level, in pixels of the image.
+        per_cell: anchors A of a cell, the same on all levels.
     """
 
     anchors: Tensor
     counts: list[int]
     strides: tuple[int, ...]
+    per_cell: int = 1
 
     @property
     def centers(self) -> Tensor:
@@ -104,7 +106,7 @@ class Anchors:
             y, x = torch.meshgrid(y, x, indexing="ij")
             centers = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
             levels.append((centers + torch.tensor(cell, dtype=dtype, device=device)).reshape(-1, 4))
-        return Places(torch.cat(levels), [len(level) for level in levels], self.strides)
+        return Places(torch.cat(levels), [len(level) for level in levels], self.strides, self.per_cell)
 
 
 def _per_level(key: str, values: Sequence[Sequence[float]], levels: int) -> list[Sequence[float]]:

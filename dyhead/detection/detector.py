@@ -106,7 +106,7 @@ class DenseDetector(nn.Module):
         loss_names: of the class, box and quality loss.
 
     Raises:
-        ValueError: a score that needs a quality, but a head that predicts none.
+        ValueError: a score or box losses that need a quality, but a head that predicts none.
 
     Example:
         >>> import torch
@@ -138,6 +138,8 @@ class DenseDetector(nn.Module):
         super().__init__()
         if score.score != "class" and head.quality is None:
             raise ValueError(f"SCORE {score.score}: the detector predicts no quality")
+        if box_loss.by_centerness and head.quality is None:
+            raise ValueError("BBOX_REG_LOSS_BY_CENTERNESS True: the detector predicts no quality")
         self.head = head
         self.in_features = tuple(in_features)
         self.anchors = anchors
@@ -239,7 +241,9 @@ class DenseDetector(nn.Module):
         boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
         if self.inference.clip_before_nms:
             boxes, scores, labels = _inside(boxes, scores, labels, size)
-        keep = batched_nms(boxes, scores, labels, self.inference.nms_thresh)[: self.inference.limit]
+        # To keep classes apart, it moves each by the largest coordinate: none may be negative.
+        lowest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).min()
+        keep = batched_nms(boxes - lowest, scores, labels, self.inference.nms_thresh)[: self.inference.limit]
         return Detections(*_inside(boxes[keep], scores[keep], labels[keep], size))
 
 

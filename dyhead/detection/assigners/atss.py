@@ -26,8 +26,8 @@ class ATSSAssigner:
 
     atss_candidates: int = option(9, "candidates of an object on each level, per anchor of a cell", at_least(1))
 
-    def __call__(self, places: Places, boxes: Tensor, per_cell: int = 1) -> Tensor:
-        """See :mod:`dyhead.detection.assigners`; ``per_cell`` anchors stand in a cell."""
+    def __call__(self, places: Places, boxes: Tensor) -> Tensor:
+        """See :mod:`dyhead.detection.assigners`."""
         anchors, centers = places.anchors, places.centers
         assigned = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
         if not len(boxes):
@@ -35,7 +35,7 @@ class ATSSAssigner:
         distance = torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, centers, compute_mode="donot_use_mm_for_euclid_dist")
         candidates, first = [], 0
         for count in places.counts:
-            nearest = min(self.atss_candidates * per_cell, count)
+            nearest = min(self.atss_candidates * places.per_cell, count)
             level = distance[:, first : first + count]
             candidates.append(level.topk(nearest, dim=1, largest=False).indices + first)
             first += count

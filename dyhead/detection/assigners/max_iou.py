@@ -15,6 +15,7 @@ from dyhead.options import above, at_least_one, at_most, each, increasing, one_o
 _MEANING = {0: BACKGROUND, -1: IGNORED}
 # So many IoUs are held at a time: 2^24 of them are 64 MB.
 _CHUNK = 2**24
+_THRESHOLDS = at_least_one("number") & increasing() & each(above(0) & at_most(1))
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,14 @@ class MaxIoUAssigner:
     """Each anchor belongs to the object of its largest IoU, if that is large enough.
 
     Besides, every anchor whose IoU with some object is the largest of all anchors' with it is positive, so that every
-    object has one; it belongs to the object of its own largest IoU.
+    object has one unless it overlaps none; it belongs to the object of its own largest IoU.
 
     Raises:
         ValueError: not one label more than thresholds, or thresholds that do not increase.
     """
 
     iou_thresholds: tuple[float, ...] = option(
-        (0.4, 0.5),
-        "where one label of IOU_LABELS goes over into the next",
-        at_least_one("number") & increasing() & each(above(0) & at_most(1)),
+        (0.4, 0.5), "where one label of IOU_LABELS goes over into the next", _THRESHOLDS
     )
     iou_labels: tuple[int, ...] = option(
         (0, -1, 1),
@@ -40,6 +39,8 @@ class MaxIoUAssigner:
     )
 
     def __post_init__(self) -> None:
+        if not _THRESHOLDS.fits(self.iou_thresholds):
+            raise ValueError(f"IOU_THRESHOLDS: expected {_THRESHOLDS.text}, got {list(self.iou_thresholds)}")
         if len(self.iou_labels) != len(self.iou_thresholds) + 1:
             raise ValueError(
                 f"IOU_LABELS: expected {len(self.iou_thresholds) + 1} labels with IOU_THRESHOLDS "
@@ -57,7 +58,9 @@ class MaxIoUAssigner:
         step = max(_CHUNK // max(len(anchors), 1), 1)
         for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
             iou = box_iou(boxes[first : first + step], anchors)
-            wanted |= (iou == iou.amax(dim=1, keepdim=True)).any(dim=0)
+            largest = iou.amax(dim=1, keepdim=True)
+            largest[largest == 0] = torch.inf  # of an object that overlaps no anchor all would tie
+            wanted |= (iou == largest).any(dim=0)
             value, index = iou.max(dim=0)
             owner = torch.where(value > best, index + first, owner)
             best = torch.maximum(value, best)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 _SMALLEST_IOU = 1e-6
+_SMALLEST_SIDE = 1e-3  # pixels
 
 
 def log_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
@@ -20,10 +21,17 @@ def log_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     return -iou.clamp(min=_SMALLEST_IOU).log()
 
 
+def complete_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """``1 - CIoU`` (Zheng et al., "Distance-IoU Loss", AAAI 2020), also of empty boxes; (P,) from boxes (P, 4)."""
+    # The aspect ratio of a box without height would be NaN, or have a gradient that is.
+    corner = torch.maximum(boxes[:, 2:], boxes[:, :2] + _SMALLEST_SIDE)
+    return complete_box_iou_loss(torch.cat([boxes[:, :2], corner], dim=1), targets)
+
+
 #: Losses on decoded boxes by their names in the configuration, (P, 4) and (P, 4) to (P,).
 OVERLAP_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "iou": log_iou_loss,
     "giou": generalized_box_iou_loss,
     "diou": distance_box_iou_loss,
-    "ciou": complete_box_iou_loss,
+    "ciou": complete_iou_loss,
 }

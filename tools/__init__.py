@@ -1,0 +1,1 @@
+"""What developers run: checks on a GPU, under sanitizers, and against the original projects' numbers."""

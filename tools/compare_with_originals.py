@@ -1,0 +1,40 @@
+"""Compare this project with the numbers that the original projects' own code computed.
+
+    python tools/compare_with_originals.py FOLDER
+
+FOLDER holds ``oracles``, records of single heads, and ``published``, records of whole recipes: NAME.json and NAME.npz
+each. Prints a table; the exit code is 1 if a difference is over its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.originals import heads
+from tools.originals.rows import Row, table
+
+#: What is compared: functions of the folder that yield rows.
+COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (heads.rows,)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(arguments).folder
+    rows = [row for comparison in COMPARISONS for row in comparison(folder)]
+    if not any(row.difference is not None for row in rows):
+        parser.error(f"{folder}: expected records in its folder oracles, found none that can be compared")
+    print(table(rows))
+    over = [row for row in rows if not row.passes]
+    print(f"\n{sum(row.difference is not None for row in rows)} comparisons, {len(over)} over their tolerance")
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
