@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.originals import heads
+from tools.originals import heads, recipes
 from tools.originals.rows import Row, table
 
 #: What is compared: functions of the folder that yield rows.
-COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (heads.rows,)
+COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (heads.rows, recipes.rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     rows = [row for comparison in COMPARISONS for row in comparison(folder)]
     if not any(row.difference is not None for row in rows):
-        parser.error(f"{folder}: expected records in its folder oracles, found none that can be compared")
+        parser.error(f"{folder}: expected records in oracles or published, found none to compare")
     print(table(rows))
     over = [row for row in rows if not row.passes]
     print(f"\n{sum(row.difference is not None for row in rows)} comparisons, {len(over)} over their tolerance")
