@@ -98,6 +98,9 @@ def _check_together(cfg: CfgNode) -> None:
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
+        box = cfg.MODEL.ROI_BOX_HEAD
+        if box.NAME == "FastRCNNConvFCHead" and box.NUM_CONV == 0:
+            expect(cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", box.NUM_FC > 0, "at least 1 with NUM_CONV 0")
 
 
 def options_of(cfg: CfgNode, node: str) -> Any:

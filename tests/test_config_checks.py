@@ -164,7 +164,8 @@ def test_ranges_end_where_they_are_said_to(key, illegal, legal):
         ("MODEL.ROI_HEADS.POSITIVE_FRACTION", [2], [0.5]),
         ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", [-1, 2], [0, 1]),
         ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", [0], [1]),
-        ("MODEL.ROI_BOX_HEAD.NUM_FC", [-1], [0]),
+        ("MODEL.ROI_BOX_HEAD.NUM_FC", [-1, 0], [1]),
+        ("MODEL.ROI_BOX_HEAD.NUM_CONV", [-1], [0, 1]),
         ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", [(1, 1, 1), (1, 1, 1, 0)], [(1, 1, 1, 1)]),
     ],
 )
@@ -237,6 +238,7 @@ def test_values_that_do_not_fit_each_other_are_refused(detector, values, message
 def test_values_that_nothing_reads_need_not_fit():
     assert refusal("DyHeadFCOS", **{"SOLVER.OPTIMIZER": "ADAMW", "SOLVER.NESTEROV": True, "SOLVER.MOMENTUM": 0}) is None
     assert refusal("DyHeadFCOS", **{"MODEL.RPN.IOU_LABELS": [0]}) is None
+    assert refusal("DyHeadRCNN", **{"MODEL.ROI_BOX_HEAD.NUM_FC": 0, "MODEL.ROI_BOX_HEAD.NUM_CONV": 1}) is None
 
 
 @pytest.mark.parametrize(

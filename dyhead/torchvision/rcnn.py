@@ -241,7 +241,7 @@ def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     """Faster R-CNN with DyHead, of ``MODEL.RPN``, ``ROI_HEADS`` and ``ROI_BOX_HEAD``; labels 0 to K - 1.
 
     Raises:
-        ConfigError, ValueError: levels that are not there, a box head without layers.
+        ConfigError, ValueError: levels that are not there, labels that are not supported.
     """
     pyramid = build_pyramid(cfg)
     return FasterRCNN(
@@ -287,8 +287,6 @@ def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]
 
 def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> BoxHeads:
     options, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    if box.NUM_CONV + box.NUM_FC < 1:
-        raise ConfigError("MODEL.ROI_BOX_HEAD: expected NUM_CONV or NUM_FC to be at least 1, got 0 and 0")
     low, high = iou_thresholds(cfg, "MODEL.ROI_HEADS")
     side = box.POOLER_RESOLUTION
     head = FastRCNNConvFCHead(
