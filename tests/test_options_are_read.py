@@ -1,0 +1,210 @@
+"""Options: each is read by what it belongs to, so that none is ignored in silence; and its type is checked."""
+
+import ast
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import dyhead
+from dyhead.config import OPTIONS
+from dyhead.detection import DETECTORS, Targets
+from dyhead.detection.anchors import AnchorOptions
+from dyhead.necks import NECKS
+from dyhead.options import above, at_least, choice, each, leaves, of_type, one_of, option, part
+
+STRIDES = {"p3": 8, "p4": 16}
+PACKAGE = Path(dyhead.__file__).parent
+
+
+def others(field, value, check):
+    """Other legal values of an option that has few of them."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, str) and check is not None:
+        named = ast.literal_eval(f"({check.text.removeprefix('one of ')},)")
+        return [name for name in named if name != value]
+    return []
+
+
+def variants(options):
+    """``options`` and, for each switch among its options, the same with this one switched."""
+    yield options
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if "registry" in field.metadata:
+            changed = [v for member in field.metadata["registry"].values() for v in variants(member())]
+        elif "prefix" in field.metadata:
+            changed = list(variants(value))[1:]
+        else:
+            changed = others(field, value, field.metadata["check"])
+        yield from (dataclasses.replace(options, **{field.name: each}) for each in changed)
+
+
+def declared(options):
+    """(class, field) of each option in an options dataclass and its parts."""
+    for field in dataclasses.fields(options):
+        yield type(options), field.name
+        if "registry" in field.metadata:
+            for member in field.metadata["registry"].values():
+                yield from declared(member())
+        elif "prefix" in field.metadata:
+            yield from declared(getattr(options, field.name))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A function that starts to note which fields of some classes are read, into the set that it returns."""
+
+    def start(classes):
+        seen = set()
+
+        def get(self, name):
+            seen.add((type(self), name))
+            return object.__getattribute__(self, name)
+
+        for watched in classes:
+            monkeypatch.setattr(watched, "__getattribute__", get)
+        return seen
+
+    return start
+
+
+def run(options, anchors):
+    """Build a detector, train it on two images and let it detect in them; its losses and detections."""
+    torch.manual_seed(0)
+    detector = options.build(32, list(STRIDES.values()), anchors=anchors)
+    pyramid = {name: torch.randn(2, 32, 64 // stride, 64 // stride) for name, stride in STRIDES.items()}
+    predictions = detector(pyramid)
+    targets = [
+        Targets(torch.tensor([[4.0, 4.0, 40.0, 44.0]]), torch.tensor([2])),
+        Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),
+    ]
+    losses = detector.losses(predictions, targets)
+    return losses, detector.detections(predictions, [(64, 64), (60, 64)])
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_reads_each_of_its_options(name, watch):
+    options = DETECTORS[name].options(num_classes=3, in_features=tuple(STRIDES), score_thresh_test=0.0, num_convs=1)
+    candidates, wanted = list(variants(options)), set(declared(options))
+    anchors = AnchorOptions(((32.0,),), ((1.0,),), 0.5)
+    seen = watch({cls for cls, _ in wanted})
+    for candidate in candidates:
+        losses, _ = run(candidate, anchors)
+        assert all(torch.isfinite(loss) for loss in losses.values())
+    assert {f"{cls.__name__}.{field}" for cls, field in wanted - seen} == set()
+
+
+def test_detectors_with_anchors_read_each_option_of_theirs(watch):
+    options = DETECTORS["DyHeadRetinaNet"].options(num_classes=3, in_features=tuple(STRIDES))
+    anchors = AnchorOptions(((32.0,),), ((1.0,),), 0.5)
+    seen = watch({AnchorOptions})
+    run(options, anchors)
+    assert {field for _, field in declared(anchors)} <= {field for _, field in seen}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_blocks", 1),
+        ("block", "released"),
+        ("window", None),
+        ("scale_aware", False),
+        ("spatial_aware", False),
+        ("task_aware", False),
+        ("offset_groups", 2),
+        ("norm_groups", 4),
+    ],
+)
+def test_each_option_of_dyhead_changes_what_it_computes(name, value):
+    options = NECKS["DyHead"].options
+
+    def outcome(**changed):
+        torch.manual_seed(0)
+        head = options(**{"num_blocks": 2} | changed).build(16)
+        torch.manual_seed(0)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)  # offsets start at 0
+        pyramid = {f"p{i}": torch.randn(1, 16, 32 // 2**i, 32 // 2**i) for i in range(4)}
+        return torch.cat([level.flatten() for level in head(pyramid).values()])
+
+    assert torch.equal(outcome(), outcome())
+    assert not torch.allclose(outcome(), outcome(**{name: value}))
+
+
+def test_that_covers_every_option_of_dyhead():
+    (mark,) = (m for m in test_each_option_of_dyhead_changes_what_it_computes.pytestmark if m.name == "parametrize")
+    assert {name for name, _ in mark.args[1]} == {f.name for f in dataclasses.fields(NECKS["DyHead"].options)}
+    assert set(NECKS) == {"DyHead"}  # another neck needs a test like it
+
+
+@pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
+def test_each_engine_reads_each_option_that_belongs_to_no_part(engine):
+    parts = {registered.node for registered in (*DETECTORS.values(), *NECKS.values())}
+    shared = [path for path in PACKAGE.glob("*.py") if path.stem not in ("config_page", "config_options")]
+    read_names = set()
+    for path in (*shared, *(PACKAGE / engine).glob("*.py")):
+        tree = ast.parse(path.read_text())
+        read_names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in set(OPTIONS) - parts - {"MODEL.ANCHOR_GENERATOR"}:
+        for field in dataclasses.fields(OPTIONS[node]):
+            assert {field.name, field.name.upper()} & read_names, f"{node}.{field.name.upper()}"
+
+
+@dataclass(frozen=True)
+class Color:
+    shade: float = option(0.5, "how light", at_least(0))
+
+
+@dataclass(frozen=True)
+class Shape:
+    corners: int = option(3, "how many", at_least(3))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    title: str = option("", "above it", one_of("", "no title"))
+    sizes: tuple[tuple[int, ...], ...] = option(((1, 2),), "in pixels")
+    limit: int | None = option(None, "at most", above(0))
+    color: Color = part(Color(0.25), prefix="BACK_")
+    outline: object = choice("shape", "what is drawn", {"shape": Shape, "color": Color})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("TITLE", "no title", None),
+        ("TITLE", "title", "one of '', 'no title'"),
+        ("TITLE", 3, "a string, one of '', 'no title'"),
+        ("SIZES", [[1], []], None),
+        ("SIZES", [1], "a list of lists of whole numbers"),
+        ("SIZES", [[1.5]], "a list of lists of whole numbers"),
+        ("LIMIT", None, None),
+        ("LIMIT", 0, "above 0"),
+        ("LIMIT", True, "a whole number or null, above 0"),
+        ("BACK_SHADE", 1, None),
+        ("BACK_SHADE", float("nan"), "a number, at least 0"),
+        ("BACK_SHADE", float("inf"), "a number, at least 0"),
+        ("BACK_SHADE", "1", "a number, at least 0"),
+        ("OUTLINE", "line", "one of 'shape', 'color'"),
+    ],
+)
+def test_an_option_says_what_was_expected(key, value, expected):
+    (leaf,) = (leaf for leaf in leaves(Drawing) if leaf.key == key)
+    assert leaf.expected(value) == expected
+
+
+def test_checks_are_combined():
+    check = of_type(tuple[float, float]) & each(above(0))
+    assert check.text == "a list of 2 numbers, each above 0"
+    assert check.fits([1, 2.5])
+    assert not any(map(check.fits, [[1], [1, 2, 3], [1, 0], [1, "a"], None, 1]))
+
+
+@pytest.mark.parametrize("annotation", [list, dict, tuple, object])
+def test_a_type_that_options_cannot_have_is_refused(annotation):
+    with pytest.raises(TypeError, match="expected bool, int, float, str"):
+        of_type(annotation)
