@@ -189,12 +189,12 @@ def num_classes(cfg: CfgNode) -> int:
 
 
 def check_num_classes(cfg: CfgNode, dataset: str, class_names: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless the model predicts exactly the classes of data set ``dataset``."""
+    """Raise :class:`ConfigError` unless the model predicts exactly the classes of dataset ``dataset``."""
     key, expected = _num_classes_key(cfg), len(class_names)
     if get(cfg, key) != expected:
         some = ", ".join(class_names[:8]) + (", ..." if expected > 8 else "")
         raise ConfigError(
-            f"{key}: expected {expected}, the number of classes of data set {dataset!r} ({some}), got {get(cfg, key)}"
+            f"{key}: expected {expected}, the number of classes of dataset {dataset!r} ({some}), got {get(cfg, key)}"
         )
 
 

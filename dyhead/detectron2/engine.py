@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             ``machine_rank`` and ``dist_url`` of ``train_net.py``. Without CUDA, ``num_gpus`` is a number of processes.
 
     Returns:
-        For each data set of ``DATASETS.TEST`` its metrics (AP, AP50, ..., in percent; None where there are none); on
+        For each dataset of ``DATASETS.TEST`` its metrics (AP, AP50, ..., in percent; None where there are none); on
         machines other than that of rank 0 nothing.
 
     Raises:
@@ -131,7 +131,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
-        raise ConfigError(f"DATASETS.{needed}: expected at least one data set, got none")
+        raise ConfigError(f"DATASETS.{needed}: expected at least one dataset, got none")
     register_datasets(names, cfg.DATASETS.REGISTER)
     check_classes(cfg, names)
 

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 def report_results(cfg: CfgNode, model: nn.Module, results: dict[str, Any]) -> None:
     """Measure ``model``, log one table, and write results.json and predictions.png.
 
-    Speed, memory and multiply-adds are measured on pictures of the first test set (``TEST.BENCHMARK``), as the model
+    Speed, memory and multiply-adds are measured on images of the first test set (``TEST.BENCHMARK``), as the model
     takes them.
 
     Args:
@@ -78,7 +78,7 @@ def _detections(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
 
 
 def _measure(cfg: CfgNode, model: nn.Module, name: str) -> tuple[Timing | None, float | None, tuple[int, int] | None]:
-    """Speed, multiply-adds (billions) and the (height, width) they are for, of the first pictures of a data set."""
+    """Speed, multiply-adds (billions) and the (height, width) they are for, of the first images of a dataset."""
     benchmark = cfg.TEST.BENCHMARK
     mapper = NamingMapper(cfg, is_train=False)
     inputs = [mapper(record) for record in DatasetCatalog.get(name)[: benchmark.NUM_IMAGES]]

@@ -1,4 +1,4 @@
-"""Detectron2's trainer with what the configuration adds to it: data sets, optimizer, checkpoints, devices."""
+"""Detectron2's trainer with what the configuration adds to it: datasets, optimizer, checkpoints, devices."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from dyhead.detectron2.solver import build_optimizer
 class Trainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` for the detectors of this package; it also runs on CPUs, in several processes.
 
-    The differences: ``SOLVER.OPTIMIZER``; COCO's evaluation, by pycocotools, of every data set of ``DATASETS.TEST``;
-    a picture that cannot be read is named; a checkpoint that does not fit is an error on ``--resume``; on a CPU
+    The differences: ``SOLVER.OPTIMIZER``; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``;
+    an image that cannot be read is named; a checkpoint that does not fit is an error on ``--resume``; on a CPU
     ``SOLVER.AMP`` is bfloat16.
 
     Args:
-        cfg: Detectron2's config with :func:`dyhead.config.add_dyhead_config`; the data sets are registered.
+        cfg: Detectron2's config with :func:`dyhead.config.add_dyhead_config`; the datasets are registered.
 
     Raises:
         ConfigError: the model or the optimizer cannot be built from the config.
@@ -105,7 +105,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO's evaluation; the detections go to ``OUTPUT_DIR/inference/<data set>/coco_instances_results.json``."""
+        """COCO's evaluation; the detections go to ``OUTPUT_DIR/inference/<dataset>/coco_instances_results.json``."""
         return CompletingCocoEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
 
 

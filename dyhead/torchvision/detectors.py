@@ -15,8 +15,8 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """The detector of ``MODEL.META_ARCHITECTURE`` with random weights, on the CPU, in training mode.
 
     It follows torchvision's interface: in training ``model(images, targets)`` gives losses by name, in evaluation
-    ``model(images)`` gives for each picture boxes (M, 4) as x0, y0, x1, y1 in its pixels, scores and labels (M,).
-    Pictures are (3, H, W), values 0 to 255 in the channel order of ``INPUT.FORMAT``; labels are 0 to K - 1.
+    ``model(images)`` gives for each image boxes (M, 4) as x0, y0, x1, y1 in its pixels, scores and labels (M,).
+    Images are (3, H, W), values 0 to 255 in the channel order of ``INPUT.FORMAT``; labels are 0 to K - 1.
 
     Raises:
         ConfigError: a value that is not supported, or values that do not fit each other.

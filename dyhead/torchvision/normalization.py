@@ -1,4 +1,4 @@
-"""What torchvision's detectors do with pictures before the network sees them."""
+"""What torchvision's detectors do with images before the network sees them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 
 class Normalization(GeneralizedRCNNTransform):
-    """Normalises pictures and pads them to one size, but does not resize them: the data set has done that.
+    """Normalises images and pads them to one size, but does not resize them: the dataset has done that.
 
-    Pictures are (3, H, W) with values 0 to 255. They are padded, with the mean, at the right and the bottom.
+    Images are (3, H, W) with values 0 to 255. They are padded with zeros after that, at the right and the bottom.
 
     Args:
         mean: of the three channels.
@@ -23,7 +23,7 @@ class Normalization(GeneralizedRCNNTransform):
         super().__init__(0, 0, list(mean), list(std), size_divisible)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """A picture of any number type, as float32 with mean 0 and deviation 1."""
+        """A image of any number type, as float32 with mean 0 and deviation 1."""
         return super().normalize(image.float())
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:

@@ -1,6 +1,6 @@
 """Faster R-CNN in the pyramid form: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
 
-N batch, C channels, K classes, Q proposals of all pictures, S side of a pooled region in cells.
+N batch, C channels, K classes, Q proposals of all images, S side of a pooled region in cells.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ProposalNetwork(RegionProposalNetwork):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals of each picture (x0, y0, x1, y1 in pixels), and in training the losses by Detectron2's names."""
+        """Proposals of each image (x0, y0, x1, y1 in pixels), and in training the losses by Detectron2's names."""
         levels = [features[name] for name in self.levels]
         logits, deltas = self.head(levels)
         anchors = self.anchor_generator(images, levels)
@@ -136,9 +136,9 @@ class ProposalNetwork(RegionProposalNetwork):
         Args:
             logits: objectness (N, R).
             deltas: (N, R, 4).
-            anchors: for each picture (R, 4) in pixels.
-            labels: for each picture (R,): 1 object, 0 background, -1 ignored.
-            matched: for each picture the box (R, 4) that each anchor is compared with.
+            anchors: for each image (R, 4) in pixels.
+            labels: for each image (R,): 1 object, 0 background, -1 ignored.
+            matched: for each image the box (R, 4) that each anchor is compared with.
         """
         positive, negative = (torch.stack(chosen).bool() for chosen in self.fg_bg_sampler(labels))
         sample = positive | negative
@@ -179,7 +179,7 @@ class BoxHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections of each picture or, in training, the losses by Detectron2's names; label 0 is background."""
+        """Detections of each image or, in training, the losses by Detectron2's names; label 0 is background."""
         if self.training:
             proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
         regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
@@ -203,7 +203,7 @@ class BoxHeads(RoIHeads):
 class PyramidPool(nn.Module):
     """RoI pooling from the level that fits a region's size (Lin et al., "Feature Pyramid Networks", Eq. 1).
 
-    torchvision's own guesses the strides from the first pictures it sees, without their padding, and does not align.
+    torchvision's own guesses the strides from the first images it sees, without their padding, and does not align.
 
     Args:
         strides: of the levels to pool from, by name, fine to coarse.
@@ -220,12 +220,12 @@ class PyramidPool(nn.Module):
         self.aligned = aligned
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Levels (N, C, H, W) and boxes of each picture in pixels to (Q, C, S, S); the sizes do not matter."""
+        """Levels (N, C, H, W) and boxes of each image in pixels to (Q, C, S, S); the sizes do not matter."""
         index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
         regions = torch.cat([index, torch.cat(boxes)], dim=1)
         size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))
         numbers = [stride.bit_length() - 1 for stride in self.strides.values()]  # log2
-        # A region of 224 pixels, ImageNet's picture, belongs to level 4, of stride 16.
+        # A region of 224 pixels, ImageNet's image, belongs to level 4, of stride 16.
         wanted = (4 + torch.log2(size / 224 + 1e-8)).floor().clamp(numbers[0], numbers[-1])
         levels = [features[name] for name in self.strides]
         pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], self.resolution, self.resolution)

@@ -14,11 +14,13 @@ from detectron2.modeling import build_model as build_detectron2
 
 from dyhead.checkpoints import canonical_names, convert
 from dyhead.config import add_dyhead_config, load_config
+from dyhead.detection import DETECTORS as REGISTERED
 from dyhead.detectron2 import Checkpointer
 from dyhead.torchvision import build_model as build_torchvision
 from dyhead.torchvision import get_cfg as get_torchvision_cfg
 from dyhead.torchvision.checkpoint import load_weights
 
+DETECTORS = [*(registered.name.lower() for registered in REGISTERED.values()), "faster_rcnn"]
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
 COUNTER = "num_batches_tracked"
 
@@ -31,7 +33,7 @@ def models(detector, *options):
     return build_detectron2(theirs), build_torchvision(ours)
 
 
-@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -50,7 +52,7 @@ def test_both_engines_have_the_same_canonical_names_and_shapes(detector, options
     assert {name for name in canonical_names(ours).values() if COUNTER not in name} == expected.keys()
 
 
-@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("detector", DETECTORS)
 def test_detectron2_loads_what_torchvision_trained(detector, tmp_path):
     theirs, ours = models(detector)
     torch.save({"state_dict": ours.state_dict(), "global_step": 3}, tmp_path / "w.pth")
@@ -59,7 +61,7 @@ def test_detectron2_loads_what_torchvision_trained(detector, tmp_path):
     assert all(torch.equal(loaded[key], expected[name]) for key, name in canonical_names(loaded).items())
 
 
-@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("detector", DETECTORS)
 def test_torchvision_loads_what_detectron2_trained(detector, tmp_path):
     theirs, ours = models(detector)
     Checkpointer(theirs, str(tmp_path)).save("w")

@@ -21,7 +21,7 @@ from dyhead.detection import DETECTORS
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detectron2 import DyHeadBackbone, NeckBackbone, build_backbone
 
-DETECTOR_NAMES = ["atss", "fcos", "retinanet", "faster_rcnn"]
+DETECTOR_NAMES = [*(registered.name.lower() for registered in DETECTORS.values()), "faster_rcnn"]
 
 
 class HeadOf(torch.nn.Module):

@@ -68,7 +68,7 @@ def test_registering_again_changes_nothing(blocks):
 
 
 def test_names_of_detectron2_are_not_taken(tmp_path):
-    with pytest.raises(DataError, match=r"'voc_2007_val'.*data set of Detectron2"):
+    with pytest.raises(DataError, match=r"'voc_2007_val'.*dataset of Detectron2"):
         register_datasets([], [["voc_2007_val", str(tmp_path / "a.json"), str(tmp_path)]])
 
 

@@ -9,6 +9,7 @@ import yaml
 
 import dyhead.torchvision as package
 from dyhead.config import OPTIONS, ConfigError, add_dyhead_config, get
+from dyhead.detection import DETECTORS
 from dyhead.options import leaves as option_leaves
 from dyhead.torchvision import build_model, get_cfg, setup
 from dyhead.torchvision.config import check_values, dump, not_honoured_keys
@@ -69,7 +70,7 @@ def test_keys_that_cannot_be_honoured_are_named_with_their_values_in_one_warning
 
 def test_the_shipped_configurations_are_honoured_in_full(tiny, command, caplog):
     caplog.set_level(logging.WARNING)
-    for detector in ("atss", "fcos", "retinanet", "faster_rcnn"):
+    for detector in (*(registered.name.lower() for registered in DETECTORS.values()), "faster_rcnn"):
         args = command({key: tiny[key] for key in ("MODEL.DEVICE", "OUTPUT_DIR")}, detector)
         for config in (args.config_file, args.config_file.replace("quickstart/", "").replace("R18_shapes", "R50")):
             args.config_file = config
@@ -85,7 +86,7 @@ def test_a_misspelt_key_is_an_error_that_suggests_the_right_one(tiny, command):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.META_ARCHITECTURE", "MaskRCNN", "DyHeadATSS, DyHeadFCOS, DyHeadRetinaNet, DyHeadRCNN"),
+        ("MODEL.META_ARCHITECTURE", "MaskRCNN", ", ".join([*DETECTORS, "DyHeadRCNN"])),
         ("MODEL.BACKBONE.NAME", "build_swin", "'build_resnet_fpn_backbone', 'build_resnet_fpn_p6p7_backbone'"),
         ("MODEL.RESNETS.NORM", "naiveSyncBN", "'BN', 'SyncBN', 'FrozenBN', 'GN'"),
         ("MODEL.RESNETS.DEPTH", 20, "18, 34, 50, 101, 152"),

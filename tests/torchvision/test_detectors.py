@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 
+from dyhead.detection import DETECTORS as REGISTERED
 from dyhead.detection import Anchors
 from dyhead.layers import DyHead, ReleasedDyHeadBlock
 from dyhead.torchvision import build_model
@@ -15,12 +16,8 @@ from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.dense import DenseModel
 from dyhead.torchvision.rcnn import BoxPredictor, FasterRCNN, PyramidPool
 
-DETECTORS = {
-    "atss": (DenseModel, {"loss_cls", "loss_box_reg", "loss_centerness"}),
-    "fcos": (DenseModel, {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}),
-    "retinanet": (DenseModel, {"loss_cls", "loss_box_reg"}),
-    "faster_rcnn": (FasterRCNN, {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}),
-}
+DETECTORS = [*(detector.name.lower() for detector in REGISTERED.values()), "faster_rcnn"]
+TWO_STAGE_LOSSES = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +40,13 @@ def batch():
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_losses_are_finite_and_reach_every_parameter(tiny, configured, detector):
     model = build_model(configured(tiny, detector))
-    kind, names = DETECTORS[detector]
-    assert isinstance(model, kind)
+    assert isinstance(model, FasterRCNN if detector == "faster_rcnn" else DenseModel)
     losses = model(*batch())
-    assert set(losses) == names
+    if detector == "faster_rcnn":
+        assert set(losses) == TWO_STAGE_LOSSES
+    else:
+        names = model.detector.loss_names
+        assert set(losses) == set(names if model.detector.head.quality is not None else names[:2])
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -54,7 +54,7 @@ def test_losses_are_finite_and_reach_every_parameter(tiny, configured, detector)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_pictures_without_objects_only_train_the_background(tiny, configured, detector):
+def test_images_without_objects_only_train_the_background(tiny, configured, detector):
     model = build_model(configured(tiny, detector))
     images, targets = batch()
     losses = model(images[1:], targets[1:])
@@ -189,7 +189,7 @@ def test_regions_are_pooled_from_the_level_of_their_size(aligned):
     assert PyramidPool(strides, 3, 0, aligned)(levels, [torch.zeros(0, 4)] * 2, []).shape == (0, 5, 3, 3)
 
 
-def test_pictures_are_normalised_in_the_configured_units_and_padded(tiny, configured):
+def test_images_are_normalised_in_the_configured_units_and_padded(tiny, configured):
     options = {"MODEL.PIXEL_MEAN": [10.0, 20.0, 30.0], "MODEL.PIXEL_STD": [2.0, 4.0, 5.0]}
     transform = build_model(configured(tiny | options)).transform
     picture = torch.tensor([12, 28, 40], dtype=torch.uint8)[:, None, None].expand(3, 33, 20)
@@ -214,7 +214,7 @@ def test_bfloat16_autocast_gives_losses_close_to_float32(tiny, configured, detec
     sum(half.values()).backward()
 
 
-def test_small_pictures_give_sound_gradients_in_bfloat16(tiny, configured):
+def test_small_images_give_sound_gradients_in_bfloat16(tiny, configured):
     """P6 of 64 pixels is one pixel; a strided convolution on it in bfloat16 has gradients of anything."""
     model = build_model(configured(tiny))
     images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)]

@@ -11,11 +11,12 @@ import torch
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
+from dyhead.detection import DETECTORS as REGISTERED
 from dyhead.torchvision import engine, main
 from dyhead.torchvision.logs import TrainingLog
 from dyhead.torchvision.training import Autocast
 
-DETECTORS = ("atss", "fcos", "retinanet", "faster_rcnn")
+DETECTORS = [*(detector.name.lower() for detector in REGISTERED.values()), "faster_rcnn"]
 
 
 @pytest.fixture
