@@ -13,7 +13,8 @@ _MOMENTUM = 0.9
 class LossNormalizer(nn.Module):
     """The number of positive places, averaged over devices, at least 1.
 
-    With that average, several devices compute the loss that one would on all their images.
+    With that average, the mean of several devices' losses is what one computes on all their images; for a moving
+    average once its start is forgotten.
 
     Args:
         kind: "positives": of the batch. "positives_per_image": an image counts at least as one (mmdetection).
