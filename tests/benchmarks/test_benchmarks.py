@@ -86,7 +86,7 @@ def test_block_compares_with_the_composition(tmp_path):
 def test_detector_compares_with_the_composition(tmp_path, options):
     file = tmp_path / "detector.json"
     detector.main([*TINY, *options, "--no-memory", "--output", str(file)])
-    result = read(file, ["ours", "composition"], cases=3 if options[1] == "inference" else 1)
+    result = read(file, ["ours", "composition"], cases=len(detector.NAMES) if options[1] == "inference" else 1)
     assert {row["case"]["mode"] for row in result["cases"]} == {options[1]}
 
 

@@ -48,7 +48,7 @@ def test_a_folder_without_records_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main([str(tmp_path)])
     assert error.value.code == 2
-    assert "expected records in its folder oracles, found none" in capsys.readouterr().err
+    assert "expected records in oracles or published, found none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("difference", "passes"), [(0.9, True), (1.0, True), (1.1, False), (math.nan, False)])
