@@ -194,7 +194,7 @@ def test_two_processes_share_a_batch(arguments, tmp_path):
         ({}, {"num_gpus": 0}, ConfigError, "--num-gpus"),
         ({}, {"machine_rank": 1}, ConfigError, "--machine-rank: expected 0 to 0, got 1"),
         ({"MODEL.DEVICE": "gpu"}, {}, ConfigError, "MODEL.DEVICE: expected cpu, .*got 'gpu'"),
-        ({"DATASETS.TRAIN": ()}, {}, ConfigError, "DATASETS.TRAIN: expected at least one data set"),
+        ({"DATASETS.TRAIN": ()}, {}, ConfigError, "DATASETS.TRAIN: expected at least one dataset"),
         ({"SOLVER.OPTIMIZER": "LION"}, {"num_gpus": 2}, ConfigError, "SOLVER.OPTIMIZER: expected .*'LION'"),
         ({"DATASETS.TRAIN": ("bloks_train",)}, {}, DataError, "'bloks_train' is not known.*blocks_train"),
     ],
