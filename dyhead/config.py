@@ -20,7 +20,6 @@ from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CH
 from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
-from dyhead.necks import NECKS, Stack
 from dyhead.options import Check, leaves, read
 
 
@@ -118,27 +117,6 @@ def _read(cfg: CfgNode, node: str, options: type) -> Any:
         return read(options, lambda key: get(cfg, f"{node}.{key}"))
     except ValueError as error:
         raise ConfigError(f"{node}: {error}") from error
-
-
-def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:
-    """Necks by name, in their order, for levels of so many channels and these strides, in pixels.
-
-    Raises:
-        ConfigError: ``MODEL.NECKS`` is not sound, or options do not fit.
-    """
-    check_options(cfg, "MODEL")
-    options = {name: options_of(cfg, NECKS[name].node) for name in names}
-    try:
-        necks = {name.lower(): option.build(channels) for name, option in options.items()}
-    except ValueError as error:
-        raise ConfigError(f"MODEL.NECKS {list(names)} cannot be built as configured: {error}") from error
-    return Stack(necks, [option.size_divisibility(strides) for option in options.values()])
-
-
-def necks_with_dyhead(cfg: CfgNode) -> list[str]:
-    """``MODEL.NECKS``, with DyHead in front if it is not among them: for backbones with DyHead in their name."""
-    names = list(cfg.MODEL.NECKS)
-    return names if "DyHead" in names else ["DyHead", *names]
 
 
 def check_options(cfg: CfgNode, node: str) -> None:

@@ -15,7 +15,8 @@ from detectron2.modeling import build_backbone as build_detectron2_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from dyhead.config import build_necks, necks_with_dyhead, options_of
+from dyhead.build import build_necks, necks_with_dyhead
+from dyhead.config import options_of
 from dyhead.layers import P6P7
 from dyhead.necks import DyHeadOptions, Stack
 

@@ -14,7 +14,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from dyhead.config import ConfigError, options_of
+from dyhead.build import build_detector
+from dyhead.config import ConfigError
 from dyhead.detection import DETECTORS, DenseDetector, Detections, Registered, Targets
 from dyhead.detectron2.backbone import build_backbone
 
@@ -63,29 +64,15 @@ class DenseMetaArchitecture(nn.Module):
         Raises:
             ConfigError: levels that the backbone does not have, or options that do not fit.
         """
-        node = cls.registered.node
-        options = options_of(cfg, node)
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        unknown = [name for name in options.in_features if name not in shapes]
-        if unknown:
-            raise ConfigError(
-                f"{node}.IN_FEATURES: expected some of the levels {', '.join(shapes)}, got {', '.join(unknown)}"
-            )
         if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
             raise ConfigError(
                 "MODEL.ANCHOR_GENERATOR.NAME: expected 'DefaultAnchorGenerator' with this meta-architecture, "
                 f"got {cfg.MODEL.ANCHOR_GENERATOR.NAME!r}"
             )
-        try:
-            detector = options.build(
-                shapes[options.in_features[0]].channels,
-                [shapes[name].stride for name in options.in_features],
-                anchors=options_of(cfg, "MODEL.ANCHOR_GENERATOR"),
-                detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            )
-        except ValueError as error:
-            raise ConfigError(f"{node} cannot be built as configured: {error}") from error
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        channels, strides = next(iter(shapes.values())).channels, {name: s.stride for name, s in shapes.items()}
+        detector = build_detector(cfg, cls.registered, channels, strides)
         return {
             "backbone": backbone,
             "detector": detector,

@@ -19,7 +19,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from dyhead.config import build_necks, necks_with_dyhead, options_of
+from dyhead.build import build_necks, necks_with_dyhead
+from dyhead.config import options_of
 from dyhead.layers import P6P7
 from dyhead.necks import Stack
 

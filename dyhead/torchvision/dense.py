@@ -5,7 +5,7 @@ from __future__ import annotations
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from dyhead.config import ConfigError, options_of
+from dyhead.build import build_detector
 from dyhead.detection import DETECTORS, DenseDetector, Targets
 from dyhead.torchvision.backbone import Pyramid, build_pyramid
 from dyhead.torchvision.normalization import Normalization
@@ -48,20 +48,8 @@ def build_dense(cfg: CfgNode) -> DenseModel:
     Raises:
         ConfigError, ValueError: levels that are not there, or options that do not fit each other.
     """
-    node = DETECTORS[cfg.MODEL.META_ARCHITECTURE].node
-    options = options_of(cfg, node)
     pyramid = build_pyramid(cfg)
-    unknown = [name for name in options.in_features if name not in pyramid.strides]
-    if unknown:
-        raise ConfigError(
-            f"{node}.IN_FEATURES: expected some of the levels {', '.join(pyramid.strides)}, got {', '.join(unknown)}"
-        )
-    detector = options.build(
-        pyramid.out_channels,
-        [pyramid.strides[name] for name in options.in_features],
-        anchors=options_of(cfg, "MODEL.ANCHOR_GENERATOR"),
-        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-    )
+    detector = build_detector(cfg, DETECTORS[cfg.MODEL.META_ARCHITECTURE], pyramid.out_channels, pyramid.strides)
     return DenseModel(
         Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, pyramid.size_divisibility), pyramid, detector
     )

@@ -1,0 +1,62 @@
+"""The parts that a configuration stands for and both engines share: necks and dense detectors, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fvcore.common.config import CfgNode
+
+from dyhead.config import ConfigError, check_options, options_of
+from dyhead.detection import DenseDetector, Registered
+from dyhead.necks import NECKS, Stack
+
+
+def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:
+    """Necks by name, in their order, for levels of so many channels and these strides, in pixels.
+
+    Raises:
+        ConfigError: ``MODEL.NECKS`` is not sound, or options do not fit.
+    """
+    check_options(cfg, "MODEL")
+    options = {name: options_of(cfg, NECKS[name].node) for name in names}
+    try:
+        necks = {name.lower(): option.build(channels) for name, option in options.items()}
+    except ValueError as error:
+        raise ConfigError(f"MODEL.NECKS {list(names)} cannot be built as configured: {error}") from error
+    return Stack(necks, [option.size_divisibility(strides) for option in options.values()])
+
+
+def necks_with_dyhead(cfg: CfgNode) -> list[str]:
+    """``MODEL.NECKS``, with DyHead in front if it is not among them: for backbones with DyHead in their name."""
+    names = list(cfg.MODEL.NECKS)
+    return names if "DyHead" in names else ["DyHead", *names]
+
+
+def build_detector(cfg: CfgNode, detector: Registered, channels: int, strides: Mapping[str, int]) -> DenseDetector:
+    """A registered detector with the options of its node.
+
+    Args:
+        cfg: the configuration.
+        detector: which.
+        channels: channels C of the pyramid's levels.
+        strides: of the levels by name, in pixels.
+
+    Raises:
+        ConfigError: levels that are not there, or options that do not fit.
+    """
+    node = detector.node
+    options = options_of(cfg, node)
+    unknown = [name for name in options.in_features if name not in strides]
+    if unknown:
+        raise ConfigError(
+            f"{node}.IN_FEATURES: expected some of the levels {', '.join(strides)}, got {', '.join(unknown)}"
+        )
+    try:
+        return options.build(
+            channels,
+            [strides[name] for name in options.in_features],
+            anchors=options_of(cfg, "MODEL.ANCHOR_GENERATOR"),
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{node} cannot be built as configured: {error}") from error
