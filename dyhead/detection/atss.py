@@ -41,7 +41,14 @@ class ATSSOptions(DenseOptions):
         """See :meth:`DenseOptions.build`."""
         grid = anchors_of(anchors or AnchorOptions(tuple((8 * s,) for s in strides), ((1.0,),), 0.5), strides)
         return DenseDetector(
-            head=self.head(channels, len(strides), grid.per_cell, quality="box", delta_scale=True),
+            head=self.head(
+                channels,
+                len(strides),
+                grid.per_cell,
+                quality="box",
+                delta_scale=True,
+                box_numbers=self.box_form.per_place,
+            ),
             in_features=self.in_features,
             anchors=grid,
             box_form=self.box_form,

@@ -38,7 +38,13 @@ class FCOSOptions(DenseOptions):
     ) -> DenseDetector:
         """See :meth:`DenseOptions.build`."""
         return DenseDetector(
-            head=self.head(channels, len(strides), quality=self.centerness_on, delta_scale=self.scale_per_level),
+            head=self.head(
+                channels,
+                len(strides),
+                quality=self.centerness_on,
+                delta_scale=self.scale_per_level,
+                box_numbers=self.box_form.per_place,
+            ),
             in_features=self.in_features,
             # A point is the center of a square as large as the stride: distances are measured in it.
             anchors=Anchors([[stride] for stride in strides], [[1.0]], strides, offset=0.5),

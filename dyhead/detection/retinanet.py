@@ -37,7 +37,7 @@ class RetinaNetOptions(DenseOptions):
         """See :meth:`DenseOptions.build`."""
         grid = anchors_of(anchors or AnchorOptions(), strides)
         return DenseDetector(
-            head=self.head(channels, len(strides), grid.per_cell),
+            head=self.head(channels, len(strides), grid.per_cell, box_numbers=self.box_form.per_place),
             in_features=self.in_features,
             anchors=grid,
             box_form=self.box_form,
