@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from dyhead.build import build_necks, necks_with_dyhead
 from dyhead.config import options_of
 from dyhead.layers import P6P7
-from dyhead.necks import DyHeadOptions, Stack
+from dyhead.necks import DyHeadOptions, Necked, Stack
 
 
-class NeckBackbone(Backbone):
+class NeckBackbone(Necked, Backbone):
     """A backbone with a pyramid (ResNet-FPN, RegNet-FPN, Swin-FPN, ViTDet, ...) and necks on all its levels.
 
     To the detector it is a backbone of the same output shapes, so it goes wherever the wrapped one went.
@@ -43,9 +43,7 @@ class NeckBackbone(Backbone):
         self._shapes = _by_stride(backbone.output_shape())
         _pyramid_channels(self._shapes)
         self.backbone = backbone
-        for name, neck in necks.named_children():
-            self.add_module(name, neck)
-        self._necks = [name for name, _ in necks.named_children()]
+        self.attach(necks.named_children())
         self._size_divisibility = size_divisibility or math.lcm(
             max(backbone.size_divisibility, 1), necks.size_divisibility
         )
@@ -54,10 +52,7 @@ class NeckBackbone(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) in, the pyramid after the necks out, by level, fine to coarse."""
         pyramid = self.backbone(x)
-        pyramid = {name: pyramid[name] for name in self._shapes}
-        for name in self._necks:
-            pyramid = getattr(self, name)(pyramid)
-        return pyramid
+        return self.through_necks({name: pyramid[name] for name in self._shapes})
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level, those of the wrapped backbone, fine to coarse."""

@@ -4,6 +4,6 @@
 """
 
 from dyhead.necks.dyhead import DyHeadOptions
-from dyhead.necks.registry import NECKS, Registered, Stack, register_neck
+from dyhead.necks.registry import NECKS, Necked, Registered, Stack, register_neck
 
-__all__ = ["NECKS", "DyHeadOptions", "Registered", "Stack", "register_neck"]
+__all__ = ["NECKS", "DyHeadOptions", "Necked", "Registered", "Stack", "register_neck"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,8 +48,25 @@ def register_neck(name: str) -> Callable[[_Options], _Options]:
     return register
 
 
-class Stack(nn.Module):
-    """Necks one after the other, each a child of its own name; the parameters of DyHead are ``dyhead.blocks...``.
+class Necked(nn.Module):
+    """A module that necks follow: each is a child of its own name, so that DyHead's keys are ``dyhead.blocks...``."""
+
+    def attach(self, necks: Iterable[tuple[str, nn.Module]]) -> None:
+        """Let necks follow, by name, in their order; each takes and returns a pyramid."""
+        self._necks = []
+        for name, neck in necks:
+            self.add_module(name, neck)
+            self._necks.append(name)
+
+    def through_necks(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Levels (N, C, H, W) by name, fine to coarse, through all of them."""
+        for name in self._necks:
+            pyramid = getattr(self, name)(pyramid)
+        return pyramid
+
+
+class Stack(Necked):
+    """Necks one after the other.
 
     Args:
         necks: by name, in their order; each takes and returns a pyramid.
@@ -58,12 +75,9 @@ class Stack(nn.Module):
 
     def __init__(self, necks: Mapping[str, nn.Module], divisors: Sequence[int] = ()) -> None:
         super().__init__()
-        for name, neck in necks.items():
-            self.add_module(name, neck)
+        self.attach(necks.items())
         self.size_divisibility = math.lcm(1, *divisors)
 
     def forward(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Levels (N, C, H, W) by name, fine to coarse, through all necks."""
-        for neck in self.children():
-            pyramid = neck(pyramid)
-        return pyramid
+        """See :meth:`through_necks`."""
+        return self.through_necks(pyramid)

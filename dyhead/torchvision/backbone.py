@@ -22,7 +22,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from dyhead.build import build_necks, necks_with_dyhead
 from dyhead.config import options_of
 from dyhead.layers import P6P7
-from dyhead.necks import Stack
+from dyhead.necks import Necked, Stack
 
 _DIVISOR = 32  # of Detectron2's FPN: what its finest and coarsest stage ask for
 
@@ -44,7 +44,7 @@ BACKBONES: dict[str, tuple[bool, str | None]] = {
 }
 
 
-class Pyramid(BackboneWithFPN):
+class Pyramid(Necked, BackboneWithFPN):
     """ResNet with a feature pyramid and necks on it; torchvision's detectors take it as their backbone.
 
     Args:
@@ -80,7 +80,7 @@ class Pyramid(BackboneWithFPN):
         )
         self.strides = {f"p{n}": 2**n for n in (*numbers, *top.levels)}
         self.size_divisibility = _DIVISOR
-        self._necks: list[str] = []
+        self.attach(())
 
     def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
         """Let necks follow, each a child of its own name.
@@ -89,17 +89,12 @@ class Pyramid(BackboneWithFPN):
             necks: of levels with these strides and channels.
             size_divisibility: 0: what the pyramid and the necks ask for.
         """
-        for name, neck in necks.named_children():
-            self.add_module(name, neck)
-            self._necks.append(name)
+        self.attach(necks.named_children())
         self.size_divisibility = size_divisibility or math.lcm(_DIVISOR, necks.size_divisibility)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) to the levels (N, C, H / stride, W / stride, sizes rounded up), by name."""
-        levels = super().forward(x)
-        for name in self._necks:
-            levels = getattr(self, name)(levels)
-        return OrderedDict(levels)
+        return OrderedDict(self.through_necks(super().forward(x)))
 
 
 class PooledTop(ExtraFPNBlock):
