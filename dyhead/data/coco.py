@@ -72,6 +72,17 @@ def read_json(json_file: str | os.PathLike) -> dict[str, Any]:
     return data
 
 
+def area(annotation: dict[str, Any]) -> float:
+    """The area of an object in pixels as the evaluation takes it: the file's, or width x height where that has none."""
+    given = annotation.get("area")
+    return annotation["bbox"][2] * annotation["bbox"][3] if given is None else given
+
+
+def is_crowd(annotation: dict[str, Any]) -> int:
+    """1 for a crowd, 0 for an object: `iscrowd`, which may be missing or null."""
+    return int(annotation.get("iscrowd") or 0)
+
+
 def load(info: DatasetInfo) -> CocoSplit:
     """Loads and checks a dataset; the module's docstring says what makes it valid.
 
@@ -168,16 +179,15 @@ def _attach_annotations(
             "%s: %d of %d boxes have no width or no height and were dropped (annotation ids %s%s)",
             info.json_file, empty.sum(), len(boxes), first, ", ..." if empty.sum() > _NAMED else "",
         )  # fmt: skip
-    areas = boxes[:, 2:].prod(axis=1).tolist()
-    for a, box, area, skip in zip(annotations, corners.tolist(), areas, empty.tolist(), strict=True):
+    for a, box, skip in zip(annotations, corners.tolist(), empty.tolist(), strict=True):
         if skip:
             continue
         entry = {
             "bbox": box,
             "bbox_mode": _XYXY_ABS,
             "category_id": classes[a["category_id"]],
-            "iscrowd": int(a.get("iscrowd") or 0),
-            "area": a.get("area", area),
+            "iscrowd": is_crowd(a),
+            "area": area(a),
         }
         if a.get("segmentation"):
             entry["segmentation"] = a["segmentation"]

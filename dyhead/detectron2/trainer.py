@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from dyhead.config import ConfigError
+from dyhead.data.coco import area, is_crowd
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper
 from dyhead.detectron2.solver import build_optimizer
@@ -120,9 +121,8 @@ class CompletingCocoEvaluator(COCOEvaluator):
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
         for number, annotation in enumerate(self._coco_api.dataset.get("annotations", ()), 1):
             annotation["id"] = number
-            annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
-            if "area" not in annotation:
-                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+            annotation["iscrowd"] = is_crowd(annotation)
+            annotation["area"] = area(annotation)
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
 

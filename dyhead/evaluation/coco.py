@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dyhead.data.catalog import DatasetInfo
-from dyhead.data.coco import read_json
+from dyhead.data.coco import area, is_crowd, read_json
 from dyhead.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def _index(data: dict[str, Any], annotations: list[dict[str, Any]]) -> "COCO":
     index = COCO()
     index.dataset = {key: data[key] for key in ("images", "categories")}
     index.dataset["annotations"] = [
-        {"area": a["bbox"][2] * a["bbox"][3], **a, "iscrowd": int(a.get("iscrowd") or 0), "id": i}
-        for i, a in enumerate(annotations, 1)
+        {**a, "area": area(a), "iscrowd": is_crowd(a), "id": i} for i, a in enumerate(annotations, 1)
     ]
     index.createIndex()
     return index
