@@ -6,12 +6,11 @@ A checkpoint of a training is a dict in Detectron2's form, which ``torch.load(fi
     optimizer    the optimizer's state
     grad_scaler  the state of float16's loss scaling, empty without it
     iteration    index, from 0, of the last iteration that is done
-    dyhead       seed of the run, name of the optimizer, and max_iter, the length of the run
+    dyhead       seed of the run
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import re
@@ -19,13 +18,10 @@ from typing import Any
 
 import torch
 import torchvision
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dyhead.checkpoints import CheckpointError, canonical_names, convert, find_state, load_into, read_file
 from dyhead.config import ConfigError
-
-_log = logging.getLogger(__name__)
 
 _IMAGENET = re.compile(r"detectron2://ImageNetPretrained/torchvision/R-(18|34|50|101|152)\.pkl")
 
@@ -104,12 +100,11 @@ def save_checkpoint(output_dir: str, name: str, content: dict[str, Any]) -> None
     os.replace(note + ".partial", note)
 
 
-def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
+def read_resumable(path: str) -> dict[str, Any]:
     """The content of a checkpoint that a training is to go on from.
 
     Raises:
-        ConfigError: the file cannot be read; another engine, an earlier version of this project or a training with
-            another optimizer wrote it.
+        ConfigError: the file cannot be read; another engine or an earlier version of this project wrote it.
     """
     content = read_checkpoint(path)
     if "global_step" in content:
@@ -119,17 +114,6 @@ def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
         )
     if not {"dyhead", "optimizer", "iteration"} <= content.keys():
         raise ConfigError(f"--resume: {path} is no checkpoint of a training on torchvision; set MODEL.WEIGHTS")
-    trained = content["dyhead"]
-    if trained["optimizer"] != cfg.SOLVER.OPTIMIZER:
-        raise ConfigError(
-            f"SOLVER.OPTIMIZER: expected {trained['optimizer']!r}, with which {path} was trained, got "
-            f"{cfg.SOLVER.OPTIMIZER!r}"
-        )
-    if trained["max_iter"] != cfg.SOLVER.MAX_ITER:
-        _log.warning(
-            "SOLVER.MAX_ITER is %d, and was %d in the run that is resumed: its learning rates may differ from now on",
-            cfg.SOLVER.MAX_ITER, trained["max_iter"],
-        )  # fmt: skip
     return content
 
 
