@@ -14,6 +14,11 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def leave_to_main_process(*_: Any) -> None:
+    """Ignore Ctrl-C, which a terminal sends to all processes, in one that loads data; a ``worker_init_fn``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended a training.
 
@@ -42,8 +47,8 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """Notes SIGINT (Ctrl-C) and SIGTERM (as schedulers send it) instead of stopping at once, while it is entered.
 
-    The same signal a second time stops at once, with ``KeyboardInterrupt``. Processes that are forked meanwhile, which
-    load data, leave SIGINT to this one. Does nothing outside the main thread, where Python handles no signals.
+    The same signal a second time stops at once, with ``KeyboardInterrupt``. Processes that are forked meanwhile leave
+    SIGINT to this one. Does nothing outside the main thread, where Python handles no signals.
 
     Args:
         announce: whether to say on standard error what the first signal does.

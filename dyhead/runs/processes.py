@@ -41,7 +41,10 @@ def launched(launch: Callable[[SimpleQueue], _Result]) -> _Result:
                     raise KeyboardInterrupt from None
                 raise
         if not errors.empty():
-            raise pickle.loads(errors.get()) from None
+            error = pickle.loads(errors.get())
+            if isinstance(error, Interrupted) and interruption.requested is not None:
+                error.number = interruption.requested  # which was passed on as another
+            raise error from None
     return result
 
 
