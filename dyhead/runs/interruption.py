@@ -6,17 +6,25 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN = 0.5  # seconds between two signals that are meant to be two: a group and its parent send one of each
+_GRACE = 10  # seconds that a process which loads data goes on after SIGTERM
 
 
 def leave_to_main_process(*_: Any) -> None:
-    """Ignore Ctrl-C, which a terminal sends to all processes, in one that loads data; a ``worker_init_fn``."""
+    """In a process that loads data, leave it to the main process what a signal ends; a ``worker_init_fn``.
+
+    A terminal and a scheduler send their signals to all processes, and the iteration that is to be finished may still
+    need this one's images.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,7 +55,7 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """Notes SIGINT (Ctrl-C) and SIGTERM (as schedulers send it) instead of stopping at once, while it is entered.
 
-    The same signal a second time stops at once, with ``KeyboardInterrupt``. Processes that are forked meanwhile leave
+    A second signal, after half a second, stops at once, with ``KeyboardInterrupt``. Processes that are forked meanwhile leave
     SIGINT to this one. Does nothing outside the main thread, where Python handles no signals.
 
     Args:
@@ -62,13 +70,16 @@ class Interruption:
         self.requested: int | None = None
         self._announce = announce
         self._forward = forward
+        self._since = 0.0
         self._at_once = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            # What is ignored, as in a job that a script runs in the background, stays so.
+            numbers = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -100,16 +111,16 @@ class Interruption:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        if self.requested == number:
-            raise KeyboardInterrupt
-        first = self.requested is None
-        self.requested = number
         if self._forward:
-            # As SIGTERM also where it is SIGINT, which a terminal sends to the children, too: not twice the same.
             for child in multiprocessing.active_children():
-                os.kill(child.pid, signal.SIGTERM)
+                os.kill(child.pid, number)
+        if self.requested is not None:
+            if time.monotonic() > self._since + _AGAIN:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._since = number, time.monotonic()
         if self._at_once:
             raise Interrupted(number)
-        if first and self._announce:
+        if self._announce:
             # Not by logging: this may have come in the middle of another message.
             os.write(2, b"\nInterrupted: finishing the iteration and writing a checkpoint (again: stop at once)\n")

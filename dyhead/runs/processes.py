@@ -41,10 +41,7 @@ def launched(launch: Callable[[SimpleQueue], _Result]) -> _Result:
                     raise KeyboardInterrupt from None
                 raise
         if not errors.empty():
-            error = pickle.loads(errors.get())
-            if isinstance(error, Interrupted) and interruption.requested is not None:
-                error.number = interruption.requested  # which was passed on as another
-            raise error from None
+            raise pickle.loads(errors.get()) from None
     return result
 
 
