@@ -55,8 +55,8 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """Notes SIGINT (Ctrl-C) and SIGTERM (as schedulers send it) instead of stopping at once, while it is entered.
 
-    A second signal, after half a second, stops at once, with ``KeyboardInterrupt``. Processes that are forked meanwhile leave
-    SIGINT to this one. Does nothing outside the main thread, where Python handles no signals.
+    A second signal, after half a second, stops at once, with ``KeyboardInterrupt``. Processes that are forked meanwhile
+    leave SIGINT to this one. Does nothing outside the main thread, where Python handles no signals.
 
     Args:
         announce: whether to say on standard error what the first signal does.
