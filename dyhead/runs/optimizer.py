@@ -12,6 +12,8 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from dyhead.checkpoints.errors import as_config_errors
+from dyhead.checkpoints.resuming import check_optimizer_state
 from dyhead.config import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -86,7 +88,9 @@ def clip_gradients(cfg: CfgNode, parameters: Iterable[Tensor]) -> None:
             clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE)
 
 
-def resumed_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+def resumed_state(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str = "the checkpoint"
+) -> dict[str, Any]:
     """The state dict for ``optimizer`` with which a resumed run goes on.
 
     What the optimizer has learned (momenta, moments, counts of steps) is the saved run's, parameter by parameter;
@@ -96,11 +100,14 @@ def resumed_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
     Args:
         optimizer: of :func:`build_optimizer`.
         saved: the state dict of the optimizer of the run that is resumed.
+        path: its file, for messages.
 
     Raises:
-        ConfigError: it was another ``SOLVER.OPTIMIZER``; or it is of an earlier version, which saved no names, and
-            trained other parameters.
+        ConfigError: the state is damaged; it was another ``SOLVER.OPTIMIZER``; or it is of an earlier version, which
+            saved no names, and trained other parameters.
     """
+    with as_config_errors():
+        check_optimizer_state(saved, path)
     state = optimizer.state_dict()
     theirs, ours = (_kind(groups) for groups in (saved["param_groups"], state["param_groups"]))
     if theirs != ours:
@@ -113,13 +120,16 @@ def resumed_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
         saved_names = names
     else:
         raise ConfigError(
-            f"--resume: the checkpoint, of an earlier version, does not say which {len(indices)} parameters it "
+            f"--resume: {path}, of an earlier version, does not say which {len(indices)} parameters it "
             f"trained, and the configuration trains {len(names)}: keep MODEL.BACKBONE.FREEZE_AT and SOLVER's decays "
             "and bias factors as they were, or start from its weights with MODEL.WEIGHTS and another OUTPUT_DIR"
         )
     learned = {
         name: saved["state"][index] for name, index in zip(saved_names, indices, strict=True) if index in saved["state"]
     }
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            _check_shapes(learned.get(name, {}), parameter, f"--resume: {path}: the optimizer's state of {name}")
     known = set(saved_names)
     new, gone = [n for n in names if n not in known], sorted(known.difference(names))
     if new:
@@ -128,6 +138,12 @@ def resumed_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> di
         _log.info("Resuming: %d parameters are no longer trained (%s, ...)", len(gone), gone[0])
     state["state"] = {i: learned[name] for i, name in enumerate(names) if name in learned}
     return state
+
+
+def _check_shapes(values: dict[str, Any], parameter: Tensor, origin: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
+            raise ConfigError(f"{origin}: expected {key} of {tuple(parameter.shape)}, got {tuple(value.shape)}")
 
 
 def _kind(groups: list[dict[str, Any]]) -> str:

@@ -164,7 +164,7 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
     records = train_records(training_splits, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
 
     checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
-    resumed = read_resumable(checkpoint) if checkpoint else None
+    resumed = read_resumable(cfg, checkpoint) if checkpoint else None
     seed = fabric.broadcast(_seed(cfg, resumed))  # machines may have drawn different ones
     torch.manual_seed(seed)
     model = build_model(cfg)
@@ -178,7 +178,7 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
             load_weights(model, cfg.MODEL.WEIGHTS, strict=False)
     optimizer = build_optimizer(cfg, model)
     if resumed:
-        resumed["optimizer"] = resumed_state(optimizer, resumed["optimizer"])
+        resumed["optimizer"] = resumed_state(optimizer, resumed["optimizer"], checkpoint)
     if fabric.is_global_zero:
         write_config(cfg)
         names = ", ".join(f"{split.info.name} ({len(split.class_names)} classes)" for split in training_splits)
