@@ -73,7 +73,7 @@ def read_json(json_file: str | os.PathLike) -> dict[str, Any]:
     Raises:
         DataError: the file is missing, is not JSON, or lacks a section.
     """
-    if os.path.exists(json_file) and not os.path.isfile(json_file):  # to open a pipe would wait for ever
+    if not os.path.isfile(json_file) and os.path.exists(json_file):  # to open a pipe would wait for ever
         raise DataError(f"{json_file}: the annotation file cannot be read (it is not a file)")
     try:
         with open(json_file, "rb") as file:
