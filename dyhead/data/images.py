@@ -71,7 +71,7 @@ def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int,
                 grey, bits = _grey(image, np.asarray(upright), file)
                 pixels = np.repeat(grey[:, :, None], 3, axis=2)
             elif image.mode == "F":
-                raise ValueError("expected 8 or 16 bits per channel, got floating point")
+                raise ValueError("expected 8 or 16 bits per channel, got floating point; convert it to integers")
             else:
                 upright.info.pop("transparency", None)  # or Pillow advises to keep it
                 pixels, bits = np.array(upright.convert("RGB")), 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -202,7 +203,7 @@ def _leaving_a_pixel(augmentation: T.Augmentation) -> T.Augmentation:
 
 def _read(sample: dict[str, Any], image_format: str) -> np.ndarray:
     """The image of a record, (height, width, channels), which also completes its height and width."""
-    path = sample["file_name"]
+    path = os.fspath(sample["file_name"])
     if "://" in path:
         path = PathManager.get_local_path(path)
     size = (sample["height"], sample["width"]) if "height" in sample and "width" in sample else None
