@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import time
 import weakref
@@ -18,10 +19,19 @@ from detectron2.utils import comm
 from torch import nn
 
 from dyhead.config import ConfigError
+from dyhead.data import DataError
 from dyhead.data.coco import area, is_crowd
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import evaluation_loader, train_loader
 from dyhead.detectron2.solver import build_optimizer
+
+
+def _has_a_traceback_to_tell(record: logging.LogRecord) -> bool:
+    """Detectron2 logs what ends a training as a traceback; errors that a user can mend say themselves what is wrong."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], (ConfigError, DataError))
+
+
+logging.getLogger("detectron2.engine.train_loop").addFilter(_has_a_traceback_to_tell)
 
 
 class Trainer(DefaultTrainer):

@@ -2,6 +2,7 @@
 """What Detectron2's loaders hand out: images as the other engine reads them, and errors that name them."""
 
 import json
+import logging
 from itertools import islice
 
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.engine import TrainerBase
 
 from dyhead.config import add_dyhead_config
 from dyhead.data import DataError, read_image
@@ -166,6 +168,25 @@ def test_a_broken_picture_is_named_also_by_a_worker_process(tmp_path, config, pi
         with pytest.raises(DataError, match=r"^\S*2\.png: the image cannot be read") as error:
             list(islice(loader, 5))
         assert "Traceback" not in str(error.value)
+
+
+def test_a_broken_picture_ends_a_training_without_a_traceback(tmp_path, config, pictures, caplog, monkeypatch):
+    class Trained(TrainerBase):
+        def run_step(self):
+            next(self.batches)
+
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)  # what runs before may have set otherwise
+    pictures("trained")
+    cut(tmp_path / "1.png")
+    trainer = Trained()
+    trainer.batches = iter(train_loader(config({"DATASETS.TRAIN": ("trained",), "SOLVER.IMS_PER_BATCH": 2})))
+    with pytest.raises(DataError, match=r"1\.png: the image cannot be read"):
+        trainer.train(0, 3)
+    assert not any(record.exc_info for record in caplog.records)
+    trainer.batches = iter([])
+    with pytest.raises(StopIteration):
+        trainer.train(0, 3)
+    assert any(record.exc_info for record in caplog.records)  # what nobody expected is told in full
 
 
 def test_whole_pictures_come_as_detectron2_gives_them(config, pictures):
