@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
 from dyhead import data
-from dyhead.detectron2.datasets import NamingMapper
+from dyhead.detectron2.datasets import NamingMapper, registered_split
 from dyhead.evaluation import (
     Report,
     Timing,
@@ -65,7 +65,8 @@ def report_results(cfg: CfgNode, model: nn.Module, results: dict[str, Any]) -> N
             )
         )
         if name == names[0] and name in data.names():
-            draw_predictions(data.load(data.get(name)), detections, os.path.join(cfg.OUTPUT_DIR, "predictions.png"))
+            split = registered_split(name) or data.load(data.get(name))
+            draw_predictions(split, detections, os.path.join(cfg.OUTPUT_DIR, "predictions.png"))
     if reports:
         write_results(reports, cfg.OUTPUT_DIR)
         _log.info("Results:\n%s", format_table(reports))

@@ -8,12 +8,10 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -24,10 +22,19 @@ from dyhead.config import ConfigError
 from dyhead.data import DataError
 from dyhead.data.coco import area, is_crowd
 from dyhead.detectron2.checkpoint import Checkpointer
-from dyhead.detectron2.datasets import NamingMapper
+from dyhead.detectron2.datasets import evaluation_loader, train_loader
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.optimizer import build_optimizer, resumed_state
+
+
+def _has_a_traceback_to_tell(record: logging.LogRecord) -> bool:
+    """Detectron2 logs what ends a training as a traceback; errors that a user can mend say themselves what is wrong."""
+    error = record.exc_info and record.exc_info[1]
+    return not isinstance(error, (ConfigError, DataError, FloatingPointError))
+
+
+logging.getLogger("detectron2.engine.train_loop").addFilter(_has_a_traceback_to_tell)
 
 
 class Trainer(DefaultTrainer):
@@ -75,7 +82,7 @@ class Trainer(DefaultTrainer):
             DataError: an image is broken.
             Interrupted: a signal came; a checkpoint is written.
         """
-        with self._interruption, _without_tracebacks():
+        with self._interruption:
             try:
                 super().train()
             except Interrupted as interrupted:
@@ -139,12 +146,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's loader of ``DATASETS.TRAIN``."""
-        return build_detection_train_loader(cfg, mapper=NamingMapper(cfg, is_train=True))
+        return train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Detectron2's loader of a test set."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(cfg, is_train=False))
+        return evaluation_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -165,21 +172,6 @@ class _StopHook(hooks.HookBase):
             torch.distributed.all_reduce(flag)
             stop = flag.item() > 0
         self._interruption.raise_if(stop)
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Detectron2 logs the traceback of every error in a training; what a user can cause is told once, at the end."""
-
-    def is_wanted(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], (ConfigError, DataError, FloatingPointError)))
-
-    logger = logging.getLogger("detectron2.engine.train_loop")
-    logger.addFilter(is_wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_wanted)
 
 
 class CompletingCocoEvaluator(COCOEvaluator):
