@@ -189,8 +189,6 @@ def _records(images: list[dict], info: DatasetInfo) -> dict[int | str, dict[str,
         name, height, width = image.get("file_name"), image.get("height"), image.get("width")
         if not isinstance(name, str) or not name:
             faults.append(f"image {_shown(image_id)} has no file_name: expected text, got {_shown(name)}")
-        elif not _is_file_name(name):
-            faults.append(f"image {_shown(image_id)}: file_name {_shown(name)} cannot be the name of a file")
         elif not _is_side(height) or not _is_side(width):
             faults.append(
                 f"image {_shown(image_id)} ({name}): expected a height and a width, got {_shown(height)} and "
@@ -225,7 +223,7 @@ def _missing_files(paths: list[str]) -> list[str]:
         try:
             with os.scandir(folder or ".") as entries:
                 present = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # ValueError: what no file can be called
             present = set()
         missing += [path for path in files if os.path.basename(path) not in present]
     return missing
@@ -358,13 +356,6 @@ def _id(value: Any) -> int | str | None:
 
 def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 1 <= value <= _LARGEST_SIDE and value == int(value)
-
-
-def _is_file_name(name: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
 
 
 def _is_unicode(text: str) -> bool:

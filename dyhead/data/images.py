@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dyhead.data.errors import DataError
 
@@ -77,6 +77,8 @@ def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int,
                 pixels, bits = np.array(upright.convert("RGB")), 16
     except FileNotFoundError as error:
         raise DataError(f"{name}: the image does not exist") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: the image cannot be read (it is of no kind that Pillow knows)") from error
     except Exception as error:  # Pillow's decoders raise many kinds; each must name the file.
         raise DataError(f"{name}: the image cannot be read ({type(error).__name__}: {error})") from error
     if size is not None and pixels.shape[:2] != tuple(size):

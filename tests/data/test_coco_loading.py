@@ -94,6 +94,7 @@ def test_a_file_that_is_missing_is_named(small_set):
             r"annotation 11 of image 7 .*a\.png, 40 x 30.*outside the image",
         ),
         ("annotations", 2, {"bbox": [3, -2, 5, 5]}, r"annotation 13 of image 3 .*b\.png.*outside the image"),
+        ("annotations", 2, {"bbox": [0, 0, 1e6, 1e6]}, r"annotation 13 .*has more than 1e\+10 pixels \(bbox\)"),
         ("images", 1, {"id": 7}, "image id 7 appears more than once"),
         ("images", 1, {"id": None}, "image without a valid id"),
         ("images", 1, {"height": 0}, r"image 3 \(b\.png\): expected a height and a width, got 0 and 40"),
