@@ -20,7 +20,7 @@ from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import check_classes, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
-from dyhead.evaluation import plot_losses
+from dyhead.evaluation.results import report_losses
 from dyhead.preflight import check_run
 
 _log = logging.getLogger(__name__)
@@ -122,9 +122,9 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         results = trainer.train()
         model = trainer.checkpointer.model
     if comm.is_main_process():
-        report_results(cfg, model, results)
         if not args.eval_only:
-            plot_losses(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), os.path.join(cfg.OUTPUT_DIR, "losses.png"))
+            report_losses(cfg)
+        report_results(cfg, model, results)
 
 
 def _register(cfg: CfgNode, args: argparse.Namespace) -> None:

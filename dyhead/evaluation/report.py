@@ -5,6 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,12 +79,27 @@ def format_table(reports: Sequence[Report]) -> str:
 def write_results(reports: Sequence[Report], output_dir: str | os.PathLike) -> str:
     """Writes `{"results": [a dict per report]}` to results.json in `output_dir`, NaN as null, and returns its path."""
     path = os.path.join(output_dir, "results.json")
-    partial = path + ".partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"results": [_jsonable(asdict(r)) for r in reports]}, file, indent=2, allow_nan=False)
-        file.write("\n")
-    os.replace(partial, path)  # never a partial file, even if the disk is full
+    write_json({"results": [_jsonable(asdict(r)) for r in reports]}, path, indent=2)
     return path
+
+
+def write_json(value: Any, path: str | os.PathLike, indent: int | None = None) -> None:
+    """Writes a JSON file as a whole or not at all, even if the disk is full or the process is killed.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a number is NaN or infinite.
+    """
+    partial = f"{os.fspath(path)}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=indent, allow_nan=False)
+            file.write("\n")
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(partial)
+        raise
 
 
 def _note(r: Report) -> str:

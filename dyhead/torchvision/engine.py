@@ -24,12 +24,13 @@ import dyhead
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.data import DataError
+from dyhead.evaluation.results import Evaluated
 from dyhead.preflight import check_run
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
 from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
 from dyhead.torchvision.data import load_splits, load_train, train_records
 from dyhead.torchvision.detectors import build_model
-from dyhead.torchvision.evaluation import Evaluated, evaluate
+from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import log_to_file, start_logging, stop_logging
 from dyhead.torchvision.report import report_losses, report_results
 from dyhead.torchvision.training import Autocast, train

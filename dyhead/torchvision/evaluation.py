@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dyhead.data import CocoSplit
-from dyhead.evaluation import evaluate_coco
+from dyhead.evaluation import coco_results
+from dyhead.evaluation.results import Evaluated, evaluate_detections
 from dyhead.torchvision.data import evaluation_loader
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What came out on one dataset.
-
-    Attributes:
-        split: the dataset.
-        metrics: those of :func:`dyhead.evaluation.evaluate_coco`.
-        detections: COCO's result dicts of all images.
-    """
-
-    split: CocoSplit
-    metrics: dict[str, float]
-    detections: list[dict[str, Any]]
 
 
 def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[CocoSplit]) -> list[Evaluated]:
@@ -59,7 +44,10 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
             for images, indices in loader:
                 found = model(fabric.to_device(images))
                 for image, index, detections in zip(images, indices, found, strict=True):
-                    share += coco_results(split, index, image.shape[-2:], detections)
+                    record, (height, width) = split.records[index], image.shape[-2:]
+                    scale = torch.tensor([record["width"] / width, record["height"] / height] * 2)
+                    boxes, scores, labels = (detections[key].cpu() for key in ("boxes", "scores", "labels"))
+                    share += coco_results(record["image_id"], split.category_ids, boxes * scale, scores, labels)
                 bar.update()
     model.train(was_training)
     gathered = [shares]
@@ -69,27 +57,4 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
     if not fabric.is_global_zero:
         return []
     merged = [[d for share in of_split for d in share] for of_split in zip(*gathered, strict=True)]
-    return [Evaluated(s, evaluate_coco(s.info, found), found) for s, found in zip(splits, merged, strict=True)]
-
-
-def coco_results(
-    split: CocoSplit, index: int, size: Sequence[int], detections: dict[str, Tensor]
-) -> list[dict[str, Any]]:
-    """COCO's result dicts of one image.
-
-    Args:
-        split: its dataset.
-        index: its place there.
-        size: height and width of the image that the model saw, in pixels.
-        detections: boxes (M, 4) as x0, y0, x1, y1 in those pixels, scores and labels (M,).
-    """
-    record = split.records[index]
-    scale = torch.tensor([record["width"] / size[1], record["height"] / size[0]] * 2)
-    boxes = detections["boxes"].cpu() * scale
-    boxes[:, 2:] -= boxes[:, :2]
-    columns = zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
-    return [
-        {"image_id": record["image_id"], "category_id": split.category_ids[label], "bbox": box, "score": score}
-        for box, label, score in columns
-        if box[2] > 0 and box[3] > 0
-    ]
+    return [evaluate_detections(s, found, cfg.OUTPUT_DIR) for s, found in zip(splits, merged, strict=True)]

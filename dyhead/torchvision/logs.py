@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dyhead.torchvision.evaluation import Evaluated
+from dyhead.evaluation.results import Evaluated
 
 _PERIOD = 20  # iterations between two lines, as in Detectron2
 _log = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ from torch import nn
 
 from dyhead.config import ConfigError
 from dyhead.data import CocoSplit
+from dyhead.evaluation.results import Evaluated
 from dyhead.torchvision.checkpoint import portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
-from dyhead.torchvision.evaluation import Evaluated, evaluate
+from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
 from dyhead.torchvision.solver import build_optimizer, clip_gradients, learning_rate_factor
 
