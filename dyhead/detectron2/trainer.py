@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from typing import Any
@@ -12,6 +13,7 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 
 from dyhead.config import ConfigError
@@ -19,6 +21,8 @@ from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper
 from dyhead.detectron2.evaluation import BoxEvaluator
 from dyhead.detectron2.solver import build_optimizer
+
+_log = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -101,10 +105,43 @@ class Trainer(DefaultTrainer):
         """Detectron2's loader of a test set."""
         return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(cfg, is_train=False))
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers of the terminal, metrics.json and TensorBoard's files; the last ones may fail."""
+        return [Dispensable(w) if isinstance(w, TensorboardXWriter) else w for w in super().build_writers()]
+
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
         """COCO's evaluation of boxes, the same as the torchvision engine's."""
         return BoxEvaluator(dataset_name, cfg.OUTPUT_DIR)
+
+
+class Dispensable(EventWriter):
+    """A writer without which a run goes on when it fails, with a warning: its results are not to be lost to it.
+
+    Args:
+        writer: what writes.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer: EventWriter | None = writer
+
+    def write(self) -> None:
+        """Write, if that still works."""
+        self._do("write")
+
+    def close(self) -> None:
+        """Close what has not failed."""
+        self._do("close")
+
+    def _do(self, method: str) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)()
+        except Exception as error:
+            name = type(self._writer).__name__
+            _log.warning("%s writes nothing any more (%s: %s)", name, type(error).__name__, error)
+            self._writer = None
 
 
 class BFloat16Trainer(SimpleTrainer):

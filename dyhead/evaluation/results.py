@@ -59,7 +59,7 @@ def evaluate_detections(
     try:
         os.makedirs(os.path.dirname(file), exist_ok=True)
         write_json(detections, file)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         _log.warning("%s: the detections cannot be written (%s)", file, error)
     return Evaluated(split, evaluate_coco(split.info if truth is None else truth, detections), detections)
 
@@ -140,7 +140,6 @@ def _attempt(what: str, action: Callable[[], Any]) -> None:
         action()
     except Exception as error:
         _log.warning("%s failed: %s: %s", what, type(error).__name__, error)
-        _log.debug("%s failed", what, exc_info=True)
 
 
 def _measure(cfg: CfgNode, model: nn.Module, report: Report, inputs: Callable[[int], list[Any]]) -> None:
@@ -171,7 +170,8 @@ def _warn_of_limits(cfg: CfgNode, results: Sequence[Evaluated]) -> None:
         elif not result.detections:
             _log.warning(
                 "Dataset '%s': there are no detections, so that AP is 0. Look at %s (%s: only higher scores count) and "
-                "at the weights that were evaluated (MODEL.WEIGHTS %r)", dataset, key, threshold, cfg.MODEL.WEIGHTS,
+                "at the weights: are they those of MODEL.WEIGHTS that you mean, and trained for long enough?",
+                dataset, key, threshold,
             )  # fmt: skip
         count = {r["image_id"]: sum(not a["iscrowd"] for a in r["annotations"]) for r in split.records}
         fullest = max(count, key=count.get, default=None)

@@ -16,8 +16,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.events import EventWriter
 
 from dyhead.detectron2.evaluation import BoxEvaluator
+from dyhead.detectron2.trainer import Dispensable
 
 IDS = {"as usual": lambda i: i + 1, "beyond 64 bits beside small ones": lambda i: 2**63 + i if i % 2 else i}
 
@@ -140,3 +142,19 @@ def test_one_class_has_its_ap_and_no_detections_are_zero(catalog, tmp_path):
     metrics = evaluated(BoxEvaluator("one", str(tmp_path)), inputs, nothing)["bbox"]
     assert list(metrics) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AP-four"]
     assert {value for value in metrics.values() if not math.isnan(value)} == {0.0}
+
+
+def test_a_writer_that_fails_does_not_end_the_run(caplog):
+    class Full(EventWriter):
+        def write(self):
+            raise OSError("No space left on device")
+
+        def close(self):
+            raise AssertionError("it has failed before")
+
+    writer = Dispensable(Full())
+    writer.write()
+    writer.write()
+    writer.close()
+    (record,) = caplog.records
+    assert record.getMessage() == "Full writes nothing any more (OSError: No space left on device)"
