@@ -4,8 +4,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -84,17 +84,23 @@ def write_results(reports: Sequence[Report], output_dir: str | os.PathLike) -> s
 
 
 def write_json(value: Any, path: str | os.PathLike, indent: int | None = None) -> None:
-    """Writes a JSON file as a whole or not at all, even if the disk is full or the process is killed.
+    """Writes a JSON file, see `whole_file`.
 
     Raises:
         OSError: it cannot be written.
         ValueError: a number is NaN or infinite.
     """
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=indent, allow_nan=False)
+        file.write("\n")
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[str]:
+    """Gives a path to write to, which then becomes `path`: as a whole or not at all, even if the disk is full."""
     partial = f"{os.fspath(path)}.partial"
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=indent, allow_nan=False)
-            file.write("\n")
+        yield partial
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
