@@ -21,6 +21,7 @@ from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper
 from dyhead.detectron2.evaluation import BoxEvaluator
 from dyhead.detectron2.solver import build_optimizer
+from dyhead.evaluation.results import check_weights
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +109,12 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers of the terminal, metrics.json and TensorBoard's files; the last ones may fail."""
         return [Dispensable(w) if isinstance(w, TensorboardXWriter) else w for w in super().build_writers()]
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate on ``DATASETS.TEST``; :class:`ConfigError` if the weights are NaN or infinite."""
+        check_weights(model)
+        return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:

@@ -64,6 +64,22 @@ def evaluate_detections(
     return Evaluated(split, evaluate_coco(split.info if truth is None else truth, detections), detections)
 
 
+def check_weights(model: nn.Module) -> None:
+    """Refuse to evaluate a model that has diverged: what it gives would be reported as an AP of 0.
+
+    Raises:
+        ConfigError: a weight is NaN or infinite; names the first.
+    """
+    state = model.state_dict()
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ConfigError(
+            f"the model cannot be evaluated: {len(broken)} of {len(state)} tensors hold NaN or infinity, the first is "
+            f"{broken[0]}. After a training: lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True"
+        )
+
+
 def detections_file(output_dir: str, dataset: str) -> str:
     """Where the detections on a dataset are, as COCO's result dicts: inference/<dataset>/coco_instances_results.json.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dyhead.data import CocoSplit
 from dyhead.evaluation import coco_results
-from dyhead.evaluation.results import Evaluated, evaluate_detections
+from dyhead.evaluation.results import Evaluated, check_weights, evaluate_detections
 from dyhead.torchvision.data import evaluation_loader
 
 
@@ -31,8 +31,10 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
         The result on each dataset, in the process of rank 0; nothing in the others.
 
     Raises:
+        ConfigError: the weights are NaN or infinite.
         DataError: an image is broken.
     """
+    check_weights(model)
     was_training = model.training
     model.eval()
     loaders = [evaluation_loader(cfg, s, rank=fabric.global_rank, world_size=fabric.world_size) for s in splits]

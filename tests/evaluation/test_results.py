@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -17,7 +18,13 @@ from dyhead.data import DatasetInfo, load
 from dyhead.evaluation import results
 from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.report import write_json
-from dyhead.evaluation.results import detections_file, evaluate_detections, report_evaluation, report_losses
+from dyhead.evaluation.results import (
+    check_weights,
+    detections_file,
+    evaluate_detections,
+    report_evaluation,
+    report_losses,
+)
 from dyhead.torchvision import get_cfg
 
 CAT, DOG = ([0, 0, 50, 50], [60, 10, 20, 20])
@@ -295,3 +302,13 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
         write_json({"b": [2, float("nan")]}, file)
     assert json.loads(file.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_no_numbers_are_not_evaluated(value):
+    detector = Detector()
+    check_weights(detector)
+    with torch.no_grad():
+        detector.layer.bias[1] = value
+    with pytest.raises(ConfigError, match=r"1 of 2 tensors hold NaN or infinity, the first is layer\.bias"):
+        check_weights(detector)
