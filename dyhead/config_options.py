@@ -51,6 +51,11 @@ class DatasetOptions:
         (),
         "datasets in COCO's format to register: [[name, json file, image folder], ...]; paths from the working folder",
     )
+    clip_boxes: bool = option(
+        False,
+        "clip annotated boxes that extend more than a pixel beyond their image, and drop those wholly outside, instead "
+        "of refusing them; AP counts the boxes as they are in the file",
+    )
 
 
 @dataclass(frozen=True)

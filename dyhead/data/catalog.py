@@ -21,6 +21,8 @@ _COCO = {
     "coco_2014_valminusminival": ("coco/annotations/instances_valminusminival2014.json", "coco/val2014"),
     "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
     "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
+    "coco_2017_test": ("coco/annotations/image_info_test2017.json", "coco/test2017"),
+    "coco_2017_test-dev": ("coco/annotations/image_info_test-dev2017.json", "coco/test2017"),
     "coco_2017_val_100": ("coco/annotations/instances_val2017_100.json", "coco/val2017"),
 }
 

@@ -73,7 +73,7 @@ def read_json(json_file: str | os.PathLike) -> dict[str, Any]:
     Raises:
         DataError: the file is missing, is not JSON, or lacks a section.
     """
-    if os.path.exists(json_file) and not os.path.isfile(json_file):  # to open a pipe would wait for ever
+    if not os.path.isfile(json_file) and os.path.exists(json_file):  # to open a pipe would wait for ever
         raise DataError(f"{json_file}: the annotation file cannot be read (it is not a file)")
     try:
         with open(json_file, "rb") as file:
@@ -316,6 +316,8 @@ def _annotation_fault(position: int, a: dict, ids: set, records: dict, classes: 
     given = a.get("area")
     if given is not None and not (type(given) in (int, float) and -_LARGEST_AREA <= given <= _LARGEST_AREA):
         return f"{name}: area: expected a number of pixels up to {_LARGEST_AREA:g}, got {_shown(given)}"
+    if area(a) > _LARGEST_AREA:
+        return f"{name}: box [x, y, width, height] = {_shown(box)} has more than {_LARGEST_AREA:g} pixels (bbox)"
     crowd = a.get("iscrowd")
     if crowd is not None and not (type(crowd) in (bool, int, float) and crowd in (0, 1)):
         return f"{name}: iscrowd: expected 0 or 1, got {_shown(crowd)}"

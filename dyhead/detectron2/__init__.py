@@ -24,7 +24,7 @@ from dyhead.detectron2.backbone import (
     build_retinanet_resnet_fpn_dyhead_backbone,
 )
 from dyhead.detectron2.checkpoint import Checkpointer
-from dyhead.detectron2.datasets import register_datasets
+from dyhead.detectron2.datasets import NamingMapper, register_datasets
 from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
@@ -37,6 +37,7 @@ __all__ = [
     "DenseMetaArchitecture",
     "DyHeadBackbone",
     "DyHeadRCNN",
+    "NamingMapper",
     "NeckBackbone",
     "Trainer",
     "add_dyhead_config",

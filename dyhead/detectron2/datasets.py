@@ -1,23 +1,36 @@
-"""The datasets of :mod:`dyhead.data` in Detectron2's catalogs, and a mapper that names a broken image."""
+"""The datasets of :mod:`dyhead.data` in Detectron2's catalogs, and loaders that read images as that module does."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    detection_utils,
+)
+from detectron2.data import transforms as T
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes
-from dyhead.data import CocoSplit, DataError, DatasetInfo
+from dyhead.data import CocoSplit, DataError
 
-# What this module has put into Detectron2's catalogs.
-_registered: dict[str, DatasetInfo] = {}
+# What this module has put into Detectron2's catalogs, and whether boxes were clipped.
+_registered: dict[str, tuple[CocoSplit, bool]] = {}
 
 
-def register_datasets(names: Iterable[str], entries: Iterable[Sequence[str]] = ()) -> None:
+def register_datasets(names: Iterable[str], entries: Iterable[Sequence[str]] = (), *, clip_boxes: bool = False) -> None:
     """Put datasets of :mod:`dyhead.data` into Detectron2's ``DatasetCatalog`` and ``MetadataCatalog``.
 
     Each is loaded and checked as a whole first; a ``shapes`` set that is not there yet is drawn. Names that Detectron2
@@ -26,6 +39,7 @@ def register_datasets(names: Iterable[str], entries: Iterable[Sequence[str]] = (
     Args:
         names: the datasets to register.
         entries: ``[name, json file, image folder]`` of COCO-format datasets, as in ``DATASETS.REGISTER``.
+        clip_boxes: as ``DATASETS.CLIP_BOXES``, see :func:`dyhead.data.load`.
 
     Raises:
         DataError: a name is unknown, or is Detectron2's own and among ``entries``; a dataset's files are missing or
@@ -42,8 +56,21 @@ def register_datasets(names: Iterable[str], entries: Iterable[Sequence[str]] = (
                 data.get(name)  # says what to do where COCO's files are missing
             continue
         info = data.get(name)
-        if _registered.get(name) != info:
-            _register(data.load(info))
+        known, clipped = _registered.get(name, (None, None))
+        if known is None or known.info != info or clipped != clip_boxes:
+            _register(data.load(info, clip_boxes=clip_boxes), clip_boxes)
+
+
+def registered_split(name: str) -> CocoSplit | None:
+    """The dataset that :func:`register_datasets` has loaded under a name, None for one of Detectron2's or a user's."""
+    return _registered.get(name, (None, None))[0]
+
+
+def check_trainable(cfg: CfgNode) -> None:
+    """Raise :class:`DataError` unless ``DATASETS.TRAIN``, which is registered, has annotated objects to train on."""
+    splits = [registered_split(name) for name in cfg.DATASETS.TRAIN]
+    if None not in splits:
+        data.train_records(splits, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
 
 
 def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
@@ -63,24 +90,130 @@ def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
 
 
 class NamingMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``, whose errors name the image.
+    """Detectron2's ``DatasetMapper`` with the images of :func:`dyhead.data.read_image`; its errors name the image.
+
+    Where Detectron2 would resize or crop a side to nothing, a pixel is left. Everything else is as in Detectron2, also
+    for a loader of one's own: ``build_detection_train_loader(cfg, mapper=NamingMapper(cfg, is_train=True))``.
 
     Raises:
         DataError: on use: the image is missing, broken, or not of the size that its annotations say.
     """
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        arguments = super().from_config(cfg, is_train)
+        arguments["augmentations"] = [_leaving_a_pixel(augmentation) for augmentation in arguments["augmentations"]]
+        return arguments
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """The image and annotations of one record as the model takes them."""
+        sample = copy.deepcopy(dataset_dict)
+        image = _read(sample, self.image_format)
+        classes = None
+        if "sem_seg_file_name" in sample:
+            classes = detection_utils.read_image(sample.pop("sem_seg_file_name"), "L")[:, :, 0]
+        seen = T.AugInput(image, sem_seg=classes)
+        transforms = self.augmentations(seen)
+        shape = seen.image.shape[:2]
+        sample["image"] = torch.from_numpy(seen.image.transpose(2, 0, 1).copy())
+        if seen.sem_seg is not None:
+            sample["sem_seg"] = torch.from_numpy(seen.sem_seg.astype(np.int64))
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(sample, shape, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            sample.pop("annotations", None)
+        elif "annotations" in sample:
+            self._transform_annotations(sample, transforms, shape)
+        return sample
+
+
+def train_loader(cfg: CfgNode) -> _Loader:
+    """Detectron2's loader of ``DATASETS.TRAIN``.
+
+    Raises:
+        DataError: there is nothing to train on; on use, also from a worker process: an image is broken.
+    """
+    check_trainable(cfg)
+    try:
+        return _Loader(build_detection_train_loader(cfg, mapper=_ErrorsAsValues(NamingMapper(cfg, is_train=True))))
+    except AssertionError as error:  # what Detectron2 says of datasets that are not ours
+        raise DataError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: {error}") from error
+
+
+def evaluation_loader(cfg: CfgNode, name: str) -> _Loader:
+    """Detectron2's loader of a test set; :class:`DataError` on use: an image is broken."""
+    mapper = _ErrorsAsValues(NamingMapper(cfg, is_train=False))
+    return _Loader(build_detection_test_loader(cfg, name, mapper=mapper))
+
+
+class _Loader:
+    """A loader of Detectron2's that raises the errors which :class:`_ErrorsAsValues` has put into its batches."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.loader:
+            for sample in batch:
+                if "error" in sample:
+                    raise sample["error"]
+            yield batch
+
+
+class _ErrorsAsValues:
+    """A mapper in a worker process: an exception would come out of there with the whole traceback for a message."""
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         try:
-            return super().__call__(dataset_dict)
-        except Exception:
-            record = dataset_dict
-            size = (record["height"], record["width"]) if "height" in record and "width" in record else None
-            data.read_image(record["file_name"], size=size)  # raises what is wrong with the image, if that is it
-            raise
+            return self.mapper(record)
+        except DataError as error:
+            return {"error": error, "width": record.get("width", 1), "height": record.get("height", 1)}
 
 
-def _register(split: CocoSplit) -> None:
+class _Resize(T.ResizeShortestEdge):
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
+        return transform
+
+
+class _Crop(T.RandomCrop):
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = super().get_crop_size(image_size)
+        return max(height, 1), max(width, 1)
+
+
+def _leaving_a_pixel(augmentation: T.Augmentation) -> T.Augmentation:
+    """The same augmentation, whose images have at least one pixel."""
+    if type(augmentation) is T.ResizeShortestEdge:
+        style = "range" if augmentation.is_range else "choice"
+        return _Resize(augmentation.short_edge_length, augmentation.max_size, style, augmentation.interp)
+    if type(augmentation) is T.RandomCrop:
+        return _Crop(augmentation.crop_type, augmentation.crop_size)
+    return augmentation
+
+
+def _read(sample: dict[str, Any], image_format: str) -> np.ndarray:
+    """The image of a record, (height, width, channels), which also completes its height and width."""
+    path = os.fspath(sample["file_name"])
+    if "://" in path:
+        path = PathManager.get_local_path(path)
+    size = (sample["height"], sample["width"]) if "height" in sample and "width" in sample else None
+    ours = image_format in ("RGB", "BGR")
+    image = data.read_image(path, image_format if ours else "RGB", size=size)
+    sample["height"], sample["width"] = image.shape[:2]
+    return image if ours else detection_utils.convert_PIL_to_numpy(Image.fromarray(image), image_format)
+
+
+def _register(split: CocoSplit, clip_boxes: bool) -> None:
     name = split.info.name
     if name in _registered:  # from other files, before
         DatasetCatalog.remove(name)
@@ -94,4 +227,4 @@ def _register(split: CocoSplit) -> None:
         thing_classes=split.class_names,
         thing_dataset_id_to_contiguous_id={category: i for i, category in enumerate(split.category_ids)},
     )
-    _registered[name] = split.info
+    _registered[name] = split, clip_boxes

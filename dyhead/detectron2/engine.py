@@ -17,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 from dyhead.config import ConfigError, add_dyhead_config, check_config, load_config
 from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
-from dyhead.detectron2.datasets import check_classes, register_datasets
+from dyhead.detectron2.datasets import check_classes, check_trainable, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.results import report_losses
@@ -132,8 +132,10 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ConfigError(f"DATASETS.{needed}: expected at least one dataset, got none")
-    register_datasets(names, cfg.DATASETS.REGISTER)
+    register_datasets(names, cfg.DATASETS.REGISTER, clip_boxes=cfg.DATASETS.CLIP_BOXES)
     check_classes(cfg, names)
+    if not args.eval_only:
+        check_trainable(cfg)
 
 
 def _setup_process(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from dyhead.data import CocoSplit, DatasetInfo
+from dyhead.detectron2.datasets import registered_split
 from dyhead.evaluation import coco_results
 from dyhead.evaluation.results import Evaluated, evaluate_detections
 
@@ -72,6 +73,9 @@ def _category_ids(name: str) -> list[Any]:
 
 def _split(name: str) -> CocoSplit:
     """A dataset of the catalogs in the form of :mod:`dyhead.data`."""
+    registered = registered_split(name)
+    if registered:
+        return registered
     metadata, records = MetadataCatalog.get(name), DatasetCatalog.get(name)
     for record in records:
         record["annotations"] = [

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
@@ -18,7 +17,7 @@ from torch import nn
 
 from dyhead.config import ConfigError
 from dyhead.detectron2.checkpoint import Checkpointer
-from dyhead.detectron2.datasets import NamingMapper
+from dyhead.detectron2.datasets import evaluation_loader, train_loader
 from dyhead.detectron2.evaluation import BoxEvaluator
 from dyhead.detectron2.solver import build_optimizer
 from dyhead.evaluation.results import check_weights
@@ -99,12 +98,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's loader of ``DATASETS.TRAIN``."""
-        return build_detection_train_loader(cfg, mapper=NamingMapper(cfg, is_train=True))
+        return train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Detectron2's loader of a test set."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(cfg, is_train=False))
+        return evaluation_loader(cfg, dataset_name)
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers of the terminal, metrics.json and TensorBoard's files; the last ones may fail."""

@@ -33,12 +33,17 @@ Target = dict[str, Tensor]
 def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
     """Height and width of an image whose shorter edge becomes ``shortest``, or its longer one ``longest``, if less.
 
-    In pixels, rounded as Detectron2 does. ``shortest`` 0 leaves the size as it is.
+    In pixels, rounded as Detectron2 does, but at least 1. ``shortest`` 0 leaves the size as it is.
     """
     if shortest == 0:
         return height, width
-    scale = min(shortest / min(height, width), longest / max(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    # In Detectron2's order, because halves are rounded, and whether it is one may hang on the last bit.
+    scale = shortest / min(height, width)
+    height, width = (shortest, scale * width) if height < width else (scale * height, shortest)
+    if max(height, width) > longest:
+        scale = longest / max(height, width)
+        height, width = height * scale, width * scale
+    return max(1, int(height + 0.5)), max(1, int(width + 0.5))
 
 
 def load_train(cfg: CfgNode) -> list[CocoSplit]:
@@ -48,7 +53,7 @@ def load_train(cfg: CfgNode) -> list[CocoSplit]:
         ConfigError: none is configured, or their classes differ.
         DataError: one of them is not sound, or no image is left to train on.
     """
-    splits = load_splits(cfg.DATASETS.TRAIN)
+    splits = load_splits(cfg, cfg.DATASETS.TRAIN)
     if not splits:
         raise ConfigError("DATASETS.TRAIN: expected at least one dataset to train on, got none")
     for split in splits[1:]:
@@ -60,24 +65,9 @@ def load_train(cfg: CfgNode) -> list[CocoSplit]:
     return splits
 
 
-def load_splits(names: Sequence[str]) -> list[CocoSplit]:
+def load_splits(cfg: CfgNode, names: Sequence[str]) -> list[CocoSplit]:
     """The datasets of these names, loaded and checked."""
-    return [data.load(data.get(name)) for name in names]
-
-
-def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[dict[str, Any]]:
-    """The records to train on; with ``filter_empty`` without images that show no object but crowds.
-
-    Raises:
-        DataError: there is none.
-    """
-    records = [record for split in splits for record in split.records]
-    if filter_empty:
-        records = [record for record in records if any(not a["iscrowd"] for a in record["annotations"])]
-    if not records:
-        names = ", ".join(split.info.name for split in splits)
-        raise DataError(f"dataset {names}: no image with an annotation that is not a crowd, nothing to train on")
-    return records
+    return [data.load(data.get(name), clip_boxes=cfg.DATASETS.CLIP_BOXES) for name in names]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dyhead.evaluation.results import Evaluated
 from dyhead.preflight import check_run
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
 from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
-from dyhead.torchvision.data import load_splits, load_train, train_records
+from dyhead.torchvision.data import load_splits, load_train
 from dyhead.torchvision.detectors import build_model
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import log_to_file, start_logging, stop_logging
@@ -171,10 +171,10 @@ def _run(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> Metrics:
 
 
 def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torch.nn.Module, list[Evaluated]]:
-    training_splits, test = load_train(cfg), load_splits(cfg.DATASETS.TEST)
+    training_splits, test = load_train(cfg), load_splits(cfg, cfg.DATASETS.TEST)
     for split in (*training_splits, *test):
         check_num_classes(cfg, split.info.name, split.class_names)
-    records = train_records(training_splits, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    records = data.train_records(training_splits, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
 
     checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
     resumed = read_resumable(cfg, checkpoint) if checkpoint else None
@@ -204,7 +204,7 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
 
 
 def _evaluate(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torch.nn.Module, list[Evaluated]]:
-    test = load_splits(cfg.DATASETS.TEST)
+    test = load_splits(cfg, cfg.DATASETS.TEST)
     if not test:
         raise ConfigError("DATASETS.TEST: expected at least one dataset to evaluate on, got none")
     for split in test:

@@ -56,7 +56,7 @@ def train(
         fabric: the devices and their precision, launched.
         cfg: the configuration.
         model: the detector, see :func:`dyhead.torchvision.build_model`; it ends up on its device.
-        records: images to train on, see :func:`dyhead.torchvision.data.train_records`.
+        records: images to train on, see :func:`dyhead.data.train_records`.
         splits: datasets to evaluate on every ``TEST.EVAL_PERIOD`` iterations.
         seed: not negative, the same in all processes.
         checkpoint: what :func:`dyhead.torchvision.checkpoint.save_checkpoint` wrote, to go on from; its weights are in

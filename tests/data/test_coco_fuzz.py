@@ -60,6 +60,10 @@ def try_file(small_set, data, path):
         split = load(info)
     except DataError as error:
         message = str(error)
+        if "CLIP_BOXES" in message:
+            split = load(info, clip_boxes=True)
+            boxes = np.array([a["bbox"] for record in split.records for a in record["annotations"]]).reshape(-1, 4)
+            assert ((boxes >= 0) & (boxes <= [40, 30, 40, 30])).all()
         message.encode()
         assert "small.json" in message
         assert len(message) < 3000

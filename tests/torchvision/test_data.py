@@ -1,5 +1,6 @@
 """The training stream, the augmentation and the pass over a test set."""
 
+import json
 from itertools import islice
 
 import numpy as np
@@ -15,10 +16,10 @@ from dyhead.torchvision.data import (
     TrainBatches,
     TrainStream,
     evaluation_loader,
+    load_splits,
     load_train,
     resized,
     train_loader,
-    train_records,
 )
 
 PLAIN = Augmentation((64,), "choice", 1000, "none")
@@ -50,6 +51,10 @@ def same(a, b):
         ((300, 1200), 800, 1333, (333, 1333)),  # 1333 / 4 = 333.25
         ((427, 640), 800, 1333, (800, 1199)),  # 1199.06
         ((480, 640), 0, 10, (480, 640)),
+        ((2772, 2880), 2000, 1000, (962, 1000)),  # 962.5, less a rounding error in Detectron2's order of operations
+        ((231, 704), 480, 96, (32, 96)),  # 31.5, and a rounding error more
+        ((3, 2000), 192, 256, (1, 256)),
+        ((5000, 1), 800, 1333, (1333, 1)),
     ],
 )
 def test_sizes_after_resizing_the_shortest_edge(size, shortest, longest, expected):
@@ -139,15 +144,15 @@ def test_crowds_are_left_out_and_pictures_with_nothing_else_filtered(split):
     records[1]["annotations"] = [*records[1]["annotations"], crowd]
     records[2]["annotations"] = []
     mixed = data.CocoSplit(split.info, split.class_names, split.category_ids, records)
-    assert train_records([mixed], filter_empty=True) == [records[1]]
-    assert train_records([mixed], filter_empty=False) == records
+    assert data.train_records([mixed], filter_empty=True) == [records[1]]
+    assert data.train_records([mixed], filter_empty=False) == records
     _, target = TrainStream(records[1:2], PLAIN, "RGB", seed=0)[0]
     assert len(target["boxes"]) == len(target["labels"]) == len(records[1]["annotations"]) - 1
     empty = TrainStream(records[2:], PLAIN, "RGB", seed=0)[0][1]
     assert empty["boxes"].shape == (0, 4)
     assert empty["labels"].shape == (0,)
     with pytest.raises(DataError, match=f"{split.info.name}.*nothing to train on"):
-        train_records([data.CocoSplit(split.info, [], [], records[2:])], filter_empty=True)
+        data.train_records([data.CocoSplit(split.info, [], [], records[2:])], filter_empty=True)
 
 
 def test_every_test_picture_comes_once_whatever_the_number_of_devices(tiny, configured, split):
@@ -181,6 +186,54 @@ def test_a_picture_of_another_size_than_annotated_is_named(tiny, configured, dra
     split = data.load(data.get(f"resized_{path}"))
     with pytest.raises(DataError, match=r"1\.png.*7 x 7"):
         first_batches(evaluation_loader(configured(tiny), split), 2)
+
+
+def test_a_very_long_picture_keeps_a_pixel_and_its_boxes(tiny, configured, draw, tmp_path):
+    path = draw(tmp_path / "long", 1)
+    content = json.loads(path.read_text())
+    content["images"][0].update(width=2000, height=3)
+    category = content["categories"][0]["id"]
+    content["annotations"] = [
+        {"id": 1, "image_id": content["images"][0]["id"], "category_id": category, "bbox": [100, 0, 500, 3]}
+    ]
+    path.write_text(json.dumps(content))
+    Image.new("RGB", (2000, 3), "white").save(path.parent / content["images"][0]["file_name"])
+    data.register_coco_json(f"long_{path}", path, path.parent)
+    cfg = configured(tiny | {"INPUT.MAX_SIZE_TRAIN": 256, "INPUT.MAX_SIZE_TEST": 256})
+    (split,) = load_splits(cfg, [f"long_{path}"])
+    (images, _), (shown, targets) = (
+        first_batches(loader, 1)[0]
+        for loader in (evaluation_loader(cfg, split), train_loader(cfg, split.records, seed=0))
+    )
+    assert images[0].shape == shown[0].shape == (3, 1, 256)
+    assert images[0].float().mean() > 250
+    x0, y0, x1, y1 = targets[0]["boxes"][0].tolist()
+    assert (y0, y1) == (0, 1)
+    assert x1 - x0 == pytest.approx(500 * 256 / 2000)
+
+
+def test_boxes_beyond_the_picture_are_clipped_where_the_configuration_says_so(tiny, configured, draw, tmp_path):
+    path = draw(tmp_path / "beyond", 1)
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2:] = [1000, 1000]
+    path.write_text(json.dumps(content))
+    data.register_coco_json(f"beyond_{path}", path, path.parent)
+    with pytest.raises(DataError, match=r"lies outside the image \(bbox; DATASETS\.CLIP_BOXES True"):
+        load_splits(configured(tiny), [f"beyond_{path}"])
+    (split,) = load_splits(configured(tiny | {"DATASETS.CLIP_BOXES": True}), [f"beyond_{path}"])
+    (record,) = split.records
+    assert record["annotations"][0]["bbox"][2:] == [record["width"], record["height"]]
+
+
+def test_names_that_share_a_file_are_sets_of_their_own(tiny, configured, draw, tmp_path):
+    path = draw(tmp_path / "shared", 2)
+    names = [f"shared_{kind}_{path}" for kind in ("train", "test")]
+    cfg = configured(tiny)
+    data.register_from_config([[name, str(path), str(path.parent)] for name in names])
+    first, second = load_splits(cfg, names)
+    assert [first.info.name, second.info.name] == names
+    assert first.records == second.records
+    assert len(data.train_records([first, second], filter_empty=True)) == 4
 
 
 def test_training_sets_must_agree_in_their_classes(tiny, configured, draw, tmp_path):
