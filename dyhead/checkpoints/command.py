@@ -7,11 +7,11 @@ import os
 import sys
 from collections import Counter
 
-import torch
-
 from dyhead.checkpoints.convert import SOURCES, Conversion, convert
 from dyhead.checkpoints.errors import CheckpointError
-from dyhead.checkpoints.files import read_state
+from dyhead.checkpoints.files import shown
+from dyhead.checkpoints.saving import write_checkpoint
+from dyhead.checkpoints.state import read_state
 
 _NAMED = 20  # so many keys that are left over for the same reason are listed, the rest is counted
 
@@ -29,15 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert ``args.source`` to ``args.out`` and print what became of its keys; returns the exit code, 0 or 1."""
     try:
-        if os.path.exists(args.out):
+        if os.path.lexists(args.out):
             raise CheckpointError(f"{args.out}: exists and is not overwritten")
         conversion = convert(read_state(args.source), f"checkpoint {args.source}")
         if not conversion.state:
             raise CheckpointError(f"checkpoint {args.source}: none of its keys has a counterpart here")
-        # A file appears when it is complete.
-        torch.save({"model": conversion.state, "source": conversion.source}, args.out + ".partial")
-        os.replace(args.out + ".partial", args.out)
-    except (CheckpointError, OSError, RuntimeError) as error:
+        write_checkpoint(args.out, {"model": conversion.state, "source": conversion.source})
+    except CheckpointError as error:
         print(f"dyhead convert: {error}", file=sys.stderr)
         return 1
     print(_report(conversion, args))
@@ -61,6 +59,6 @@ def _report(conversion: Conversion, args: argparse.Namespace) -> str:
         lines += [f"{title}, {reason}: {count}" for reason, count in Counter(keys.values()).items()]
     for reason in dict.fromkeys(conversion.left_over.values()):
         keys = [key for key, why in conversion.left_over.items() if why == reason]
-        lines += [f"left over, {reason}:", *(f"  {key}" for key in keys[:_NAMED])]
+        lines += [f"left over, {reason}:", *(f"  {shown(key)}" for key in keys[:_NAMED])]
         lines += [f"  and {len(keys) - _NAMED} more"] if len(keys) > _NAMED else []
     return "\n".join(lines)

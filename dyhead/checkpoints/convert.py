@@ -12,7 +12,7 @@ from torch import Tensor
 from dyhead.checkpoints.detectron2 import DETECTRON2
 from dyhead.checkpoints.dynamic_head import MICROSOFT
 from dyhead.checkpoints.errors import CheckpointError
-from dyhead.checkpoints.files import some
+from dyhead.checkpoints.files import shown, some
 from dyhead.checkpoints.imagenet import CAFFE2_RESNET, DETECTRON2_RESNET, TORCHVISION_RESNET
 from dyhead.checkpoints.mmdetection import MMDETECTION_DETECTOR
 from dyhead.checkpoints.ours import CANONICAL, EARLIER_DETECTRON2, TORCHVISION
@@ -92,13 +92,20 @@ def convert(state: Mapping[str, Tensor], origin: str = "state dict") -> Conversi
         kind = type(state[nested[0]]).__name__
         raise TypeError(f"{origin}: expected tensors by key, got {kind} under {some(nested)}")
     try:
-        return _convert(state)
+        source = _recognise(state)
     except CheckpointError as error:
         raise CheckpointError(f"{origin}: {error}") from error
+    try:
+        return _convert(state, source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+    except (IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:  # of shapes and numbers in keys
+        raise CheckpointError(
+            f"{origin}: keys or shapes that are not those of {source.name}: {shown(str(error))}"
+        ) from error
 
 
-def _convert(state: Mapping[str, Tensor]) -> Conversion:
-    source = _recognise(state)
+def _convert(state: Mapping[str, Tensor], source: Source) -> Conversion:
     rows = list(source.rows(state))
     out = Conversion({}, source.name)
     for key, value in state.items():
@@ -114,9 +121,14 @@ def _convert(state: Mapping[str, Tensor]) -> Conversion:
             continue
         if name in out.state:
             first = next(theirs for theirs, ours in out.renamed.items() if ours == name)
-            raise CheckpointError(f"{source.name}: expected one key for {name}, got {first} and {key}")
+            raise CheckpointError(f"{source.name}: expected one key for {name}, got {shown(first)} and {shown(key)}")
         out.renamed[key] = name
-        out.state[name] = value if change is None else change(value)
+        try:
+            out.state[name] = value if change is None else change(value)
+        except (IndexError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{shown(key)}: not of a shape that {source.name} has: {tuple(value.shape)}"
+            ) from error
     _join_elements(out.state)
     if source.zero_biases:
         for key, value in list(out.state.items()):
@@ -133,7 +145,7 @@ def _recognise(state: Mapping[str, Tensor]) -> Source:
         return found[0]
     tried = "".join(f"\n  {source.name}: a key like {source.mark}" for source in found or SOURCES)
     raise CheckpointError(
-        f"expected the keys of one project, got {some(list(state)) or 'no key'}, which are those of "
+        f"expected the keys of one project, got {some(state) or 'no key'}, which are those of "
         f"{'several' if found else 'none'} of{tried}"
     )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from dyhead.checkpoints.convert import Conversion
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.checkpoints.files import some
+from dyhead.checkpoints.ours import PARTS
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +34,10 @@ def load_into(
         origin: what messages call the checkpoint.
 
     Raises:
-        CheckpointError: nothing fits, or not everything with ``strict``. Keys that the file lacks are named as the
-            model calls them, others as the file does. ``detector.loss_normalizer.average``, which is for training, and
-            ``num_batches_tracked``, which frozen batch normalization does not have, may differ.
+        CheckpointError: of no part of the model (network, pyramid, Dynamic Head, ...) more than half fits, or not
+            everything with ``strict``; a weight is too large for the model's numbers. Keys that the file lacks are
+            named as the model calls them, others as the file does. ``detector.loss_normalizer.average``, which is for
+            training, and ``num_batches_tracked``, which frozen batch normalization does not have, may differ.
     """
     own = model.state_dict()
     names = {key: key for key in own} if names is None else {key: names.get(key, key) for key in own}
@@ -42,7 +45,7 @@ def load_into(
     for key, name in weights.renamed.items():
         theirs.setdefault(name.partition("[")[0], key)
 
-    fitting, missing, misshapen = {}, [], []
+    fitting, missing, misshapen, mistyped = {}, [], [], []
     for key, name in names.items():
         value = weights.state.get(name)
         if value is None:
@@ -50,8 +53,14 @@ def load_into(
                 missing.append(key)
         elif value.shape != own[key].shape:
             misshapen.append(f"{key} {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model")
+        elif own[key].is_floating_point() and not value.is_floating_point():
+            mistyped.append(f"{key} {value.dtype} in the file, {own[key].dtype} in the model")
         else:
             fitting[key] = value
+            if not value.to(own[key].dtype).isfinite().all():
+                raise CheckpointError(
+                    f"{origin}: expected weights that {own[key].dtype} holds, got larger ones in {key}"
+                )
     canonical = set(names.values())
     unexpected = [
         theirs.get(name, name)
@@ -67,11 +76,12 @@ def load_into(
             ("missing in the file", missing),
             ("not in the model", unexpected),
             ("of another shape", misshapen),
+            ("of another type", mistyped),
             *((f"without a counterpart in any model ({reason})", keys) for reason, keys in without.items()),
         )
         if keys
     ]
-    if not fitting or (problems and strict):
+    if (problems and strict) or not _any_part(weights.state, names.values(), [names[key] for key in fitting]):
         raise CheckpointError(
             f"{origin} ({weights.source}) does not fit the model ({len(fitting)} of {len(own)} tensors do)\n  "
             + "\n  ".join(problems)
@@ -80,3 +90,19 @@ def load_into(
     _log.info("Loaded %d of %d tensors from %s (%s)", len(fitting), len(own), origin, weights.source)
     if problems:
         _log.info("Not loaded:\n  %s", "\n  ".join(problems))
+
+
+def _any_part(theirs: Iterable[str], ours: Iterable[str], fitting: Iterable[str]) -> bool:
+    """Whether more than half of some part of the model, or of what the file has of it, fits: by canonical keys.
+
+    Fewer fit by chance: vectors of the same length in another network, numbers for each level.
+    """
+    counts = [
+        Counter(_part(name) for name in keys if name != _OPTIONAL and not name.endswith(_COUNTER))
+        for keys in (theirs, ours, fitting)
+    ]
+    return any(2 * count > min(counts[0][part], counts[1][part]) for part, count in counts[2].items())
+
+
+def _part(name: str) -> str:
+    return next((part for part in PARTS if name.startswith(part)), name.partition(".")[0])

@@ -21,8 +21,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from dyhead.checkpoints.pyramid import BACKBONE, first_stage, torchvision_resnet
+from dyhead.checkpoints.pyramid import BACKBONE, BOTTOM_UP, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import Row, Source
+
+#: The parts of a detector, by what its canonical keys start with, a part of another before it.
+PARTS = (BOTTOM_UP, BACKBONE, "backbone.dyhead.", "detector.", "proposal_generator.", "roi_heads.")
 
 _PREDICTORS = "logits|deltas|quality|delta_scale"
 _LINEAR = r"roi_heads\.box_head\.(\d+)\.(weight|bias)"

@@ -56,8 +56,8 @@ MMDETECTION_GLIP_DETECTOR = Source(
 )
 YOLO = Source(
     "a YOLO with mmdetection's block",
-    r"^(model\.)+\d+\..*spatial_conv_mid\.",
-    lambda state: block_rows(r"(?:model\.)+\d+\.(?:.+\.)?(?:dyhead|dyhead_blocks)\.", MMDETECTION),
+    r"^(?:model\.)*\d+\..*spatial_conv_mid\.",
+    lambda state: block_rows(r"(?:model\.)*\d+\.(?:.+\.)?(?:dyhead|dyhead_blocks)\.", MMDETECTION),
     dropped=(COUNTERS,),
     remainder=_ONLY_THE_TOWER,
     zero_biases=True,

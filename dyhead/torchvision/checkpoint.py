@@ -11,18 +11,23 @@ A checkpoint of a training is a dict in Detectron2's form, which ``torch.load(fi
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-import pickle
 import re
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from dyhead.checkpoints import CheckpointError, canonical_names, convert, find_state, load_into, read_file
+from dyhead import checkpoints
+from dyhead.checkpoints import canonical_names, convert, find_state, load_into, read_file
+from dyhead.checkpoints.errors import as_config_errors
+from dyhead.checkpoints.resuming import check_optimizer_state, check_written_by, entry, iteration
 from dyhead.config import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -31,31 +36,15 @@ _IMAGENET = re.compile(r"detectron2://ImageNetPretrained/torchvision/R-(18|34|50
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint in the folder of a run, or None.
-
-    Raises:
-        ConfigError: the file ``last_checkpoint`` names a file that is not there.
-    """
-    note = os.path.join(output_dir, "last_checkpoint")
-    if not os.path.isfile(note):
-        return None
-    with open(note, encoding="utf-8") as file:
-        path = os.path.join(output_dir, file.read().strip())
-    if not os.path.isfile(path):
-        raise ConfigError(f"{note}: expected the name of a checkpoint beside it, {path} does not exist")
-    return path
+    """:func:`dyhead.checkpoints.last_checkpoint`, with :class:`ConfigError`."""
+    with as_config_errors():
+        return checkpoints.last_checkpoint(output_dir)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU; nothing in it is run.
-
-    Raises:
-        ConfigError: the file is missing, or is none that PyTorch can read safely.
-    """
-    try:
+    """:func:`dyhead.checkpoints.read_file`, with :class:`ConfigError`."""
+    with as_config_errors():
         return read_file(path)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
 
 
 def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
@@ -63,7 +52,7 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
 
     Args:
         model: the detector.
-        weights: a file that :mod:`dyhead.checkpoints` knows; an address of one that starts with ``https://``; or
+        weights: a file that :mod:`dyhead.checkpoints` knows; an address of one, ``https://`` or ``http://``; or
             ``detectron2://ImageNetPretrained/torchvision/R-50.pkl`` (or R-18, R-34, R-101, R-152), which stands for
             torchvision's weights of that name.
         strict: whether all keys must fit. Otherwise what fits is loaded and what does not is named in the log.
@@ -73,11 +62,9 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
     """
     origin = f"checkpoint {weights}"
     names = canonical_names(model.state_dict())
-    try:
+    with as_config_errors():
         conversion = convert(find_state(_read_weights(weights), origin), origin)
         load_into(model, conversion, names, strict=strict, origin=origin)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
 
 
 def portable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -87,38 +74,33 @@ def portable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(output_dir: str, name: str, content: dict[str, Any]) -> None:
-    """Write a checkpoint into the folder of a run, and its name into ``last_checkpoint``.
+    """:func:`dyhead.checkpoints.save_checkpoint` of what the head of this module lists, with :class:`ConfigError`."""
+    with as_config_errors():
+        checkpoints.save_checkpoint(output_dir, name, content)
 
-    Either file appears when it is complete.
 
-    Args:
-        output_dir: the folder.
-        name: the file, such as ``model_final.pth``.
-        content: what it is to hold, see the head of this module.
-    """
-    path, note = os.path.join(output_dir, name), os.path.join(output_dir, "last_checkpoint")
-    torch.save(content, path + ".partial")
-    os.replace(path + ".partial", path)
-    with open(note + ".partial", "w", encoding="utf-8") as file:
-        file.write(name)
-    os.replace(note + ".partial", note)
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str = "the checkpoint") -> None:
+    """Go on with the state of an optimizer; :class:`ConfigError` if it is that of other parameters, or damaged."""
+    with as_config_errors():
+        check_optimizer_state(state, optimizer, path)
+    optimizer.load_state_dict(state)
 
 
 def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
     """The content of a checkpoint that a training is to go on from.
 
     Raises:
-        ConfigError: the file cannot be read; another engine, an earlier version of this project or a training with
-            another optimizer wrote it.
+        ConfigError: the file cannot be read or is damaged; another engine, an earlier version of this project or a
+            training with another optimizer wrote it; it has done more than ``SOLVER.MAX_ITER`` iterations.
     """
     content = read_checkpoint(path)
-    if "global_step" in content:
-        raise ConfigError(
-            f"--resume: {path} was written by an earlier version of this project and cannot be continued; "
-            "start from its weights, with MODEL.WEIGHTS and another OUTPUT_DIR"
-        )
-    if not {"dyhead", "optimizer", "iteration"} <= content.keys():
-        raise ConfigError(f"--resume: {path} is no checkpoint of a training on torchvision; set MODEL.WEIGHTS")
+    with as_config_errors():
+        check_written_by(content, "torchvision", path)
+        for key, kind in (("optimizer", str), ("seed", int), ("max_iter", int)):
+            entry(content, f"dyhead.{key}", kind, path)
+        for key in ("optimizer", "grad_scaler"):
+            entry(content, key, dict, path)
+        iteration(content, "iteration", cfg.SOLVER.MAX_ITER, path)
     trained = content["dyhead"]
     if trained["optimizer"] != cfg.SOLVER.OPTIMIZER:
         raise ConfigError(
@@ -136,22 +118,40 @@ def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
 def _read_weights(weights: str) -> dict[str, Any]:
     """The content of the file that ``weights`` names."""
     imagenet = _IMAGENET.fullmatch(weights)
-    try:
-        if imagenet:
-            name = f"ResNet{imagenet[1]}_Weights"
+    if imagenet:
+        name = f"ResNet{imagenet[1]}_Weights"
+        try:
             return getattr(torchvision.models, name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        if weights.startswith("https://"):
-            return torch.hub.load_state_dict_from_url(weights, map_location="cpu", weights_only=True)
-        if "://" in weights:
-            raise ConfigError(
-                f"MODEL.WEIGHTS {weights}: the torchvision engine reads files, https:// addresses of PyTorch files and "
-                "detectron2://ImageNetPretrained/torchvision/R-{18,34,50,101,152}.pkl"
-            )
-        return read_checkpoint(weights)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # URLError is an OSError
-        what = f"torchvision's {name}.IMAGENET1K_V1" if imagenet else "the file"
+        except Exception as error:  # of the network, or of a damaged file that is there
+            folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+            raise _not_fetched(weights, f"torchvision's {name}.IMAGENET1K_V1", folder, error) from error
+    if weights.startswith(("https://", "http://")):
+        return read_checkpoint(_fetched(weights))
+    if "://" in weights:
         raise ConfigError(
-            f"MODEL.WEIGHTS {weights}: {what} could not be fetched into "
-            f"{os.path.join(torch.hub.get_dir(), 'checkpoints')} ({error}). "
-            'Put it there, name another file, or train from scratch with MODEL.WEIGHTS ""'
-        ) from error
+            f"MODEL.WEIGHTS {weights}: the torchvision engine reads files, https:// and http:// addresses of files and "
+            "detectron2://ImageNetPretrained/torchvision/R-{18,34,50,101,152}.pkl"
+        )
+    return read_checkpoint(weights)
+
+
+def _fetched(address: str) -> str:
+    """The file of an address, fetched unless it was before. Files of one name from different addresses stay apart."""
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints", hashlib.sha256(address.encode()).hexdigest()[:16])
+    try:
+        path = os.path.join(folder, os.path.basename(urlparse(address).path) or "weights")
+        if not os.path.isfile(path):
+            os.makedirs(folder, exist_ok=True)
+            torch.hub.download_url_to_file(address, path)
+    except Exception as error:  # libraries below raise their own kinds for a bad address or answer
+        with suppress(OSError):
+            os.rmdir(folder)
+        raise _not_fetched(address, "the file", folder, error) from error
+    return path
+
+
+def _not_fetched(weights: str, what: str, folder: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"MODEL.WEIGHTS {weights}: {what} could not be fetched into {folder} ({error}). "
+        'Put it there, name another file, or train from scratch with MODEL.WEIGHTS ""'
+    )

@@ -17,7 +17,7 @@ from torch import nn
 from dyhead.config import ConfigError
 from dyhead.data import CocoSplit
 from dyhead.evaluation.results import Evaluated
-from dyhead.torchvision.checkpoint import portable_state, save_checkpoint
+from dyhead.torchvision.checkpoint import load_optimizer, portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
@@ -77,7 +77,7 @@ def train(
     start = 0
     if checkpoint is not None:
         start = checkpoint["iteration"] + 1
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
         if checkpoint["grad_scaler"]:
             precision.load_state_dict(checkpoint["grad_scaler"])
 
