@@ -4,8 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from dyhead.evaluation.benchmark import Timing
 from dyhead.evaluation.coco import METRICS
+from dyhead.files import replacing
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -84,28 +84,15 @@ def write_results(reports: Sequence[Report], output_dir: str | os.PathLike) -> s
 
 
 def write_json(value: Any, path: str | os.PathLike, indent: int | None = None) -> None:
-    """Writes a JSON file, see `whole_file`.
+    """Writes a JSON file, as a whole or not at all.
 
     Raises:
         OSError: it cannot be written.
         ValueError: a number is NaN or infinite.
     """
-    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with replacing(path, "w") as file:
         json.dump(value, file, indent=indent, allow_nan=False)
         file.write("\n")
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[str]:
-    """Gives a path to write to, which then becomes `path`: as a whole or not at all, even if the disk is full."""
-    partial = f"{os.fspath(path)}.partial"
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(partial)
-        raise
 
 
 def _note(r: Report) -> str:

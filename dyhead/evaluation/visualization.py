@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from dyhead.data.coco import CocoSplit
 from dyhead.data.images import read_image
 from dyhead.evaluation import lettering
-from dyhead.evaluation.report import whole_file
+from dyhead.files import replacing
 
 _SIDE = 320  # pixels: the longer side of each image on the sheet
 _SHORT = 48  # pixels: what its shorter side is filled up to, so that there is room for a label
@@ -78,8 +78,8 @@ def draw_predictions(
         for column, image in enumerate(image for pair in row for image in pair):
             sheet.paste(image, (_GAP + column * (_SIDE + _GAP), y))
         y += height
-    with whole_file(png_path) as partial:
-        sheet.save(partial, "PNG")
+    with replacing(png_path) as file:
+        sheet.save(file, "PNG")
 
 
 def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) -> None:
@@ -102,8 +102,8 @@ def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) ->
     axes.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    with whole_file(png_path) as partial:
-        figure.savefig(partial, format="png")
+    with replacing(png_path) as file:
+        figure.savefig(file, format="png")
 
 
 def read_losses(metrics_json: str | os.PathLike) -> dict[str, dict[int, float]]:

@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,8 +140,8 @@ def test_a_drawing_is_there_as_a_whole_or_not_at_all(split, tmp_path, monkeypatc
     drawn(split, [], tmp_path)
     before = (tmp_path / "sheet.png").read_bytes()
 
-    def fail(self, path, *args):
-        Path(path).write_bytes(before[:50])
+    def fail(self, file, *args):
+        file.write(before[:50])
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
