@@ -10,6 +10,7 @@ import pickle
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -20,6 +21,7 @@ from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import check_classes, check_trainable, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
+from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import report_losses
 from dyhead.preflight import check_run
 
@@ -134,6 +136,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(f"DATASETS.{needed}: expected at least one dataset, got none")
     register_datasets(names, cfg.DATASETS.REGISTER, clip_boxes=cfg.DATASETS.CLIP_BOXES)
     check_classes(cfg, names)
+    check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
     if not args.eval_only:
         check_trainable(cfg)
 

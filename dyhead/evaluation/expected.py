@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from fvcore.common.config import CfgNode
 
@@ -13,17 +13,28 @@ from dyhead.evaluation.coco import METRICS
 _KEY = "TEST.EXPECTED_RESULTS"
 
 
-def check_expectations(cfg: CfgNode) -> None:
+def check_expectations(cfg: CfgNode, classes: Mapping[str, Sequence[str]] | None = None) -> None:
     """Check before a run that its expected results are of its test sets and have the names of metrics.
 
     The task is "bbox" or, where there are several test sets, the name of one, also as "name/bbox".
 
+    Args:
+        cfg: the configuration.
+        classes: names of the classes of each test set, where they are known.
+
     Raises:
         ConfigError: another task, or a metric that is none.
     """
-    for _, metric, _, _ in _expectations(cfg):
-        if metric not in METRICS and not metric.startswith("AP-"):
+    for dataset, metric, _, _ in _expectations(cfg):
+        if metric in METRICS:
+            continue
+        if not metric.startswith("AP-"):
             raise ConfigError(f"{_KEY}: expected the metric {', '.join(METRICS)} or AP-<class>, got {metric!r}")
+        if classes is not None and metric.removeprefix("AP-") not in classes[dataset]:
+            some = ", ".join(classes[dataset][:8]) + (", ..." if len(classes[dataset]) > 8 else "")
+            raise ConfigError(
+                f"{_KEY}: expected AP-<class> with a class of dataset {dataset!r} ({some}), got {metric!r}"
+            )
 
 
 def check_expected_results(cfg: CfgNode, metrics: Mapping[str, Mapping[str, float]]) -> None:

@@ -24,6 +24,7 @@ import dyhead
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.data import DataError
+from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import Evaluated
 from dyhead.preflight import check_run
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
@@ -174,6 +175,7 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
     training_splits, test = load_train(cfg), load_splits(cfg, cfg.DATASETS.TEST)
     for split in (*training_splits, *test):
         check_num_classes(cfg, split.info.name, split.class_names)
+    check_expectations(cfg, {split.info.name: split.class_names for split in test})
     records = data.train_records(training_splits, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
 
     checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
@@ -209,6 +211,7 @@ def _evaluate(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[t
         raise ConfigError("DATASETS.TEST: expected at least one dataset to evaluate on, got none")
     for split in test:
         check_num_classes(cfg, split.info.name, split.class_names)
+    check_expectations(cfg, {split.info.name: split.class_names for split in test})
     model = build_model(cfg)
     load_weights(model, (last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None) or cfg.MODEL.WEIGHTS, strict=True)
     return model, evaluate(fabric, cfg, model.to(fabric.device), test)

@@ -312,3 +312,11 @@ def test_weights_that_are_no_numbers_are_not_evaluated(value):
         detector.layer.bias[1] = value
     with pytest.raises(ConfigError, match=r"1 of 2 tensors hold NaN or infinity, the first is layer\.bias"):
         check_weights(detector)
+
+
+def test_an_expected_class_that_no_test_set_has_is_refused_once_the_sets_are_known(cfg):
+    cfg = cfg(**{"DATASETS.TEST": ("pets", "zoo"), EXPECTED: [["zoo", "AP-cow", 1, 1]]})
+    check_expectations(cfg, {"pets": ["cat"], "zoo": ["cow"]})
+    message = r"expected AP-<class> with a class of dataset 'zoo' \(cat, dog\), got 'AP-cow'"
+    with pytest.raises(ConfigError, match=message):
+        check_expectations(cfg, {"pets": ["cow"], "zoo": ["cat", "dog"]})
