@@ -61,7 +61,7 @@ def evaluate_coco(
             for a in data.get("annotations") or ()
             if a["image_id"] in images and a["category_id"] in categories
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not in COCO's format ({type(error).__name__}: {error})") from error
     found = _checked(detections, images, categories, path)
 

@@ -169,7 +169,16 @@ def test_the_101st_detection_of_a_class_does_not_count(truth):
     assert evaluate_coco(truth, [*elsewhere, detection(2, 7, DOG, 0.5)])["AP-dog"] == 0
 
 
-@pytest.mark.parametrize("broken", [{"images": [{}]}, {"annotations": [{"image_id": 1, "category_id": 5}]}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"images": [{}]},
+        {"annotations": [{"image_id": 1, "category_id": 5}]},
+        {"annotations": [{"image_id": 1, "category_id": 5, "bbox": [0, 0, 5, 5], "iscrowd": "no"}]},
+        {"annotations": [{"image_id": 1, "category_id": 5, "bbox": [0, 0, 5, 5], "iscrowd": math.inf}]},
+        {"annotations": [{"image_id": 1, "category_id": 5, "bbox": [0, 0, 5, 5], "area": "large"}]},
+    ],
+)
 def test_annotations_of_another_form_are_an_error(truth, broken):
     with pytest.raises(DataError, match="the annotations: not in COCO's format"):
         evaluate_coco(json.loads(truth.read_text()) | broken, [])
