@@ -29,8 +29,8 @@ class Trainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` for the detectors of this package; it also runs on CPUs, in several processes.
 
     The differences: ``SOLVER.OPTIMIZER``; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``;
-    an image that cannot be read is named; a checkpoint that does not fit is an error on ``--resume``; on a CPU
-    ``SOLVER.AMP`` is bfloat16.
+    ``TEST.EXPECTED_RESULTS`` is left to :func:`dyhead.detectron2.main`; an image that cannot be read is named; a
+    checkpoint that does not fit is an error on ``--resume``; on a CPU ``SOLVER.AMP`` is bfloat16.
 
     Args:
         cfg: Detectron2's config with :func:`dyhead.config.add_dyhead_config`; the datasets are registered.

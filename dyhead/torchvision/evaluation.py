@@ -38,11 +38,12 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
     was_training = model.training
     model.eval()
     loaders = [evaluation_loader(cfg, s, rank=fabric.global_rank, world_size=fabric.world_size) for s in splits]
-    shares: list[list[dict[str, Any]]] = [[] for _ in splits]
+    results = []
     hidden = not (fabric.is_global_zero and sys.stderr.isatty())
     total = sum(map(len, loaders))
     with torch.no_grad(), tqdm(desc="evaluation", total=total, leave=False, disable=hidden, dynamic_ncols=True) as bar:
-        for split, loader, share in zip(splits, loaders, shares, strict=True):
+        for split, loader in zip(splits, loaders, strict=True):
+            share = []
             for images, indices in loader:
                 found = model(fabric.to_device(images))
                 for image, index, detections in zip(images, indices, found, strict=True):
@@ -51,12 +52,17 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
                     boxes, scores, labels = (detections[key].cpu() for key in ("boxes", "scores", "labels"))
                     share += coco_results(record["image_id"], split.category_ids, boxes * scale, scores, labels)
                 bar.update()
+            merged = _merged(fabric, share)
+            if fabric.is_global_zero:
+                results.append(evaluate_detections(split, merged, cfg.OUTPUT_DIR))
     model.train(was_training)
-    gathered = [shares]
-    if fabric.world_size > 1:
-        gathered = [None] * fabric.world_size
-        torch.distributed.all_gather_object(gathered, shares)
-    if not fabric.is_global_zero:
-        return []
-    merged = [[d for share in of_split for d in share] for of_split in zip(*gathered, strict=True)]
-    return [evaluate_detections(s, found, cfg.OUTPUT_DIR) for s, found in zip(splits, merged, strict=True)]
+    return results
+
+
+def _merged(fabric: Fabric, share: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The detections of all processes."""
+    if fabric.world_size == 1:
+        return share
+    shares: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(shares, share)
+    return [detection for each in shares for detection in each]
