@@ -1,4 +1,4 @@
-"""Checks that both engines make before a run starts, so that it neither fails late nor overwrites another run."""
+"""Checks that both engines make before a run starts, so that it does not fail late."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ from dyhead.evaluation.expected import check_expectations
 
 _log = logging.getLogger(__name__)
 
+# What starts programs several times: variables of the number of processes and of this one's rank. Slurm's are those of
+# srun: a script that sbatch runs once has SLURM_NTASKS, too.
+_LAUNCHERS = (
+    ("torchrun", "WORLD_SIZE", "RANK"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("MPI", "PMI_SIZE", "PMI_RANK"),
+    ("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+)
+
 
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Check that a configuration and a command line suit this machine and the contents of ``OUTPUT_DIR``.
+    """Check that a configuration and a command line suit this machine.
 
     Nothing is written. Where there is no CUDA device, ``MODEL.DEVICE`` becomes "cpu" in ``cfg``, with a warning.
 
@@ -27,13 +37,13 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             ``train_net.py``. Without CUDA, ``num_gpus`` is the number of processes.
 
     Raises:
-        ConfigError: an invalid device; more devices than there are; a batch that they cannot share equally; an
-            ``OUTPUT_DIR`` that holds a run which is not resumed; weights that are needed and missing; expected results
-            of what is not evaluated.
+        ConfigError: an invalid device; more devices than there are; a batch that they cannot share equally; a
+            launcher that starts more processes than ``args`` says; weights that are needed and missing; expected
+            results of what is not evaluated.
     """
     _check_device(cfg)
     _check_processes(cfg, args)
-    _check_output_dir(cfg, args)
+    _check_launcher(args)
     _check_weights(cfg, args)
     check_expectations(cfg)
 
@@ -72,14 +82,18 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
-def _check_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if args.resume or args.eval_only:
-        return
-    for name in ("last_checkpoint", "metrics.json"):
-        if os.path.exists(os.path.join(cfg.OUTPUT_DIR, name)):
+def _check_launcher(args: argparse.Namespace) -> None:
+    """Each process that a launcher starts would be a whole run of its own, all into one ``OUTPUT_DIR``."""
+    for name, size_key, rank_key in _LAUNCHERS:
+        try:
+            size, rank = int(os.environ[size_key]), int(os.environ[rank_key])
+        except (KeyError, ValueError):
+            continue
+        if size > 1 and (size, rank) != (args.num_machines, args.machine_rank):
             raise ConfigError(
-                f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run already ({name}): continue it with --resume, or set another "
-                "OUTPUT_DIR"
+                f"this is process {rank} of the {size} that {name} started ({size_key}={size}), and train_net.py "
+                "starts the processes of a machine itself; run it once, with --num-gpus for the number of devices, or "
+                "once on each of several machines, with --num-machines and --machine-rank, too"
             )
 
 

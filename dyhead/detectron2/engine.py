@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import os
-import pickle
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -16,7 +15,6 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from dyhead.config import ConfigError, add_dyhead_config, check_config, load_config
-from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import check_classes, check_trainable, register_datasets
 from dyhead.detectron2.report import report_results
@@ -24,6 +22,8 @@ from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import report_losses
 from dyhead.preflight import check_run
+from dyhead.runs.output_dir import claimed, write_config
+from dyhead.runs.processes import launched, reporting
 
 _log = logging.getLogger(__name__)
 
@@ -65,46 +65,36 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     Raises:
         ConfigError, DataError: see :mod:`dyhead.config` and :mod:`dyhead.data`.
+        Interrupted: a signal came during the training; a checkpoint is written.
     """
     cfg = setup(args)
-    _register(cfg, args)
-    if args.num_gpus * args.num_machines == 1:
-        _run(cfg, args)
-    else:
-        _launch(cfg, args)
-    if not cfg.DATASETS.TEST or args.machine_rank > 0:
-        return {}
-    with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), encoding="utf-8") as file:
-        return {report["dataset"]: report["metrics"] for report in json.load(file)["results"]}
+    with claimed(cfg, args):
+        _register(cfg, args)
+        if args.num_gpus * args.num_machines == 1:
+            _run(cfg, args)
+        else:
+            launched(lambda errors: _launch(cfg, args, errors))
+        if not cfg.DATASETS.TEST or args.machine_rank > 0:
+            return {}
+        with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), encoding="utf-8") as file:
+            return {report["dataset"]: report["metrics"] for report in json.load(file)["results"]}
 
 
-def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Run this machine's processes and raise the first error of the kinds a user can cause, as it was."""
-    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    try:
-        launch(
-            _process,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(cfg, args, errors),
-        )
-    except torch.multiprocessing.ProcessExitedException:
-        if errors.empty():
-            raise
-        raise pickle.loads(errors.get()) from None
+def _launch(cfg: CfgNode, args: argparse.Namespace, errors: torch.multiprocessing.SimpleQueue) -> None:
+    launch(
+        _process,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(cfg, args, errors),
+    )
 
 
 def _process(cfg: CfgNode, args: argparse.Namespace, errors: torch.multiprocessing.SimpleQueue) -> None:
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
-    try:
-        _run(cfg, args)
-    except (ConfigError, DataError) as error:
-        errors.put(pickle.dumps(error))
-        # Not through Python's end: the other processes may wait for this one for ever.
-        os._exit(1)
+    reporting(errors, cfg.OUTPUT_DIR, lambda: _run(cfg, args))
 
 
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -121,6 +111,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         if args.resume and not trainer.checkpointer.has_checkpoint():
             _log.warning("--resume: %s holds no checkpoint yet; starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
         trainer.resume_or_load(args.resume)
+        if comm.is_main_process():
+            write_config(cfg)
         results = trainer.train()
         model = trainer.checkpointer.model
     if comm.is_main_process():
@@ -142,17 +134,18 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _setup_process(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Logs, the seed, and config.yaml, which an evaluation leaves as the training wrote it."""
+    """Logs and the seed. A config.yaml that is there stays as it is: Detectron2 would replace it before it is known
+    whether the run can go on, and in an evaluation."""
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    trained_with = None
-    if args.eval_only and os.path.exists(path):
+    before = None
+    if os.path.exists(path):
         with open(path, "rb") as file:
-            trained_with = file.read()
+            before = file.read()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dyhead", abbrev_name="dyhead")
-    if trained_with is not None and comm.is_main_process():
+    if before is not None and comm.is_main_process():
         with open(path, "wb") as file:
-            file.write(trained_with)
+            file.write(before)
 
 
 def _check_links(cfg: CfgNode, args: argparse.Namespace) -> None:

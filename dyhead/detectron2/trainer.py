@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 
 from dyhead.config import ConfigError
+from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import evaluation_loader, train_loader
 from dyhead.detectron2.evaluation import BoxEvaluator
-from dyhead.detectron2.solver import build_optimizer
 from dyhead.evaluation.results import check_weights
+from dyhead.runs.divergence import DivergedError
+from dyhead.runs.interruption import Interrupted, Interruption
+from dyhead.runs.optimizer import build_optimizer, resumed_state
 
 _log = logging.getLogger(__name__)
 
@@ -28,9 +33,10 @@ _log = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` for the detectors of this package; it also runs on CPUs, in several processes.
 
-    The differences: ``SOLVER.OPTIMIZER``; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``;
-    ``TEST.EXPECTED_RESULTS`` is left to :func:`dyhead.detectron2.main`; an image that cannot be read is named; a
-    checkpoint that does not fit is an error on ``--resume``; on a CPU ``SOLVER.AMP`` is bfloat16.
+    The differences: ``SOLVER.OPTIMIZER``; a resumed run goes on with the configuration's settings; Ctrl-C keeps what is
+    learned; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``; ``TEST.EXPECTED_RESULTS`` is left
+    to :func:`dyhead.detectron2.main`; an image that cannot be read is named; a checkpoint that does not fit is an error
+    on ``--resume``; on a CPU ``SOLVER.AMP`` is bfloat16.
 
     Args:
         cfg: Detectron2's config with :func:`dyhead.config.add_dyhead_config`; the datasets are registered.
@@ -59,23 +65,60 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._interruption = Interruption(announce=comm.is_main_process())
         self.register_hooks(self.build_hooks())
 
     def train(self) -> dict[str, Any]:
-        """Train and evaluate; returns the last evaluation's results, in the main process."""
-        # Not DefaultTrainer's, which ends the process where TEST.EXPECTED_RESULTS differ, before anything is reported.
-        super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+        """Train and evaluate; returns the last evaluation's results, in the main process.
+
+        Raises:
+            DivergedError: a loss is infinite or NaN, or the model finds no finite boxes for that reason.
+            DataError: an image is broken.
+            Interrupted: a signal came; a checkpoint is written.
+        """
+        with self._interruption, _without_tracebacks():
+            try:
+                # Not DefaultTrainer's: where TEST.EXPECTED_RESULTS differ it ends the process, with nothing reported.
+                super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+            except Interrupted as interrupted:
+                done = min(self.iter, self.max_iter - 1)
+                self.checkpointer.save(f"model_{done:07d}", iteration=done)
+                raise interrupted.after(done, self.cfg.OUTPUT_DIR) from None
         return self._last_eval_results
 
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """Detectron2's hooks, with evaluations that a signal ends, and one that ends the training, before them."""
+        built = super().build_hooks()
+        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        return [*built[:place], _StopHook(self._interruption), evaluation, *built[place + 1 :]]
+
+    def _evaluate(self) -> dict[str, Any]:
+        with self._interruption.at_once():
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def run_step(self) -> None:
+        """One iteration."""
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            raise DivergedError(self.iter, " ".join(str(error).split())) from error
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state; :class:`ConfigError` if it is another optimizer's."""
-        saved, ours = (o["param_groups"][0] for o in (state_dict["_trainer"]["optimizer"], self.optimizer.state_dict()))
-        if ("betas" in saved) != ("betas" in ours):
-            theirs = "ADAMW" if "betas" in saved else "SGD"
-            raise ConfigError(
-                f"SOLVER.OPTIMIZER: expected {theirs!r}, with which it was trained, got {self.cfg.SOLVER.OPTIMIZER!r}"
-            )
-        super().load_state_dict(state_dict)
+        """Continue from a saved state, with this configuration's settings.
+
+        Raises:
+            ConfigError: see :func:`dyhead.runs.optimizer.resumed_state`.
+        """
+        trainer, saved = state_dict["_trainer"], state_dict.get("hooks", {})
+        trainer = trainer | {"optimizer": resumed_state(self.optimizer, trainer["optimizer"])}
+        if isinstance(self._trainer, AMPTrainer):
+            trainer.setdefault("grad_scaler", self._trainer.grad_scaler.state_dict())
+        scheduler = saved.get("LRScheduler", {}) | {"base_lrs": self.scheduler.base_lrs}
+        super().load_state_dict(state_dict | {"_trainer": trainer, "hooks": saved | {"LRScheduler": scheduler}})
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = lr
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -92,7 +135,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`dyhead.detectron2.solver.build_optimizer`."""
+        """See :func:`dyhead.runs.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod
@@ -119,6 +162,36 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
         """COCO's evaluation of boxes, the same as the torchvision engine's."""
         return BoxEvaluator(dataset_name, cfg.OUTPUT_DIR)
+
+
+class _StopHook(hooks.HookBase):
+    """Ends the training after an iteration in which a signal came to any process."""
+
+    def __init__(self, interruption: Interruption) -> None:
+        self._interruption = interruption
+
+    def after_step(self) -> None:
+        stop = self._interruption.requested is not None
+        if comm.get_world_size() > 1:
+            flag = torch.tensor(float(stop), device=self.trainer.cfg.MODEL.DEVICE)
+            torch.distributed.all_reduce(flag)
+            stop = flag.item() > 0
+        self._interruption.raise_if(stop)
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Detectron2 logs the traceback of every error in a training; what a user can cause is told once, at the end."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], (ConfigError, DataError, FloatingPointError)))
+
+    logger = logging.getLogger("detectron2.engine.train_loop")
+    logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_wanted)
 
 
 class Dispensable(EventWriter):

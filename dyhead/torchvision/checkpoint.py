@@ -6,13 +6,12 @@ A checkpoint of a training is a dict in Detectron2's form, which ``torch.load(fi
     optimizer    the optimizer's state
     grad_scaler  the state of float16's loss scaling, empty without it
     iteration    index, from 0, of the last iteration that is done
-    dyhead       seed of the run, name of the optimizer, and max_iter, the length of the run
+    dyhead       seed of the run
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 from contextlib import suppress
@@ -27,10 +26,8 @@ from torch import Tensor, nn
 from dyhead import checkpoints
 from dyhead.checkpoints import canonical_names, convert, find_state, load_into, read_file
 from dyhead.checkpoints.errors import as_config_errors
-from dyhead.checkpoints.resuming import check_optimizer_state, check_written_by, entry, iteration
+from dyhead.checkpoints.resuming import check_written_by, entry, iteration
 from dyhead.config import ConfigError
-
-_log = logging.getLogger(__name__)
 
 _IMAGENET = re.compile(r"detectron2://ImageNetPretrained/torchvision/R-(18|34|50|101|152)\.pkl")
 
@@ -79,39 +76,20 @@ def save_checkpoint(output_dir: str, name: str, content: dict[str, Any]) -> None
         checkpoints.save_checkpoint(output_dir, name, content)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str = "the checkpoint") -> None:
-    """Go on with the state of an optimizer; :class:`ConfigError` if it is that of other parameters, or damaged."""
-    with as_config_errors():
-        check_optimizer_state(state, optimizer, path)
-    optimizer.load_state_dict(state)
-
-
 def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
     """The content of a checkpoint that a training is to go on from.
 
     Raises:
-        ConfigError: the file cannot be read or is damaged; another engine, an earlier version of this project or a
-            training with another optimizer wrote it; it has done more than ``SOLVER.MAX_ITER`` iterations.
+        ConfigError: the file cannot be read or is damaged; another engine or an earlier version of this project wrote
+            it; it has done more than ``SOLVER.MAX_ITER`` iterations.
     """
     content = read_checkpoint(path)
     with as_config_errors():
         check_written_by(content, "torchvision", path)
-        for key, kind in (("optimizer", str), ("seed", int), ("max_iter", int)):
-            entry(content, f"dyhead.{key}", kind, path)
+        entry(content, "dyhead.seed", int, path)
         for key in ("optimizer", "grad_scaler"):
             entry(content, key, dict, path)
         iteration(content, "iteration", cfg.SOLVER.MAX_ITER, path)
-    trained = content["dyhead"]
-    if trained["optimizer"] != cfg.SOLVER.OPTIMIZER:
-        raise ConfigError(
-            f"SOLVER.OPTIMIZER: expected {trained['optimizer']!r}, with which {path} was trained, got "
-            f"{cfg.SOLVER.OPTIMIZER!r}"
-        )
-    if trained["max_iter"] != cfg.SOLVER.MAX_ITER:
-        _log.warning(
-            "SOLVER.MAX_ITER is %d, and was %d in the run that is resumed: its learning rates may differ from now on",
-            cfg.SOLVER.MAX_ITER, trained["max_iter"],
-        )  # fmt: skip
     return content
 
 

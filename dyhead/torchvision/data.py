@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional
 from dyhead import data
 from dyhead.config import ConfigError
 from dyhead.data import CocoSplit, DataError
+from dyhead.runs.interruption import leave_to_main_process
 
 # Random numbers of different use come from different streams.
 _ORDER, _AUGMENTATION = 0, 1
@@ -277,7 +278,11 @@ def evaluation_loader(cfg: CfgNode, split: CocoSplit, *, rank: int = 0, world_si
 
 
 def _loader_options(cfg: CfgNode) -> dict[str, Any]:
-    return {"num_workers": cfg.DATALOADER.NUM_WORKERS, "pin_memory": cfg.MODEL.DEVICE.startswith("cuda")}
+    return {
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "pin_memory": cfg.MODEL.DEVICE.startswith("cuda"),
+        "worker_init_fn": leave_to_main_process,
+    }
 
 
 @lru_cache(maxsize=4)

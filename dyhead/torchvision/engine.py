@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 import os
-import pickle
 import platform
 import random
 from typing import Any
@@ -23,12 +22,14 @@ from lightning.fabric.strategies import DDPStrategy
 import dyhead
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
-from dyhead.data import DataError
 from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import Evaluated
 from dyhead.preflight import check_run
+from dyhead.runs.optimizer import build_optimizer, resumed_state
+from dyhead.runs.output_dir import claimed, write_config
+from dyhead.runs.processes import launched, reporting
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
-from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
+from dyhead.torchvision.config import check_values, get_cfg, warn_not_honoured
 from dyhead.torchvision.data import load_splits, load_train
 from dyhead.torchvision.detectors import build_model
 from dyhead.torchvision.evaluation import evaluate
@@ -48,8 +49,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     ``MODEL.DEVICE`` becomes "cpu", with a warning.
 
     Raises:
-        ConfigError: the configuration cannot be read or used; ``OUTPUT_DIR`` holds a run that is not to be continued;
-            weights that are asked for are not there; more devices than there are.
+        ConfigError: the configuration cannot be read or used; weights that are asked for are not there; more devices
+            than there are.
     """
     cfg = get_cfg()
     given = load_config(cfg, args.config_file, args.opts)
@@ -73,24 +74,22 @@ def main(args: argparse.Namespace) -> Metrics:
 
     Raises:
         ConfigError, DataError: see :mod:`dyhead.config` and :mod:`dyhead.data`.
+        Interrupted: a signal came during the training; a checkpoint is written.
     """
     start_logging()
     try:
         cfg = setup(args)
-        if args.machine_rank == 0:
-            try:
-                os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        with claimed(cfg, args):
+            if args.machine_rank == 0:
                 log_to_file(cfg.OUTPUT_DIR)
-            except OSError as error:
-                raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: cannot be written to ({error})") from error
-            _log_environment(cfg, args)
-        data.register_from_config(cfg.DATASETS.REGISTER)
-        fabric = _fabric(cfg, args)
-        if fabric.world_size == 1:
-            return fabric.launch(_run, cfg, args)
-        for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-            data.get(name)  # drawn once, if need be, not by each process
-        return _launch(fabric, cfg, args)
+                _log_environment(cfg, args)
+            data.register_from_config(cfg.DATASETS.REGISTER)
+            fabric = _fabric(cfg, args)
+            if fabric.world_size == 1:
+                return fabric.launch(_run, cfg, args)
+            for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+                data.get(name)  # drawn once, if need be, not by each process
+            return _launch(fabric, cfg, args)
     except Exception:
         _log.debug("The run ended with an error", exc_info=True)  # for log.txt; the caller tells the user
         raise
@@ -123,17 +122,11 @@ def _fabric(cfg: CfgNode, args: argparse.Namespace) -> Fabric:
 
 
 def _launch(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> Metrics:
-    """Run this machine's processes and raise the first error of the kinds a user can cause, as it was."""
+    """Run this machine's processes."""
     url = urlparse(args.dist_url)
     os.environ.update(MASTER_ADDR=url.hostname, MASTER_PORT=str(url.port), NODE_RANK=str(args.machine_rank))
     threads = max(1, torch.get_num_threads() // args.num_gpus)
-    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    try:
-        return fabric.launch(_process, cfg, args, threads, errors)
-    except torch.multiprocessing.ProcessExitedException:
-        if errors.empty():
-            raise
-        raise pickle.loads(errors.get()) from None
+    return launched(lambda errors: fabric.launch(_process, cfg, args, threads, errors))
 
 
 def _process(
@@ -142,19 +135,14 @@ def _process(
     args: argparse.Namespace,
     threads: int,
     errors: torch.multiprocessing.SimpleQueue,
-) -> Metrics:
+) -> Metrics | None:
     """One of several processes."""
     torch.set_num_threads(threads)
     if fabric.is_global_zero:
         start_logging()
         log_to_file(cfg.OUTPUT_DIR)
     data.register_from_config(cfg.DATASETS.REGISTER)
-    try:
-        return _run(fabric, cfg, args)
-    except (ConfigError, DataError) as error:
-        errors.put(pickle.dumps(error))
-        # Not through Python's end: the other processes may wait for this one for ever.
-        os._exit(1)
+    return reporting(errors, cfg.OUTPUT_DIR, lambda: _run(fabric, cfg, args))
 
 
 def _run(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> Metrics:
@@ -191,13 +179,15 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
             _log.warning("--resume: %s holds no checkpoint yet; starting from MODEL.WEIGHTS", cfg.OUTPUT_DIR)
         if cfg.MODEL.WEIGHTS:
             load_weights(model, cfg.MODEL.WEIGHTS, strict=False)
+    optimizer = build_optimizer(cfg, model)
+    if resumed:
+        resumed["optimizer"] = resumed_state(optimizer, resumed["optimizer"], checkpoint)
     if fabric.is_global_zero:
-        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
-            file.write(dump(cfg))
+        write_config(cfg)
         names = ", ".join(f"{split.info.name} ({len(split.class_names)} classes)" for split in training_splits)
         _log.info("Training on %d images, seed %d: %s", len(records), seed, names)
 
-    results = train(fabric, cfg, model, records, test, seed, resumed)
+    results = train(fabric, cfg, model, optimizer, records, test, seed, resumed)
     if fabric.is_global_zero:
         report_losses(cfg)
     if results is None and test:
@@ -233,4 +223,4 @@ def _log_environment(cfg: CfgNode, args: argparse.Namespace) -> None:
     )  # fmt: skip
     _log.info("%s (%s), %d threads; writing to %s", device, name, torch.get_num_threads(), cfg.OUTPUT_DIR)
     _log.debug("Command line: %s", args)
-    _log.debug("Configuration:\n%s", dump(cfg))
+    _log.debug("Configuration:\n%s", cfg.dump())

@@ -1,6 +1,8 @@
 import argparse
 import json
+import logging
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,19 @@ TINY = {
     "SOLVER.CHECKPOINT_PERIOD": 2,
     "TEST.BENCHMARK.NUM_IMAGES": 2,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _logging_of_its_own():
+    """Detectron2 keeps the log to itself, on the standard output of the first test that asks for one."""
+    yield
+    for name in ("dyhead", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        while logger.handlers:
+            logger.removeHandler(logger.handlers[0])
+    if "detectron2.utils.logger" in sys.modules:
+        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -16,7 +15,6 @@ from detectron2.modeling import build_model
 
 from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.detectron2 import Checkpointer
-from dyhead.detectron2.solver import build_optimizer
 
 
 @pytest.fixture
@@ -158,60 +156,3 @@ def test_nothing_in_a_pickle_runs(saved, tmp_path):
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {}, "__author__": print}))
     with pytest.raises(ConfigError, match=r"w\.pkl: not a pickle of numpy arrays: it asks for builtins\.print"):
         Checkpointer(model).load(str(tmp_path / "w.pkl"))
-
-
-class Toy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(3, 3)
-        self.norm = nn.LayerNorm(3)
-
-
-def solver_cfg(**settings):
-    cfg = add_dyhead_config(get_cfg())
-    for key, value in settings.items():
-        cfg.SOLVER[key] = value
-    return cfg
-
-
-def test_optimizers_have_detectron2s_parameter_groups():
-    model = Toy()
-    cfg = solver_cfg(OPTIMIZER="ADAMW", BASE_LR=0.25, WEIGHT_DECAY=0.125, WEIGHT_DECAY_NORM=0.0, BIAS_LR_FACTOR=2.0)
-    adamw = build_optimizer(cfg, model)
-    assert type(adamw) is torch.optim.AdamW
-    settings = {p: (g["lr"], g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
-    assert settings[model.a.weight] == (0.25, 0.125)
-    assert settings[model.a.bias] == (0.5, 0.125)
-    assert settings[model.norm.weight] == (0.25, 0.0)
-
-    sgd = build_optimizer(solver_cfg(MOMENTUM=0.75, NESTEROV=True), model)
-    assert isinstance(sgd, torch.optim.SGD)
-    assert sgd.defaults["momentum"] == 0.75
-    assert sgd.defaults["nesterov"]
-
-
-@pytest.mark.parametrize(("kind", "norm"), [("full_model", 0.5), ("norm", 0.5 * 2)])
-def test_gradients_are_clipped(kind, norm):
-    cfg = solver_cfg(BASE_LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, WEIGHT_DECAY_NORM=0.0)
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
-    model = Toy()
-    optimizer = build_optimizer(cfg, model)
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 100.0)
-    optimizer.step()
-    after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    # At a rate of 1 the step is the gradient: 0.5 over all, or 0.5 for each of the 4 parameters.
-    assert (after - before).norm() == pytest.approx(norm, rel=1e-3)
-
-
-def test_unknown_optimizers_and_clippings_are_named():
-    with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER: expected 'SGD' or 'ADAMW', got 'LION'"):
-        build_optimizer(solver_cfg(OPTIMIZER="LION"), Toy())
-    cfg = solver_cfg()
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "half"
-    with pytest.raises(ConfigError, match=r"CLIP_TYPE: expected .*'full_model', got 'half'"):
-        build_optimizer(cfg, Toy())

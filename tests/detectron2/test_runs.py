@@ -3,6 +3,9 @@
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,10 @@ from detectron2.modeling import build_model
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
+from dyhead.detection.detector import DenseDetector
 from dyhead.detectron2 import Checkpointer, Trainer, main, register_datasets, setup
+from dyhead.runs.divergence import DivergedError
+from dyhead.runs.interruption import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +115,54 @@ def test_resuming_continues_from_the_saved_state(blocks, tiny_cfg):
     assert second.iter == 4
     moments = second.optimizer.state_dict()["state"]
     assert {int(moment["step"]) for moment in moments.values()} == {4}
+
+
+def test_a_resumed_run_has_the_settings_of_its_command_line(arguments, tmp_path):
+    settings = {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": (), "MODEL.BACKBONE.FREEZE_AT": 2}
+    main(arguments(settings))
+    changes = {"SOLVER.WEIGHT_DECAY": 0.5, "SOLVER.BASE_LR": 0.25, "MODEL.BACKBONE.FREEZE_AT": 3}
+    args = arguments(settings | changes | {"SOLVER.MAX_ITER": 2, "SOLVER.WARMUP_ITERS": 0}, resume=True)
+    main(args)
+    (line,) = (tmp_path / "run" / "metrics.json").read_text().splitlines()[-1:]
+    assert json.loads(line)["lr"] == 0.25
+    content = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    groups = content["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert {(group["initial_lr"], group["weight_decay"]) for group in groups} >= {(0.25, 0.5)}
+    assert "FREEZE_AT 2 -> 3, SOLVER.BASE_LR" in (tmp_path / "run" / "log.txt").read_text()
+    assert "FREEZE_AT: 3" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_ctrl_c_finishes_the_iteration_and_a_resumed_run_goes_on(arguments, tmp_path, monkeypatch):
+    calls, original = [], DenseDetector.losses
+
+    def interrupted(self, *args):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(DenseDetector, "losses", interrupted)
+    settings = {"DATASETS.TEST": (), "DATALOADER.NUM_WORKERS": 1}
+    with pytest.raises(Interrupted, match=r"after iteration 1; OUTPUT_DIR .*run holds a checkpoint.*--resume"):
+        main(arguments(settings))
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
+    main(arguments(settings, resume=True))
+    assert len(calls) == 4
+
+
+def test_ctrl_c_ends_an_evaluation_at_once_and_keeps_the_training(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "test", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
+    with pytest.raises(Interrupted, match="after iteration 1") as raised:
+        main(arguments({"TEST.EVAL_PERIOD": 2}))
+    assert raised.value.number == signal.SIGTERM
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+def test_a_loss_that_diverges_is_told_with_what_to_try(arguments, capfd):
+    settings = {"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CLIP_GRADIENTS.ENABLED": False}
+    with pytest.raises(DivergedError, match=r"iteration \d: the loss is infinite or NaN.*Lower SOLVER.BASE_LR"):
+        main(arguments(settings | {"SOLVER.MAX_ITER": 9}))
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_a_resumed_run_refuses_another_model(finished):

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 from dyhead.config import ConfigError
 from dyhead.data import DataError
 from dyhead.detection import DETECTORS as REGISTERED
-from dyhead.torchvision import engine, main
+from dyhead.detection.detector import DenseDetector
+from dyhead.runs.interruption import Interrupted
+from dyhead.torchvision import engine, main, training
 from dyhead.torchvision.logs import TrainingLog
 from dyhead.torchvision.training import Autocast
 
@@ -31,6 +36,24 @@ def losses(monkeypatch):
 
     monkeypatch.setattr(TrainingLog, "iteration", recording)
     return seen
+
+
+@pytest.fixture
+def interrupt_in(monkeypatch):
+    """`interrupt_in(n)`: Ctrl-C comes during the n-th iteration."""
+
+    def interrupt(number):
+        calls, original = [], DenseDetector.losses
+
+        def interrupted(self, *args):
+            calls.append(None)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args)
+
+        monkeypatch.setattr(DenseDetector, "losses", interrupted)
+
+    return interrupt
 
 
 def written(folder, name):
@@ -93,6 +116,42 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tiny, command, losses):
     resumed = torch.load(run / "model_final.pth", weights_only=True)["model"]
     assert all(torch.equal(resumed[key], value) for key, value in weights.items())
     assert [line["iteration"] for line in written(run, "metrics.json") if "total_loss" in line] == [5, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_finishes_the_iteration_and_a_resumed_run_goes_on(tiny, command, losses, interrupt_in, workers):
+    options = tiny | {"SOLVER.MAX_ITER": 4, "DATASETS.TEST": (), "DATALOADER.NUM_WORKERS": workers}
+    main(command(options | {"OUTPUT_DIR": tiny["OUTPUT_DIR"] + "_whole"}))
+    uninterrupted = list(losses)
+    losses.clear()
+    interrupt_in(2)
+    with pytest.raises(Interrupted, match=r"after iteration 1; OUTPUT_DIR .*run holds a checkpoint.*--resume"):
+        main(command(options))
+    assert (Path(options["OUTPUT_DIR"]) / "last_checkpoint").read_text() == "model_0000001.pth"
+    main(command(options, resume=True))
+    assert losses == uninterrupted
+
+
+def test_ctrl_c_ends_an_evaluation_at_once_and_keeps_the_training(tiny, command, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
+    with pytest.raises(Interrupted, match="after iteration 1") as raised:
+        main(command(tiny | {"TEST.EVAL_PERIOD": 2}))
+    assert raised.value.number == signal.SIGTERM
+    assert (Path(tiny["OUTPUT_DIR"]) / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+def test_a_resumed_run_has_the_settings_of_its_command_line(tiny, command, caplog):
+    caplog.set_level(logging.INFO)
+    options = tiny | {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": (), "MODEL.BACKBONE.FREEZE_AT": 2}
+    main(command(options))
+    changes = {"SOLVER.WEIGHT_DECAY": 0.5, "SOLVER.BASE_LR": 0.25, "MODEL.BACKBONE.FREEZE_AT": 3}
+    main(command(options | changes | {"SOLVER.MAX_ITER": 2, "SOLVER.WARMUP_ITERS": 0}, resume=True))
+    run = Path(options["OUTPUT_DIR"])
+    groups = torch.load(run / "model_final.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert {(group["lr"], group["weight_decay"]) for group in groups} >= {(0.25, 0.5)}
+    assert "Changed since the run was last started: MODEL.BACKBONE.FREEZE_AT 2 -> 3, SOLVER.BASE_LR" in caplog.text
+    assert "no longer trained (backbone.body.layer2" in caplog.text
+    assert "FREEZE_AT: 3" in (run / "config.yaml").read_text()
 
 
 def test_a_run_that_draws_its_seed_keeps_it_when_resumed(tiny, command, losses):
@@ -249,6 +308,7 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused_and_not_harmed(ti
     main(command(options))
     checkpoint = Path(options["OUTPUT_DIR"]) / "model_final.pth"
     before = checkpoint.read_bytes()
+    config = (checkpoint.parent / "config.yaml").read_text()
     for other, message in (
         (
             {"MODEL.DYHEAD.NUM_BLOCKS": 2},
@@ -256,11 +316,12 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused_and_not_harmed(ti
         ),
         (
             {"SOLVER.OPTIMIZER": "SGD"},
-            r"SOLVER\.OPTIMIZER: expected 'ADAMW', with which .*model_final\.pth was trained",
+            r"SOLVER\.OPTIMIZER: expected 'ADAMW', with which it was trained, got 'SGD'",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
             main(command(options | other | {"SOLVER.MAX_ITER": 2}, resume=True))
+        assert (checkpoint.parent / "config.yaml").read_text() == config
     torch.save({"model": {"weight": torch.zeros(1)}}, checkpoint)
     with pytest.raises(ConfigError, match="no checkpoint of a training on torchvision"):
         main(command(options, resume=True))
@@ -276,7 +337,7 @@ def test_a_checkpoint_is_a_plain_dict_in_detectron2_s_form(tiny, command):
     for name in ("model_0000001.pth", "model_final.pth"):
         content = torch.load(run / name, weights_only=True)
         assert content["iteration"] == 1
-        assert content["dyhead"] == {"seed": 7, "optimizer": "ADAMW", "max_iter": 2}
+        assert content["dyhead"] == {"seed": 7}
         assert {state["step"].item() for state in content["optimizer"]["state"].values()} == {2}
         (stem,) = (value for key, value in content["model"].items() if key.endswith("stem.conv1.weight"))
         assert stem.shape == (64, 3, 7, 7)

@@ -1,4 +1,4 @@
-"""Optimizer, schedule and clipping, against Detectron2's definitions in closed form."""
+"""The schedule, against Detectron2's definitions in closed form."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dyhead.config import ConfigError
-from dyhead.torchvision.solver import build_optimizer, clip_gradients, learning_rate_factor
+from dyhead.torchvision.solver import learning_rate_factor
 
 SCHEDULE = {
     "SOLVER.MAX_ITER": 100,
@@ -69,65 +69,3 @@ def test_schedules_are_those_of_detectron2(tiny, configured, name, rescale):
         scheduler.step()
         theirs.append(optimizer.param_groups[0]["lr"])
     assert factors(cfg) == pytest.approx(theirs)
-
-
-def test_what_decays_and_how_fast_biases_learn(tiny, configured):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
-    model[2].requires_grad_(False)
-    options = {
-        "SOLVER.OPTIMIZER": "SGD",
-        "SOLVER.BASE_LR": 0.5,
-        "SOLVER.WEIGHT_DECAY": 0.25,
-        "SOLVER.WEIGHT_DECAY_NORM": 0.125,
-        "SOLVER.MOMENTUM": 0.75,
-        "SOLVER.NESTEROV": True,
-    }
-
-    def hyperparameters(extra):
-        optimizer = build_optimizer(configured(tiny | options | extra), model)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        found = {
-            names[id(p)]: (group["lr"], group["weight_decay"])
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
-        return optimizer, found
-
-    optimizer, found = hyperparameters({})
-    assert found == {
-        "0.weight": (0.5, 0.25), "0.bias": (0.5, 0.25), "1.weight": (0.5, 0.125), "1.bias": (0.5, 0.125),
-        "3.weight": (0.5, 0.125), "3.bias": (0.5, 0.125),
-    }  # fmt: skip
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert optimizer.defaults["momentum"] == 0.75
-    assert optimizer.defaults["nesterov"] is True
-    _, found = hyperparameters({"SOLVER.BIAS_LR_FACTOR": 2.0, "SOLVER.WEIGHT_DECAY_BIAS": 0.0})
-    assert found["0.weight"] == (0.5, 0.25)
-    assert found["0.bias"] == found["1.bias"] == (1.0, 0.0)
-    optimizer, _ = hyperparameters({"SOLVER.OPTIMIZER": "ADAMW"})
-    assert isinstance(optimizer, torch.optim.AdamW)
-
-
-@pytest.mark.parametrize(
-    ("enabled", "kind", "expected"),
-    [
-        (False, "value", [[3.0, -4.0], [0.3]]),
-        (True, "value", [[1.0, -1.0], [0.3]]),
-        (True, "norm", [[0.6, -0.8], [0.3]]),
-        (True, "full_model", [[3 / 25.09**0.5, -4 / 25.09**0.5], [0.3 / 25.09**0.5]]),
-    ],
-)
-def test_kinds_of_clipping(tiny, configured, enabled, kind, expected):
-    cfg = configured(
-        tiny
-        | {
-            "SOLVER.CLIP_GRADIENTS.ENABLED": enabled,
-            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": kind,
-            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1.0,
-        }
-    )
-    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
-    a.grad, b.grad = torch.tensor([3.0, -4.0]), torch.tensor([0.3])
-    clip_gradients(cfg, [a, b])
-    assert a.grad.tolist() == pytest.approx(expected[0], rel=1e-4)
-    assert b.grad.tolist() == pytest.approx(expected[1], rel=1e-4)

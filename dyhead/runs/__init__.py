@@ -1,0 +1,1 @@
+"""What the runs of ``train_net.py`` do alike on both engines."""
