@@ -87,6 +87,8 @@ def _check_together(cfg: CfgNode) -> None:
     for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
         expected = f"{channels} value{'s' * (channels > 1)}, one for each channel of INPUT.FORMAT {images.FORMAT}"
         expect(cfg, key, len(get(cfg, key)) == channels, expected)
+    names = cfg.DATASETS.TEST  # a dataset may stand several times in DATASETS.TRAIN: its images then count as often
+    expect(cfg, "DATASETS.TEST", len(set(names)) == len(names), "each dataset once")
     if images.MIN_SIZE_TRAIN_SAMPLING == "range":
         sizes = images.MIN_SIZE_TRAIN
         expect(cfg, "INPUT.MIN_SIZE_TRAIN", len(sizes) == 2 and sizes[0] <= sizes[1], "the lowest and the highest size")

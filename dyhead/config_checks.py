@@ -5,6 +5,8 @@ The checks of this project's keys stand with the options (:mod:`dyhead.options`)
 
 from __future__ import annotations
 
+from typing import Any
+
 from dyhead.detection.assigners import MaxIoUAssigner
 from dyhead.options import (
     Check,
@@ -30,6 +32,17 @@ _FRACTION = _NUMBER & between(0, 1)
 _NOT_NEGATIVE = _NUMBER & at_least(0)
 _LEVELS = _STRINGS & at_least_one("level")
 _BOX_WEIGHTS = of_type(tuple[float, float, float, float]) & each(above(0))
+
+
+def _are_expected(value: Any) -> bool:
+    entry_types = (of_type(str), of_type(str), _NUMBER, _NOT_NEGATIVE)
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(entry, (list, tuple))
+        and len(entry) == len(entry_types)
+        and all(check.fits(part) for check, part in zip(entry_types, entry, strict=True))
+        for entry in value
+    )
+
 
 #: Of all detectors.
 CHECKS: dict[str, Check] = {
@@ -75,6 +88,7 @@ CHECKS: dict[str, Check] = {
     ),
     "SOLVER.AMP.ENABLED": _FLAG,
     "TEST.DETECTIONS_PER_IMAGE": _COUNT,
+    "TEST.EXPECTED_RESULTS": Check("a list of [task, metric, value, tolerance]", _are_expected),
     "TEST.EVAL_PERIOD": _WHOLE & at_least(0),  # 0: only at the end
     "CUDNN_BENCHMARK": _FLAG,
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),

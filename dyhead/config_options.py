@@ -69,7 +69,7 @@ class SolverOptions:
 class BenchmarkOptions:
     """What an evaluation times."""
 
-    num_images: int = option(50, "images of the first test set that are timed", at_least(1))
+    num_images: int = option(50, "images of the first test set that are timed; 0: nothing is measured", at_least(0))
     batch_size: int = option(1, "images at a time", at_least(1))
 
 

@@ -11,6 +11,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from dyhead.config import ConfigError
+from dyhead.evaluation.expected import check_expectations
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +38,14 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an invalid device; more devices than there are; a batch that they cannot share equally; a
-            launcher that starts more processes than ``args`` says; weights that are needed and missing.
+            launcher that starts more processes than ``args`` says; weights that are needed and missing; expected
+            results of what is not evaluated.
     """
     _check_device(cfg)
     _check_processes(cfg, args)
     _check_launcher(args)
     _check_weights(cfg, args)
+    check_expectations(cfg)
 
 
 def _check_device(cfg: CfgNode) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -16,6 +17,8 @@ from dyhead.detection.normalizer import LossNormalizer, mean_over_devices
 from dyhead.detection.quality import centerness
 from dyhead.detection.scores import Score
 from dyhead.options import above, at_least, option
+
+_log = logging.getLogger(__name__)
 
 
 class Predictions(NamedTuple):
@@ -151,6 +154,7 @@ class DenseDetector(nn.Module):
         self.box_loss = box_loss
         self.inference = inference
         self.loss_names = loss_names
+        self._nan_told = False
 
     def forward(self, pyramid: Mapping[str, Tensor]) -> Predictions:
         """What the head says, from levels (N, C, H, W) by name, of which ``in_features`` are read."""
@@ -204,15 +208,28 @@ class DenseDetector(nn.Module):
         return losses
 
     def detections(self, predictions: Predictions, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-        """What is found in each image.
+        """What is found in each image; what is NaN is nothing, of which a warning tells once.
 
         Args:
             predictions: of :meth:`forward`.
             sizes: (height, width) of each image before padding, in the pixels that the network saw.
         """
+        self._warn_of_nan(predictions)
         places = self.places(predictions)
         with torch.autocast(predictions.logits.device.type, enabled=False):
             return [self._detections_of(predictions, i, places, size) for i, size in enumerate(sizes)]
+
+    def _warn_of_nan(self, predictions: Predictions) -> None:
+        parts = [part for part in predictions[:3] if part is not None]
+        if not self._nan_told and any(part.isnan().any() for part in parts):
+            self._nan_told = True
+            places = torch.stack(
+                [part.flatten(2).isnan().any(dim=2) if part.dim() > 2 else part.isnan() for part in parts]
+            )
+            _log.warning(
+                "The detector's predictions are NaN at %d of %d places: nothing is detected there. Its weights or its "
+                "images hold numbers that are NaN, infinite or very large", places.any(dim=0).sum(), places[0].numel(),
+            )  # fmt: skip
 
     def places(self, predictions: Predictions) -> Places:
         """Where the predictions were made."""
@@ -237,7 +254,8 @@ class DenseDetector(nn.Module):
             best = rank.topk(min(self.inference.topk, len(rank))).indices
             place, label = place[best], label[best]
             boxes = self.box_form.decode(numbers[level][place], places.anchors[level][place])
-            found.append((boxes, score[level][place, label], label))
+            known = ~boxes.isnan().any(dim=1)  # NMS would take one NaN to all boxes
+            found.append((boxes[known], score[level][place, label][known], label[known]))
         boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
         if self.inference.clip_before_nms:
             boxes, scores, labels = _inside(boxes, scores, labels, size)

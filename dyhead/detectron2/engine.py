@@ -9,6 +9,7 @@ import os
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -18,7 +19,8 @@ from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import check_classes, check_trainable, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
-from dyhead.evaluation import plot_losses
+from dyhead.evaluation.expected import check_expectations
+from dyhead.evaluation.results import report_losses
 from dyhead.preflight import check_run
 from dyhead.runs.output_dir import claimed, write_config
 from dyhead.runs.processes import launched, reporting
@@ -114,9 +116,9 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         results = trainer.train()
         model = trainer.checkpointer.model
     if comm.is_main_process():
-        report_results(cfg, model, results)
         if not args.eval_only:
-            plot_losses(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), os.path.join(cfg.OUTPUT_DIR, "losses.png"))
+            report_losses(cfg)
+        report_results(cfg, model, results)
 
 
 def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -126,6 +128,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(f"DATASETS.{needed}: expected at least one dataset, got none")
     register_datasets(names, cfg.DATASETS.REGISTER, clip_boxes=cfg.DATASETS.CLIP_BOXES)
     check_classes(cfg, names)
+    check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
     if not args.eval_only:
         check_trainable(cfg)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import os
 import time
 import weakref
 from typing import Any
@@ -13,19 +10,22 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
-from dyhead.data.coco import area, is_crowd
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import evaluation_loader, train_loader
+from dyhead.detectron2.evaluation import BoxEvaluator
+from dyhead.evaluation.results import check_weights
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.optimizer import build_optimizer, resumed_state
+
+_log = logging.getLogger(__name__)
 
 
 def _has_a_traceback_to_tell(record: logging.LogRecord) -> bool:
@@ -41,8 +41,9 @@ class Trainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` for the detectors of this package; it also runs on CPUs, in several processes.
 
     The differences: ``SOLVER.OPTIMIZER``; a resumed run goes on with the configuration's settings; Ctrl-C keeps what is
-    learned; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``; an image that cannot be read is
-    named; a checkpoint that does not fit is an error on ``--resume``; on a CPU ``SOLVER.AMP`` is bfloat16.
+    learned; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``; ``TEST.EXPECTED_RESULTS`` is left
+    to :func:`dyhead.detectron2.main`; an image that cannot be read is named; a checkpoint that does not fit is an error
+    on ``--resume``; on a CPU ``SOLVER.AMP`` is bfloat16.
 
     Args:
         cfg: Detectron2's config with :func:`dyhead.config.add_dyhead_config`; the datasets are registered.
@@ -84,7 +85,8 @@ class Trainer(DefaultTrainer):
         """
         with self._interruption:
             try:
-                super().train()
+                # Not DefaultTrainer's: where TEST.EXPECTED_RESULTS differ it ends the process, with nothing reported.
+                super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
             except Interrupted as interrupted:
                 done = min(self.iter, self.max_iter - 1)
                 self.checkpointer.save(f"model_{done:07d}", iteration=done)
@@ -153,10 +155,20 @@ class Trainer(DefaultTrainer):
         """Detectron2's loader of a test set."""
         return evaluation_loader(cfg, dataset_name)
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers of the terminal, metrics.json and TensorBoard's files; the last ones may fail."""
+        return [Dispensable(w) if isinstance(w, TensorboardXWriter) else w for w in super().build_writers()]
+
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO's evaluation; the detections go to ``OUTPUT_DIR/inference/<dataset>/coco_instances_results.json``."""
-        return CompletingCocoEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate on ``DATASETS.TEST``; :class:`ConfigError` if the weights are NaN or infinite."""
+        check_weights(model)
+        return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
+        """COCO's evaluation of boxes, the same as the torchvision engine's."""
+        return BoxEvaluator(dataset_name, cfg.OUTPUT_DIR)
 
 
 class _StopHook(hooks.HookBase):
@@ -174,21 +186,33 @@ class _StopHook(hooks.HookBase):
         self._interruption.raise_if(stop)
 
 
-class CompletingCocoEvaluator(COCOEvaluator):
-    """Detectron2's ``COCOEvaluator`` on pycocotools itself, for any annotation file that :mod:`dyhead.data` takes.
+class Dispensable(EventWriter):
+    """A writer without which a run goes on when it fails, with a warning: its results are not to be lost to it.
 
-    pycocotools wants ``area`` and ``iscrowd``, which files other than COCO's own often lack, and takes an object of
-    id 0 for "no match"; they are completed and numbered anew in memory.
+    Args:
+        writer: what writes.
     """
 
-    def __init__(self, dataset_name: str, **kwargs: Any) -> None:
-        super().__init__(dataset_name, use_fast_impl=False, **kwargs)
-        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", ()), 1):
-            annotation["id"] = number
-            annotation["iscrowd"] = is_crowd(annotation)
-            annotation["area"] = area(annotation)
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api.createIndex()
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer: EventWriter | None = writer
+
+    def write(self) -> None:
+        """Write, if that still works."""
+        self._do("write")
+
+    def close(self) -> None:
+        """Close what has not failed."""
+        self._do("close")
+
+    def _do(self, method: str) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)()
+        except Exception as error:
+            name = type(self._writer).__name__
+            _log.warning("%s writes nothing any more (%s: %s)", name, type(error).__name__, error)
+            self._writer = None
 
 
 class BFloat16Trainer(SimpleTrainer):

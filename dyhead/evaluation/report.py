@@ -12,6 +12,7 @@ import torch
 
 from dyhead.evaluation.benchmark import Timing
 from dyhead.evaluation.coco import METRICS
+from dyhead.files import replacing
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -78,12 +79,19 @@ def format_table(reports: Sequence[Report]) -> str:
 def write_results(reports: Sequence[Report], output_dir: str | os.PathLike) -> str:
     """Writes `{"results": [a dict per report]}` to results.json in `output_dir`, NaN as null, and returns its path."""
     path = os.path.join(output_dir, "results.json")
-    partial = path + ".partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"results": [_jsonable(asdict(r)) for r in reports]}, file, indent=2, allow_nan=False)
-        file.write("\n")
-    os.replace(partial, path)  # never a partial file, even if the disk is full
+    write_json({"results": [_jsonable(asdict(r)) for r in reports]}, path, indent=2)
     return path
+
+
+def write_json(value: Any, path: str | os.PathLike, indent: int | None = None) -> None:
+    """Writes a JSON file, as a whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a number is NaN or infinite.
+    """
+    with replacing(path, "w") as file:
+        file.write(json.dumps(value, indent=indent, allow_nan=False) + "\n")  # faster than json.dump
 
 
 def _note(r: Report) -> str:

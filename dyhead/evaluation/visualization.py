@@ -2,6 +2,7 @@
 
 import colorsys
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,14 +11,19 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from dyhead.data.coco import CocoSplit
 from dyhead.data.images import read_image
+from dyhead.evaluation import lettering
+from dyhead.files import replacing
 
 _SIDE = 320  # pixels: the longer side of each image on the sheet
+_SHORT = 48  # pixels: what its shorter side is filled up to, so that there is room for a label
 _GAP = 8
 _HEAD = 22
+_LETTERS = 11  # pixels: size of a label's letters
+_log = logging.getLogger(__name__)
 
 
 def draw_predictions(
@@ -29,6 +35,9 @@ def draw_predictions(
     score_threshold: float = 0.3,
 ) -> None:
     """Draws some images of a dataset in pairs, ground truth on the left and predictions on the right.
+
+    Names of classes are drawn in any script that there is a font for. Where there is none, a class has its number, from
+    0, and its name with escapes; a warning says so once.
 
     Args:
         split: the dataset; `count` images are taken, evenly spread over it.
@@ -43,6 +52,7 @@ def draw_predictions(
         if d["score"] >= score_threshold:
             found[d["image_id"]].append(d)
     classes = {category: i for i, category in enumerate(split.category_ids)}
+    names = _drawable(split.class_names)
 
     pairs = []
     for record in chosen:
@@ -53,22 +63,23 @@ def draw_predictions(
             for x, y, w, h in [d["bbox"]]
         ]
         image = Image.fromarray(read_image(record["file_name"], size=(record["height"], record["width"])))
-        pairs.append([_with_boxes(image, boxes, split.class_names) for boxes in (truth, predicted)])
+        pairs.append([_with_boxes(image, boxes, names) for boxes in (truth, predicted)])
 
-    columns = min(2, count)  # of pairs
+    columns = min(2, max(1, count))  # of pairs
     rows = [pairs[i : i + columns] for i in range(0, count, columns)]
     heights = [max(image.height for pair in row for image in pair) + _GAP for row in rows]
     sheet = Image.new("RGB", (columns * 2 * (_SIDE + _GAP) + _GAP, _HEAD + sum(heights)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(sheet)
     for column in range(2 * columns):
         title = f"predictions, score >= {score_threshold:g}" if column % 2 else "ground truth"
-        pen.text((_GAP + column * (_SIDE + _GAP), 3), title, "black", font)
+        lettering.write(pen, _GAP + column * (_SIDE + _GAP), 3, title, "black", 13)
     y = _HEAD
     for row, height in zip(rows, heights, strict=True):
         for column, image in enumerate(image for pair in row for image in pair):
             sheet.paste(image, (_GAP + column * (_SIDE + _GAP), y))
         y += height
-    sheet.save(png_path)
+    with replacing(png_path) as file:
+        sheet.save(file, "PNG")
 
 
 def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) -> None:
@@ -91,7 +102,8 @@ def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) ->
     axes.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(png_path)
+    with replacing(png_path) as file:
+        figure.savefig(file, format="png")
 
 
 def read_losses(metrics_json: str | os.PathLike) -> dict[str, dict[int, float]]:
@@ -113,22 +125,41 @@ def read_losses(metrics_json: str | os.PathLike) -> dict[str, dict[int, float]]:
     return curves
 
 
+def _drawable(class_names: Sequence[str]) -> list[str]:
+    names, without_font = [], []
+    for i, name in enumerate(class_names):
+        shown, missing = lettering.readable(name)
+        names.append(f"{i}: {shown}" if missing else shown)
+        if missing:
+            without_font.append(name)
+    if without_font:
+        _log.warning(
+            "No font has all letters of the name of %d classes, the first %r: in pictures these are written as their "
+            "number and their name with escapes. Install fonts for them, say with pip install 'dyhead[fonts]'",
+            len(without_font), without_font[0],
+        )  # fmt: skip
+    return names
+
+
 def _with_boxes(image: Image.Image, boxes: Sequence[tuple[Sequence[float], int, str]], names: list[str]) -> Image.Image:
     """A copy that fits the sheet's cell, with boxes (x0, y0, x1, y1 in pixels of the image), classes and scores."""
     scale = _SIDE / max(image.size)
-    small = image.resize([max(1, round(n * scale)) for n in image.size])
-    pen, font = ImageDraw.Draw(small), ImageFont.load_default(11)
+    resized = image.resize([max(1, round(n * scale)) for n in image.size])
+    small = Image.new("RGB", [max(_SHORT, n) for n in resized.size], "lightgrey")
+    small.paste(resized)
+    pen = ImageDraw.Draw(small)
     for box, class_index, score in boxes:
-        x0, y0, x1, y1 = (v * scale for v in box)
+        x0, y0, x1, y1 = (min(max(v * scale, -9), 2 * _SIDE) for v in box)  # Pillow draws what cannot be seen, too
         colour = _colour(class_index)
         pen.rectangle((x0 - 1, y0 - 1, max(x0, x1 - 1) + 1, max(y0, y1 - 1) + 1), outline="black")
         pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
-        text = names[class_index] + score
-        width, height = pen.textbbox((0, 0), text, font)[2:]
+        room = small.width - 2 - lettering.measured(score, _LETTERS)[0]
+        text = lettering.elided(names[class_index], room, _LETTERS) + score
+        width, height = lettering.measured(text, _LETTERS)
         x = min(max(x0, 0), max(small.width - width - 2, 0))
         y = y0 - height - 2 if y0 > height + 2 else min(y1, small.height - height - 2)
         pen.rectangle((x, y, x + width + 1, y + height + 1), fill="black")
-        pen.text((x + 1, y), text, colour, font)
+        lettering.write(pen, x + 1, y, text, colour, _LETTERS)
     return small
 
 

@@ -22,6 +22,8 @@ from lightning.fabric.strategies import DDPStrategy
 import dyhead
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
+from dyhead.evaluation.expected import check_expectations
+from dyhead.evaluation.results import Evaluated
 from dyhead.preflight import check_run
 from dyhead.runs.optimizer import build_optimizer, resumed_state
 from dyhead.runs.output_dir import claimed, write_config
@@ -30,7 +32,7 @@ from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_re
 from dyhead.torchvision.config import check_values, get_cfg, warn_not_honoured
 from dyhead.torchvision.data import load_splits, load_train
 from dyhead.torchvision.detectors import build_model
-from dyhead.torchvision.evaluation import Evaluated, evaluate
+from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import log_to_file, start_logging, stop_logging
 from dyhead.torchvision.report import report_losses, report_results
 from dyhead.torchvision.training import Autocast, train
@@ -161,6 +163,7 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
     training_splits, test = load_train(cfg), load_splits(cfg, cfg.DATASETS.TEST)
     for split in (*training_splits, *test):
         check_num_classes(cfg, split.info.name, split.class_names)
+    check_expectations(cfg, {split.info.name: split.class_names for split in test})
     records = data.train_records(training_splits, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
 
     checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
@@ -198,6 +201,7 @@ def _evaluate(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[t
         raise ConfigError("DATASETS.TEST: expected at least one dataset to evaluate on, got none")
     for split in test:
         check_num_classes(cfg, split.info.name, split.class_names)
+    check_expectations(cfg, {split.info.name: split.class_names for split in test})
     model = build_model(cfg)
     load_weights(model, (last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None) or cfg.MODEL.WEIGHTS, strict=True)
     return model, evaluate(fabric, cfg, model.to(fabric.device), test)

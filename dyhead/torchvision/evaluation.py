@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dyhead.data import CocoSplit
-from dyhead.evaluation import evaluate_coco
+from dyhead.evaluation import coco_results
+from dyhead.evaluation.results import Evaluated, check_weights, evaluate_detections
 from dyhead.torchvision.data import evaluation_loader
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What came out on one dataset.
-
-    Attributes:
-        split: the dataset.
-        metrics: those of :func:`dyhead.evaluation.evaluate_coco`.
-        detections: COCO's result dicts of all images.
-    """
-
-    split: CocoSplit
-    metrics: dict[str, float]
-    detections: list[dict[str, Any]]
 
 
 def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[CocoSplit]) -> list[Evaluated]:
@@ -46,50 +31,38 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
         The result on each dataset, in the process of rank 0; nothing in the others.
 
     Raises:
+        ConfigError: the weights are NaN or infinite.
         DataError: an image is broken.
     """
+    check_weights(model)
     was_training = model.training
     model.eval()
     loaders = [evaluation_loader(cfg, s, rank=fabric.global_rank, world_size=fabric.world_size) for s in splits]
-    shares: list[list[dict[str, Any]]] = [[] for _ in splits]
+    results = []
     hidden = not (fabric.is_global_zero and sys.stderr.isatty())
     total = sum(map(len, loaders))
     with torch.no_grad(), tqdm(desc="evaluation", total=total, leave=False, disable=hidden, dynamic_ncols=True) as bar:
-        for split, loader, share in zip(splits, loaders, shares, strict=True):
+        for split, loader in zip(splits, loaders, strict=True):
+            share = []
             for images, indices in loader:
                 found = model(fabric.to_device(images))
                 for image, index, detections in zip(images, indices, found, strict=True):
-                    share += coco_results(split, index, image.shape[-2:], detections)
+                    record, (height, width) = split.records[index], image.shape[-2:]
+                    scale = torch.tensor([record["width"] / width, record["height"] / height] * 2)
+                    boxes, scores, labels = (detections[key].cpu() for key in ("boxes", "scores", "labels"))
+                    share += coco_results(record["image_id"], split.category_ids, boxes * scale, scores, labels)
                 bar.update()
+            merged = _merged(fabric, share)
+            if fabric.is_global_zero:
+                results.append(evaluate_detections(split, merged, cfg.OUTPUT_DIR))
     model.train(was_training)
-    gathered = [shares]
-    if fabric.world_size > 1:
-        gathered = [None] * fabric.world_size
-        torch.distributed.all_gather_object(gathered, shares)
-    if not fabric.is_global_zero:
-        return []
-    merged = [[d for share in of_split for d in share] for of_split in zip(*gathered, strict=True)]
-    return [Evaluated(s, evaluate_coco(s.info, found), found) for s, found in zip(splits, merged, strict=True)]
+    return results
 
 
-def coco_results(
-    split: CocoSplit, index: int, size: Sequence[int], detections: dict[str, Tensor]
-) -> list[dict[str, Any]]:
-    """COCO's result dicts of one image.
-
-    Args:
-        split: its dataset.
-        index: its place there.
-        size: height and width of the image that the model saw, in pixels.
-        detections: boxes (M, 4) as x0, y0, x1, y1 in those pixels, scores and labels (M,).
-    """
-    record = split.records[index]
-    scale = torch.tensor([record["width"] / size[1], record["height"] / size[0]] * 2)
-    boxes = detections["boxes"].cpu() * scale
-    boxes[:, 2:] -= boxes[:, :2]
-    columns = zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
-    return [
-        {"image_id": record["image_id"], "category_id": split.category_ids[label], "bbox": box, "score": score}
-        for box, label, score in columns
-        if box[2] > 0 and box[3] > 0
-    ]
+def _merged(fabric: Fabric, share: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The detections of all processes."""
+    if fabric.world_size == 1:
+        return share
+    shares: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(shares, share)
+    return [detection for each in shares for detection in each]

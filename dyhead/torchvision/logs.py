@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dyhead.torchvision.evaluation import Evaluated
+from dyhead.evaluation.results import Evaluated
 
 _PERIOD = 20  # iterations between two lines, as in Detectron2
 _log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class TrainingLog:
         self.output_dir = output_dir
         self.max_iter = max_iter
         self._level = logging.DEBUG if terminal else logging.INFO
-        self._board = SummaryWriter(output_dir)
+        self._board: SummaryWriter | None = SummaryWriter(output_dir)
         self._bar = tqdm(desc="training", total=max_iter, initial=start, disable=not terminal, dynamic_ncols=True)
         self._window: list[dict[str, float]] = []
         self._clock = time.perf_counter()
@@ -103,7 +104,8 @@ class TrainingLog:
 
     def __exit__(self, *error: Any) -> None:
         self._bar.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def iteration(self, iteration: int, losses: dict[str, float], lr: float) -> None:
         """Note the losses, with their sum as total_loss, of an iteration, and write when a line is due."""
@@ -133,12 +135,20 @@ class TrainingLog:
             prefix = "bbox/" if len(results) == 1 else f"{name}/bbox/"
             known = {f"{prefix}{key}": value for key, value in result.metrics.items() if value == value}  # no NaN
             self._write({"iteration": iteration, **known})
-            _log.info("iteration %d/%d  AP %.2f on %s", iteration + 1, self.max_iter, result.metrics["AP"], name)
+            ap = result.metrics["AP"]
+            said = "no AP" if math.isnan(ap) else f"AP {ap:.2f}"
+            _log.info("iteration %d/%d  %s on %s", iteration + 1, self.max_iter, said, name)
 
     def _write(self, entry: dict[str, float]) -> None:
         with open(os.path.join(self.output_dir, "metrics.json"), "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, sort_keys=True) + "\n")
-        for key, value in entry.items():
-            if key != "iteration":
-                self._board.add_scalar(key, value, entry["iteration"])
-        self._board.flush()
+        if self._board is None:
+            return
+        try:
+            for key, value in entry.items():
+                if key != "iteration":
+                    self._board.add_scalar(key, value, entry["iteration"])
+            self._board.flush()
+        except Exception as error:  # no reason to lose a run: metrics.json has the same numbers
+            _log.warning("TensorBoard's files are not written any more (%s: %s)", type(error).__name__, error)
+            self._board = None

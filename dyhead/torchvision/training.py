@@ -14,11 +14,12 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 from dyhead.data import CocoSplit
+from dyhead.evaluation.results import Evaluated
 from dyhead.runs.divergence import check_finite
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.torchvision.checkpoint import portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
-from dyhead.torchvision.evaluation import Evaluated, evaluate
+from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
 from dyhead.torchvision.solver import learning_rate_factor
 

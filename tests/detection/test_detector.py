@@ -412,6 +412,20 @@ def test_nothing_above_the_threshold():
     assert found.labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize("part", ["boxes", "logits", "quality"])
+def test_what_is_nan_is_not_detected_and_spoils_nothing_else(part, caplog):
+    detector = make_detector(inference=Inference(0.1, nms_thresh=0.5), strides=(8,))
+    boxes = [[0, 0, 8, 8], [0, 0, 8, 8], [8, 0, 16, 8], [9, 0, 16, 8]]
+    logits = [[5.0, -9, -9], [3.0, -9, -9], [4.0, -9, -9], [2.0, -9, -9]]
+    healthy = predict(boxes, logits)
+    getattr(healthy, part)[0, 0] = math.nan
+    for _ in range(2):
+        (found,) = detector.detections(healthy, [(8, 32)])
+        assert found.scores.tolist() == pytest.approx([sigmoid(4), sigmoid(3)])  # the last one overlaps the third
+    (record,) = caplog.records  # told once
+    assert "predictions are NaN at 1 of 4 places" in record.getMessage()
+
+
 @pytest.mark.parametrize(("threshold", "count"), [(0.5, 0), (0.4999, 1)])
 def test_a_score_at_the_threshold_is_dropped(threshold, count):
     detector = make_detector(score=Score("class"), inference=Inference(threshold), strides=(8,))

@@ -9,7 +9,6 @@ pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
 from dyhead.config import ConfigError
@@ -143,7 +142,6 @@ def test_the_evaluator_takes_files_without_area_and_iscrowd(own_set, tiny_cfg):
     found.pred_classes = torch.tensor([1, 0])
     found.scores = torch.tensor([0.9, 0.8])
     evaluator = Trainer.build_evaluator(tiny_cfg(), "own_scored")
-    assert isinstance(evaluator, COCOEvaluator)
     evaluator.reset()
     evaluator.process([{"image_id": 7}], [{"instances": found}])
     metrics = evaluator.evaluate()["bbox"]

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,6 +279,37 @@ def test_no_detections_are_zero_ap(blocks, arguments, tmp_path, tiny_cfg):
     settings = {"MODEL.WEIGHTS": str(tmp_path / "fresh.pth"), "MODEL.FCOS.SCORE_THRESH_TEST": 0.99}
     metrics = main(arguments(settings, eval_only=True))["blocks_val"]
     assert metrics["AP"] == metrics["AP50"] == metrics["AP-red"] == 0
+
+
+def test_sets_that_share_a_file_and_sets_without_annotations_are_evaluated(finished, blocks, arguments, tmp_path):
+    file, images = blocks[1][1:]
+    data = json.loads(Path(file).read_text())
+    del data["annotations"]
+    (tmp_path / "bare.json").write_text(json.dumps(data))
+    sets = [["a/val", file, images], ["b/val", file, images], ["bare", str(tmp_path / "bare.json"), images]]
+    settings = {
+        "MODEL.WEIGHTS": str(finished[1] / "model_final.pth"),
+        "DATASETS.REGISTER": [*blocks, *sets],
+        "DATASETS.TEST": ("a/val", "b/val", "bare"),
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.0,
+        "TEST.BENCHMARK.NUM_IMAGES": 0,
+        "TEST.EXPECTED_RESULTS": [["a/val", "AP-red", 50, 50], ["bare", "AP", 0, 100]],
+    }
+    with pytest.raises(ConfigError, match=r"EXPECTED_RESULTS: expected AP of 0 \+- 100 on dataset 'bare', but"):
+        main(arguments(settings, eval_only=True))
+    run = tmp_path / "run"
+    first, second, bare = json.loads((run / "results.json").read_text())["results"]
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"]["AP"] is not None
+    assert bare["metrics"] == dict.fromkeys(first["metrics"])
+    assert "'bare' has no annotated objects, so that there is no AP" in (run / "log.txt").read_text()
+    found = sorted((run / "inference").glob("*/coco_instances_results.json"))
+    assert [file.parent.name for file in found] == ["a%2Fval", "b%2Fval", "bare"]
+    for file in found:
+        detections = json.loads(file.read_text())
+        assert {d["image_id"] for d in detections} == {1, 2, 3, 4}
+        assert {d["category_id"] for d in detections} <= {3, 5}
+    assert (run / "predictions.png").exists()
 
 
 def assert_equal(state, other):

@@ -2,9 +2,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from dyhead.data import DataError
-from dyhead.evaluation import evaluate_coco
+from dyhead.evaluation import coco_results, evaluate_coco
 
 
 @pytest.fixture
@@ -92,3 +93,109 @@ def test_nothing_is_printed(truth, capsys):
 def test_a_wrong_detection_is_named(truth, found, message):
     with pytest.raises(DataError, match=message):
         evaluate_coco(truth, [detection(1, 5, CAT), found])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ap_is_that_of_pycocotools(busy, pycocotools_ap, tmp_path, seed):
+    data, found = busy(seed)
+    expected, by_class = pycocotools_ap(data, found, tmp_path)
+    assert 5 < expected[0] < 95
+    metrics = evaluate_coco(data, found)
+    assert list(metrics.values())[:6] == expected
+    assert [metrics[f"AP-class {key}"] for key in by_class] == list(by_class.values())
+
+
+IDS = {
+    "beyond 64 bits": lambda i: 2**100 + i,
+    "beyond 63 bits beside small ones": lambda i: 2**63 + i if i % 3 else i,
+    "neighbours that are one number as float64": lambda i: 2**53 + i,
+    "negative": lambda i: i - 500,
+    "text": lambda i: f"{i:03d}",
+    "text of numbers of any length": str,
+    "any script": lambda i: f"画像 {i}",
+    "numbers and their text": lambda i: i if i % 2 else str(i - 1),
+    "floats": float,
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_ids_of_any_kind_and_size_give_the_same_ap(busy, kind):
+    data, found = busy()
+    for i, d in enumerate(found):
+        d["score"] += 1e-6 * i  # where scores are equal, the order of the images decides, which is the ids'
+    expected = evaluate_coco(data, found)
+    change = IDS[kind]
+    for section, key in (("images", "id"), ("annotations", "image_id")):
+        for entry in data[section]:
+            entry[key] = change(entry[key])
+    found = [{**d, "image_id": change(d["image_id"])} for d in found]
+    assert evaluate_coco(data, found) == expected
+
+
+def test_categories_ids_of_any_kind_too(busy):
+    data, found = busy()
+    expected = evaluate_coco(data, found)
+    for section, key in (("categories", "id"), ("annotations", "category_id")):
+        for entry in data[section]:
+            entry[key] += 2**64
+    assert evaluate_coco(data, [{**d, "category_id": d["category_id"] + 2**64} for d in found]) == expected
+
+
+def test_without_annotations_nothing_is_defined(truth):
+    data = json.loads(truth.read_text())
+    for none in ({}, {"annotations": []}, {"annotations": None}):
+        metrics = evaluate_coco(
+            {"images": data["images"], "categories": data["categories"]} | none, [detection(1, 5, CAT)]
+        )
+        assert list(metrics) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AP-cat", "AP-bird", "AP-dog"]
+        assert all(map(math.isnan, metrics.values()))
+
+
+def test_classes_that_are_called_like_metrics_or_like_each_other_keep_their_results(truth):
+    data = json.loads(truth.read_text())
+    for category, name in zip(data["categories"], ("50", "AP50", "50"), strict=True):
+        category["name"] = name
+    metrics = evaluate_coco(data, [detection(1, 5, CAT), detection(2, 5, KITTEN)])
+    assert list(metrics)[6:] == ["AP-AP50", "AP-50 (6)", "AP-50 (7)"]
+    assert metrics["AP-AP50"] == pytest.approx(100)
+    assert metrics["AP50"] == pytest.approx(50)
+    assert metrics["AP-50 (7)"] == 0
+
+
+def test_the_101st_detection_of_a_class_does_not_count(truth):
+    wrong = [detection(1, 7, CAT, 0.9)] * 99
+    assert evaluate_coco(truth, [*wrong, detection(2, 7, DOG, 0.5)])["AP-dog"] == pytest.approx(1)
+    elsewhere = [detection(2, 7, KITTEN, 0.9)] * 100
+    assert evaluate_coco(truth, [*elsewhere, detection(2, 7, DOG, 0.5)])["AP-dog"] == 0
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"images": [{}]},
+        {"annotations": [{"image_id": 1, "category_id": 5}]},
+        {"annotations": [{"image_id": 1, "category_id": 5, "bbox": [0, 0, 5, 5], "iscrowd": "no"}]},
+        {"annotations": [{"image_id": 1, "category_id": 5, "bbox": [0, 0, 5, 5], "iscrowd": math.inf}]},
+        {"annotations": [{"image_id": 1, "category_id": 5, "bbox": [0, 0, 5, 5], "area": "large"}]},
+    ],
+)
+def test_annotations_of_another_form_are_an_error(truth, broken):
+    with pytest.raises(DataError, match="the annotations: not in COCO's format"):
+        evaluate_coco(json.loads(truth.read_text()) | broken, [])
+
+
+def test_result_dicts_have_the_ids_of_the_file_and_no_empty_boxes():
+    boxes = torch.tensor([[1.0, 2.0, 11.0, 22.0], [5.0, 5.0, 5.0, 9.0], [5.0, 9.0, 8.0, 5.0], [0.5, 0.0, 1.0, 1.0]])
+    scores, labels = torch.tensor([0.5, 0.75, 0.25, 1.0]), torch.tensor([1, 0, 0, 0])
+    assert coco_results(2**70, [2**65, "b"], boxes, scores, labels) == [
+        {"image_id": 2**70, "category_id": "b", "bbox": [1.0, 2.0, 10.0, 20.0], "score": 0.5},
+        {"image_id": 2**70, "category_id": 2**65, "bbox": [0.5, 0.0, 0.5, 1.0], "score": 1.0},
+    ]
+    assert coco_results(1, [1], torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)) == []
+
+
+def test_a_box_that_is_not_a_number_is_not_dropped_in_silence(truth):
+    boxes = torch.tensor([[0.0, math.nan, 50.0, 50.0]])
+    found = coco_results(1, [5], boxes, torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(DataError, match="detection 0 of image 1: expected a finite box"):
+        evaluate_coco(truth, found)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -74,3 +76,76 @@ def test_no_losses_is_an_error(tmp_path):
     (tmp_path / "metrics.json").write_text('{"iteration": 20, "bbox/AP": 12.0}\n')
     with pytest.raises(ValueError, match=r"metrics\.json: expected lines"):
         plot_losses(tmp_path / "metrics.json", tmp_path / "losses.png")
+
+
+def with_names(split, *names):
+    return dataclasses.replace(split, class_names=list(names))
+
+
+def test_names_of_any_kind_keep_the_sheet_in_shape(split, tmp_path, caplog):
+    plain = drawn(with_names(split, "cat", "dog"), [detection(10)], tmp_path)
+    for name in ("a\nb\n" * 50, "x" * 1000, "قطة " * 50, "\0\u202e", ""):
+        sheet = drawn(with_names(split, "cat", name), [detection(10)], tmp_path)
+        assert sheet.shape == plain.shape
+        # A line of letters above the box, and nothing else, is changed.
+        rows = np.nonzero((sheet != plain).any(axis=(1, 2)))[0]
+        assert 22 + 60 - 20 < rows.min() <= rows.max() < 22 + 60
+    assert not caplog.records
+
+
+def test_a_long_name_leaves_room_for_the_score(split, tmp_path):
+    pictures = [
+        drawn(with_names(split, "cat", "x" * 1000), [detection(10, score)], tmp_path, count=1) for score in (0.7, 0.9)
+    ]
+    columns = np.nonzero((pictures[0] != pictures[1]).any(axis=(0, 2)))[0]
+    assert 8 + 320 + 8 + 280 < columns.min() <= columns.max() < 8 + 320 + 8 + 320
+
+
+def test_a_class_whose_name_has_no_font_has_its_number_and_is_told_once(split, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(visualization.lettering, "readable", lambda text: (text.replace("犬", "?"), "犬" in text))
+    escaped = drawn(with_names(split, "cat", "犬"), [detection(10)], tmp_path)
+    (record,) = caplog.records
+    assert "letters of the name of 1 classes, the first '犬'" in record.getMessage()
+    np.testing.assert_array_equal(escaped, drawn(with_names(split, "cat", "1: ?"), [detection(10)], tmp_path))
+
+
+@pytest.mark.parametrize("size", [(3, 900), (900, 3), (2, 2), (700, 900)])
+def test_pictures_of_any_shape_have_room_for_their_labels(split, tmp_path, size):
+    height, width = size
+    Image.fromarray(np.full((height, width, 3), 128, np.uint8)).save(tmp_path / "odd.png")
+    truth = {"bbox": [0, 0, width, height], "category_id": 0, "iscrowd": 0}
+    odd = {
+        "file_name": str(tmp_path / "odd.png"),
+        "height": height,
+        "width": width,
+        "image_id": 1,
+        "annotations": [truth],
+    }
+    sheet = drawn(dataclasses.replace(split, records=[odd, *split.records]), [], tmp_path)
+    label = (sheet[22 : 22 + 320, 8 : 8 + 320] == 0).all(axis=2)[2:-2, 2:-2].sum()
+    assert label > 150  # black pixels behind the name
+
+
+def test_boxes_far_outside_are_drawn_as_what_can_be_seen_of_them(split, tmp_path):
+    far = {**detection(10), "bbox": [-1e300, -1e30, 1e305, 1e300]}
+    near = {**detection(10), "bbox": [-20, -20, 400, 400]}
+    np.testing.assert_array_equal(drawn(split, [far], tmp_path, count=1), drawn(split, [near], tmp_path, count=1))
+
+
+def test_a_set_without_images_gives_an_empty_sheet(split, tmp_path):
+    assert drawn(dataclasses.replace(split, records=[]), [], tmp_path).shape[0] == 22
+
+
+def test_a_drawing_is_there_as_a_whole_or_not_at_all(split, tmp_path, monkeypatch):
+    drawn(split, [], tmp_path)
+    before = (tmp_path / "sheet.png").read_bytes()
+
+    def fail(self, file, *args):
+        file.write(before[:50])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        draw_predictions(split, [detection(10)], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))

@@ -155,7 +155,8 @@ def test_devices_that_are_not_there_are_refused(tiny, command, flags, options, m
 def test_every_key_that_is_said_to_be_honoured_is_read_somewhere(configured, tiny):
     """A key that is said to be honoured and that nothing reads would be ignored in silence."""
     engine = Path(package.__file__).parent
-    source = "\n".join(path.read_text() for part in (engine, engine.parent / "runs") for path in part.glob("*.py"))
+    parts = (engine, engine.parent / "runs", engine.parent / "evaluation")  # the last two are of both engines
+    source = "\n".join(path.read_text() for part in parts for path in part.glob("*.py"))
     cfg = get_cfg()
     # Options are read as a whole, by the dataclasses that declare them.
     options = {f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in option_leaves(options)}

@@ -222,6 +222,43 @@ def test_several_test_sets_are_each_evaluated(tiny, command, draw, tmp_path):
     assert [line["iteration"] for line in lines if f"{name}/bbox/AP" in line and "total_loss" not in line] == [0, 1]
 
 
+def test_sets_that_share_a_file_and_sets_without_annotations_are_evaluated(tiny, command, draw, tmp_path, caplog):
+    path = draw(tmp_path / "set", 3)
+    data = json.loads(path.read_text())
+    del data["annotations"]
+    (path.parent / "bare.json").write_text(json.dumps(data))
+    files = {"first/a": path, "second/a": path, "bare": path.parent / "bare.json"}
+    options = tiny | {
+        "DATASETS.REGISTER": [[f"{tmp_path.name} {name}", str(file), str(path.parent)] for name, file in files.items()],
+        "DATASETS.TRAIN": (f"{tmp_path.name} first/a",),
+        "DATASETS.TEST": tuple(f"{tmp_path.name} {name}" for name in files),
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.0,
+        "TEST.BENCHMARK.NUM_IMAGES": 0,
+        "TEST.EXPECTED_RESULTS": [
+            [f"{tmp_path.name} first/a", "AP-red", 50, 50],
+            [f"{tmp_path.name} bare", "AP", 0, 100],
+        ],
+        "SOLVER.MAX_ITER": 1,
+    }
+    with pytest.raises(ConfigError, match=r"EXPECTED_RESULTS: expected AP of 0 \+- 100 on dataset '.* bare', but"):
+        main(command(options))
+    run = Path(options["OUTPUT_DIR"])
+    first, second, bare = json.loads((run / "results.json").read_text())["results"]
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"]["AP"] is not None
+    assert bare["metrics"] == dict.fromkeys(first["metrics"])
+    assert "bare' has no annotated objects, so that there is no AP" in caplog.text
+    found = sorted((run / "inference").glob("*/coco_instances_results.json"))
+    assert [file.parent.name for file in found] == [
+        f"{tmp_path.name} {name}" for name in ("bare", "first%2Fa", "second%2Fa")
+    ]
+    ids = {image["id"] for image in data["images"]}
+    for file in found:
+        detections = json.loads(file.read_text())
+        assert {d["image_id"] for d in detections} == ids
+        assert {d["category_id"] for d in detections} <= {10, 20, 30}
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(tiny, command):
     run = Path(tiny["OUTPUT_DIR"])
     run.mkdir()
