@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 import torch
 import torchvision
 from fvcore.common.config import CfgNode
+from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from dyhead import checkpoints
@@ -79,15 +80,25 @@ def save_checkpoint(output_dir: str, name: str, content: dict[str, Any]) -> None
         checkpoints.save_checkpoint(output_dir, name, content)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str = "the checkpoint") -> None:
-    """Go on with the state of an optimizer; :class:`ConfigError` if it is that of other parameters, or damaged."""
+def load_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, precision: Precision) -> None:
+    """Go on with the state of the optimizer and of the loss scaling in a checkpoint that :func:`read_resumable` read.
+
+    Raises:
+        ConfigError: it is that of other parameters, or damaged.
+    """
+    path = checkpoint["path"]
     with as_config_errors():
-        check_optimizer_state(state, optimizer, path)
-    optimizer.load_state_dict(state)
+        check_optimizer_state(checkpoint["optimizer"], optimizer, path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        if checkpoint["grad_scaler"]:
+            precision.load_state_dict(checkpoint["grad_scaler"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"--resume: {path}: grad_scaler is no state of float16's loss scaling ({error})") from error
 
 
 def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
-    """The content of a checkpoint that a training is to go on from.
+    """The content of a checkpoint that a training is to go on from, and its ``path``.
 
     Raises:
         ConfigError: the file cannot be read or is damaged; another engine, an earlier version of this project or a
@@ -112,7 +123,7 @@ def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
             "SOLVER.MAX_ITER is %d, and was %d in the run that is resumed: its learning rates may differ from now on",
             cfg.SOLVER.MAX_ITER, trained["max_iter"],
         )  # fmt: skip
-    return content
+    return content | {"path": path}
 
 
 def _read_weights(weights: str) -> dict[str, Any]:

@@ -58,14 +58,15 @@ def train(
         records: images to train on, see :func:`dyhead.torchvision.data.train_records`.
         splits: datasets to evaluate on every ``TEST.EVAL_PERIOD`` iterations.
         seed: not negative, the same in all processes.
-        checkpoint: what :func:`dyhead.torchvision.checkpoint.save_checkpoint` wrote, to go on from; its weights are in
-            the model already.
+        checkpoint: of :func:`dyhead.torchvision.checkpoint.read_resumable`, to go on from; its weights are in the model
+            already.
 
     Returns:
         The evaluation after the last iteration, if one was due, see :func:`evaluate`.
 
     Raises:
         DivergedError: a loss is infinite or NaN, on any device.
+        ConfigError: the checkpoint is that of other parameters, or one cannot be written.
         DataError: an image is broken.
     """
     optimizer = build_optimizer(cfg, model)
@@ -76,9 +77,7 @@ def train(
     start = 0
     if checkpoint is not None:
         start = checkpoint["iteration"] + 1
-        load_optimizer(optimizer, checkpoint["optimizer"])
-        if checkpoint["grad_scaler"]:
-            precision.load_state_dict(checkpoint["grad_scaler"])
+        load_optimizer(checkpoint, optimizer, precision)
 
     max_iter = cfg.SOLVER.MAX_ITER
     batches = train_loader(cfg, records, seed, start, rank=fabric.global_rank, world_size=fabric.world_size)
