@@ -97,9 +97,12 @@ def _read_safetensors(path: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, EOFError | LookupError | MemoryError | OverflowError):
+        return f"it is damaged ({type(error).__name__})"
     text = str(error).strip()
     foreign = re.search(r"Unsupported global: GLOBAL (\S+)", text)
     if foreign:
         return f"it holds an object of {shown(foreign[1])}; save the weights alone, those of model.state_dict()"
-    inner = re.search(r"WeightsUnpickler error: (.+)", text)
-    return shown((inner[1] if inner else text.splitlines()[0]).strip()) if text else type(error).__name__
+    if text.startswith("Weights only load failed") and error.__context__ is not None:
+        text = str(error.__context__).strip()  # without PyTorch's advice to read it unsafely
+    return shown(text.splitlines()[0].strip()) if text else type(error).__name__

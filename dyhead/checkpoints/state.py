@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -193,7 +194,8 @@ def _as_tensor(value: Any) -> Tensor | None:
     """A tensor, or an array of numbers as one; None for anything else. Files without arrays need no numpy."""
     if isinstance(value, Tensor):
         return value.detach()
-    if not (type(value).__module__.startswith(("numpy", "dyhead.")) and hasattr(value, "__array_interface__")):
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.ndarray):
         return None
     if value.dtype.kind not in "biuf" or value.nbytes > _LARGEST_ARRAY:
         return None

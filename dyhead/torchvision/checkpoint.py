@@ -21,6 +21,7 @@ from urllib.parse import urlparse
 import torch
 import torchvision
 from fvcore.common.config import CfgNode
+from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from dyhead import checkpoints
@@ -76,8 +77,24 @@ def save_checkpoint(output_dir: str, name: str, content: dict[str, Any]) -> None
         checkpoints.save_checkpoint(output_dir, name, content)
 
 
+def load_states(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, precision: Precision) -> None:
+    """Go on with the states of the optimizer and of the loss scaling in a checkpoint of :func:`read_resumable`.
+
+    Raises:
+        ConfigError: the loss scaling's is none.
+    """
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        if checkpoint["grad_scaler"]:
+            precision.load_state_dict(checkpoint["grad_scaler"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"--resume: {checkpoint['path']}: grad_scaler is no state of float16's loss scaling ({error})"
+        ) from error
+
+
 def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
-    """The content of a checkpoint that a training is to go on from.
+    """The content of a checkpoint that a training is to go on from, and its ``path``.
 
     Raises:
         ConfigError: the file cannot be read or is damaged; another engine or an earlier version of this project wrote
@@ -90,7 +107,7 @@ def read_resumable(cfg: CfgNode, path: str) -> dict[str, Any]:
         for key in ("optimizer", "grad_scaler"):
             entry(content, key, dict, path)
         iteration(content, "iteration", cfg.SOLVER.MAX_ITER, path)
-    return content
+    return content | {"path": path}
 
 
 def _read_weights(weights: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dyhead.data import CocoSplit
 from dyhead.evaluation.results import Evaluated
 from dyhead.runs.divergence import check_finite
 from dyhead.runs.interruption import Interrupted, Interruption
-from dyhead.torchvision.checkpoint import portable_state, save_checkpoint
+from dyhead.torchvision.checkpoint import load_states, portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
@@ -57,14 +57,15 @@ def train(
         records: images to train on, see :func:`dyhead.data.train_records`.
         splits: datasets to evaluate on every ``TEST.EVAL_PERIOD`` iterations.
         seed: not negative, the same in all processes.
-        checkpoint: what :func:`dyhead.torchvision.checkpoint.save_checkpoint` wrote, to go on from; its weights are in
-            the model already, and the optimizer's state is made for ``optimizer``.
+        checkpoint: of :func:`dyhead.torchvision.checkpoint.read_resumable`, to go on from; its weights are in the model
+            already, and its optimizer's state is made for ``optimizer``.
 
     Returns:
         The evaluation after the last iteration, if one was due, see :func:`evaluate`.
 
     Raises:
         DivergedError: a loss is infinite or NaN, on any device.
+        ConfigError: the state of the loss scaling is none, or a checkpoint cannot be written.
         DataError: an image is broken.
         Interrupted: a signal came; a checkpoint is written.
     """
@@ -75,9 +76,7 @@ def train(
     start = 0
     if checkpoint is not None:
         start = checkpoint["iteration"] + 1
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["grad_scaler"]:
-            precision.load_state_dict(checkpoint["grad_scaler"])
+        load_states(checkpoint, optimizer, precision)
 
     def save(name: str, iteration: int) -> None:
         content = {
