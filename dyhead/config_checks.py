@@ -33,6 +33,7 @@ _BOX_WEIGHTS = of_type(tuple[float, float, float, float]) & each(above(0))
 
 #: Of all detectors.
 CHECKS: dict[str, Check] = {
+    "VERSION": Check("2, the version of Detectron2's keys that this project has", lambda value: value == 2),
     "MODEL.PIXEL_MEAN": _NUMBERS,
     "MODEL.PIXEL_STD": _NUMBERS & each(above(0)),
     "MODEL.BACKBONE.FREEZE_AT": _WHOLE & between(0, 5),
