@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 
+from dyhead.checkpoints import CheckpointError
 from dyhead.config import ConfigError
 from dyhead.data import DataError
 
@@ -20,7 +21,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument(
+        "--config-file", required=True, type=os.path.expanduser, metavar="FILE", help="YAML file, see configs/"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate and measure MODEL.WEIGHTS; no training")
     parser.add_argument("--engine", choices=["auto", "detectron2", "torchvision"], default="auto")
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             from dyhead.torchvision import main as run
         run(args)
-    except (ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
