@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 
+from dyhead.checkpoints import CheckpointError
 from dyhead.config import ConfigError
 from dyhead.data import DataError
 
@@ -21,7 +22,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument(
+        "--config-file", required=True, type=os.path.expanduser, metavar="FILE", help="YAML file, see configs/"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate and measure MODEL.WEIGHTS; no training")
     parser.add_argument("--engine", choices=["auto", "detectron2", "torchvision"], default="auto")
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             from dyhead.torchvision import main as run
         run(args)
-    except (ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupted:

@@ -7,24 +7,20 @@ Detectron2's own keys stand in :mod:`dyhead.config_checks`. docs/config.md is ma
 
 from __future__ import annotations
 
-import ast
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
 from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
 from dyhead.options import Check, leaves, read
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file or key, what was expected and what came."""
 
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
@@ -77,7 +73,7 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
 def expect(cfg: CfgNode, key: str, fits: Any, expected: str) -> None:
     """Raise :class:`ConfigError` unless the value of ``key`` fits; ``expected`` says what would."""
     if not fits:
-        raise ConfigError(f"{key}: expected {expected}, got {get(cfg, key)!r}")
+        raise ConfigError(f"{key}: expected {expected}, got {shown(get(cfg, key))}")
 
 
 def _check_together(cfg: CfgNode) -> None:
@@ -130,33 +126,39 @@ def check_options(cfg: CfgNode, node: str) -> None:
 
 
 def load_config(cfg: CfgNode, file: str | os.PathLike, opts: Sequence[str] = ()) -> set[str]:
-    """Merge a YAML file (with ``_BASE_``) and then ``KEY VALUE`` overrides into ``cfg``, in place.
+    """Set what a YAML file (with ``_BASE_``) and then ``KEY VALUE`` overrides say in ``cfg``, in place.
+
+    Values are taken as the key's default says: where it is text, ``2026_11_25`` is text. A leading ``~`` of a path
+    becomes the home folder.
 
     Args:
         cfg: a tree that holds every legal key with its default.
-        file: YAML file; tags that run Python are refused.
+        file: YAML file; tags are refused.
         opts: overrides, ``["SOLVER.BASE_LR", "0.01", ...]``.
 
     Returns:
         The full names of all keys that the file, its bases or the overrides set.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown (all are named, with the nearest known key),
-            a value has another type than its default, or ``opts`` is not made of pairs.
+        ConfigError: the file is missing or not YAML, a key stands twice in it or is unknown (all unknown ones are
+            named, with the nearest known key), a value has another type than its default, ``VERSION`` is not that of
+            ``cfg``, or ``opts`` is not made of pairs.
     """
-    settings = list(_leaves(_read_yaml(file), cfg, ""))
-    settings = [(key, value, f"config file {file}") for key, value in settings]
-    if len(opts) % 2:
-        raise ConfigError(f"overrides: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(map(str, opts))}")
-    settings += [(key, _parse(value), "overrides") for key, value in zip(opts[::2], opts[1::2], strict=True)]
-
-    known = set(_names(cfg))
-    unknown = [(key, origin) for key, _, origin in settings if key not in known]
+    settings = read_file(file) + read_overrides(opts)
+    defaults = cfg.clone()
+    _check_version(cfg, settings)  # before the keys, some of which another version calls otherwise
+    unknown = list(_unknown(cfg, settings))
     if unknown:
-        raise ConfigError("\n".join(f"{origin}: unknown key {key}{_nearest(key, known)}" for key, origin in unknown))
-    for key, value, origin in settings:
-        _set(cfg, key, value, origin)
-    return {key for key, _, _ in settings}
+        raise ConfigError("\n".join(unknown))
+    given = set()
+    for setting in settings:
+        if isinstance(get(cfg, setting.key), CfgNode):
+            _check_section(cfg, setting)
+        else:
+            _set(cfg, setting, get(defaults, setting.key))
+            given.add(setting.key)
+    _expand_paths(cfg)
+    return given
 
 
 def num_classes(cfg: CfgNode) -> int:
@@ -203,32 +205,35 @@ def _as_lists(value: Any) -> Any:
     return list(map(_as_lists, value)) if isinstance(value, tuple) else value
 
 
-def _read_yaml(file: str | os.PathLike) -> dict:
-    try:
-        loaded = CfgNode.load_yaml_with_base(os.fspath(file), allow_unsafe=False)
-    except FileNotFoundError as error:
-        missing = error.filename or file
-        base = "" if os.fspath(missing) == os.fspath(file) else f" (a _BASE_ of {file})"
-        raise ConfigError(f"config file {missing}{base}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {file}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {file}: not YAML that can be read safely: {error}") from error
-    except (TypeError, AssertionError, AttributeError) as error:  # fvcore: the document, or a _BASE_, is no mapping
-        raise ConfigError(f"config file {file}: expected a mapping of keys to values: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"config file {file}: expected a mapping of keys to values, got {type(loaded).__name__}")
-    return loaded
+def _check_version(cfg: CfgNode, settings: Iterable[Setting]) -> None:
+    for setting in settings:
+        if setting.key == "VERSION" and "VERSION" in cfg:
+            _set(cfg, setting, cfg.VERSION)
+            if not CHECKS["VERSION"].fits(cfg.VERSION):
+                raise ConfigError(f"{setting.origin}: VERSION: expected {CHECKS['VERSION'].text}, got {cfg.VERSION}")
 
 
-def _leaves(loaded: dict, cfg: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in loaded.items():
-        default = cfg.get(name) if isinstance(cfg, dict) else None
-        if isinstance(value, dict) and (isinstance(default, dict) or default is None):
-            yield from _leaves(value, default, f"{prefix}{name}.")
+def _unknown(cfg: CfgNode, settings: Iterable[Setting]) -> Iterator[str]:
+    """An error for each setting of no key; one for a whole section."""
+    known, sections = set(_names(cfg)), set(_sections(cfg))
+    named: tuple[str, ...] = ()
+    for setting in settings:
+        key, is_section = setting.key, isinstance(setting.written, Section)
+        if key in sections or (key in known and not is_section) or key.startswith(named):
+            continue
+        if is_section:
+            named += (f"{key}.",)
+        if key in known:
+            yield f"{setting.origin}: {key}: expected a value, got a section"
         else:
-            # YAML 1.1 reads 1e-4 as text; the overrides' rule makes a number of it.
-            yield f"{prefix}{name}", _parse(value)
+            yield f"{setting.origin}: unknown key {key}{_nearest(key, sections if is_section else known)}"
+
+
+def _check_section(cfg: CfgNode, setting: Setting) -> None:
+    if not isinstance(setting.written, Section):
+        some = ", ".join(list(get(cfg, setting.key))[:3])
+        got = "nothing" if setting.written is None else shown(resolve(setting.written, text=True, is_list=False))
+        raise ConfigError(f"{setting.origin}: {setting.key}: expected a section of keys ({some}, ...), got {got}")
 
 
 def _names(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -239,42 +244,57 @@ def _names(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _may_be_null() -> set[str]:
-    """Options whose default is not null, but that may be."""
-    return {
-        f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in leaves(options) if leaf.type.fits(None)
-    }
+def _sections(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield f"{prefix}{name}"
+            yield from _sections(value, f"{prefix}{name}.")
 
 
-def _parse(value: Any) -> Any:
-    """A Python literal if ``value`` is the text of one, else ``value`` itself."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
+@cache
+def _types() -> dict[str, Check]:
+    """Which values have a key's type, for each key that is checked."""
+    options = {f"{node}.{leaf.key}": leaf.type for node, options in OPTIONS.items() for leaf in leaves(options)}
+    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _set(cfg: CfgNode, key: str, value: Any, origin: str) -> None:
-    *path, name = key.split(".")
-    node = get(cfg, ".".join(path)) if path else cfg
-    default = node[name]
+def _set(cfg: CfgNode, setting: Setting, default: Any) -> None:
+    key = setting.key
+    known = _types().get(key)
+    is_text = isinstance(default, str) or (known is not None and known.strings)
+    value = resolve(setting.written, text=is_text, is_list=isinstance(default, (list, tuple)))
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    elif isinstance(default, str) and value is not None and not isinstance(value, (str, dict, list, tuple)):
-        value = str(value)  # a run named 7, say: the default tells that text is meant
     elif isinstance(default, tuple) and isinstance(value, list):
         value = tuple(value)
     elif isinstance(default, list) and isinstance(value, tuple):
         value = list(value)
-    may_be_null = default is None or key in _may_be_null()
+    may_be_null = default is None or (known is not None and known.fits(None))
     if not (value is None and may_be_null) and default is not None and type(value) is not type(default):
-        got = "null" if value is None else f"{type(value).__name__} {value!r}"
-        raise ConfigError(f"{origin}: {key}: expected {type(default).__name__} (its default is {default!r}), got {got}")
-    node[name] = value
+        got = "null" if value is None else f"{type(value).__name__} {shown(value)}"
+        raise ConfigError(
+            f"{setting.origin}: {key}: expected {type(default).__name__} (its default is {default!r}), got {got}"
+        )
+    node, _, name = key.rpartition(".")
+    (get(cfg, node) if node else cfg)[name] = value
+
+
+def _expand_paths(cfg: CfgNode) -> None:
+    """``~`` at the start of a path becomes the home folder, once, so that config.yaml says where a run wrote."""
+    for node, name in ((cfg, "OUTPUT_DIR"), (cfg.get("MODEL", {}), "WEIGHTS")):
+        if name in node:
+            node[name] = os.path.expanduser(node[name])
+    cfg.DATASETS.REGISTER = [_expanded(entry) for entry in cfg.DATASETS.REGISTER]
+
+
+def _expanded(entry: Any) -> Any:
+    """An entry of ``DATASETS.REGISTER``: a name and two paths. What is no entry is for the check to refuse."""
+    if not isinstance(entry, (list, tuple)):
+        return entry
+    name, paths = entry[:1], entry[1:]
+    return type(entry)((*name, *(os.path.expanduser(path) if isinstance(path, str) else path for path in paths)))

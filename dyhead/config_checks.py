@@ -33,6 +33,9 @@ _NOT_NEGATIVE = _NUMBER & at_least(0)
 _LEVELS = _STRINGS & at_least_one("level")
 _BOX_WEIGHTS = of_type(tuple[float, float, float, float]) & each(above(0))
 
+#: NumPy takes no larger one.
+MAX_SEED = 2**32 - 1
+
 
 def _are_expected(value: Any) -> bool:
     entry_types = (of_type(str), of_type(str), _NUMBER, _NOT_NEGATIVE)
@@ -46,6 +49,7 @@ def _are_expected(value: Any) -> bool:
 
 #: Of all detectors.
 CHECKS: dict[str, Check] = {
+    "VERSION": Check("2, the version of Detectron2's keys that this project has", lambda value: value == 2),
     "MODEL.PIXEL_MEAN": _NUMBERS,
     "MODEL.PIXEL_STD": _NUMBERS & each(above(0)),
     "MODEL.BACKBONE.FREEZE_AT": _WHOLE & between(0, 5),
@@ -92,7 +96,7 @@ CHECKS: dict[str, Check] = {
     "TEST.EVAL_PERIOD": _WHOLE & at_least(0),  # 0: only at the end
     "CUDNN_BENCHMARK": _FLAG,
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
-    "SEED": _WHOLE,  # negative: a random one
+    "SEED": _WHOLE & at_most(MAX_SEED),  # negative: a random one
 }
 
 #: Of backbones with a ResNet, which have it in their builders' names.

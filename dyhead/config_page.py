@@ -24,7 +24,8 @@ _INTRODUCTION = """\
 
 A configuration is a YAML file with Detectron2's keys and those of this project. `_BASE_: other.yaml` inherits from
 another file; `KEY VALUE` pairs at the end of `train_net.py`'s command line override both. Both engines read the same
-keys. What Detectron2's own keys mean is said in
+keys. Text is taken as it is written, `OUTPUT_DIR: 2026_11_25`, and a leading `~` of a path is the home folder. A key
+that stands twice in a file, an empty section and a tag are errors. What Detectron2's own keys mean is said in
 [its documentation](https://detectron2.readthedocs.io/en/latest/modules/config.html). Values are checked before a run
 starts; a wrong one is an error that names the key, what was expected and what came.
 

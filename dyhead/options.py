@@ -26,18 +26,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """Which values are legal: the ``text`` that says so, and the test."""
+    """Which values are legal: the ``text`` that says so, the test, and whether they are strings or lists of strings."""
 
     text: str
     fits: Callable[[Any], bool]
+    strings: bool = False
 
     def __and__(self, other: Check) -> Check:
         """Values that both find legal; ``other`` is asked only about those that are legal here."""
-        return Check(f"{self.text}, {other.text}", lambda value: self.fits(value) and other.fits(value))
+        return Check(f"{self.text}, {other.text}", lambda value: self.fits(value) and other.fits(value), self.strings)
 
 
 def of_type(annotation: Any) -> Check:
-    """Values of a type: bool, int, float (finite), str, None, tuples of it or a union of it.
+    """Values of a type: bool, int (of 64 bits), float (finite), str, None, tuples of it or a union of it.
 
     A whole number is a number, too; True and False are not. Lists are legal where the type is a tuple.
 
@@ -45,7 +46,7 @@ def of_type(annotation: Any) -> Check:
         TypeError: another type.
     """
     singular, _, fits = _type(annotation)
-    return Check(singular, fits)
+    return Check(singular, fits, _holds_strings(annotation))
 
 
 def each(check: Check) -> Check:
@@ -215,14 +216,23 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _holds_strings(annotation: Any) -> bool:
+    members = [member for member in typing.get_args(annotation) if member is not ...]
+    return annotation is str or (bool(members) and all(map(_holds_strings, members)))
+
+
 # What a type is called, what many of it are called, and which values have it.
 _TYPES: dict[Any, tuple[str, str, Callable[[Any], bool]]] = {
     bool: ("True or False", "True or False", lambda value: isinstance(value, bool)),
-    int: ("a whole number", "whole numbers", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    int: ("a whole number", "whole numbers", _is_whole),
     float: (
         "a number",
         "numbers",
-        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+        lambda value: _is_whole(value) or (isinstance(value, float) and math.isfinite(value)),
     ),
     str: ("a string", "strings", lambda value: isinstance(value, str)),
     type(None): ("null", "nulls", lambda value: value is None),

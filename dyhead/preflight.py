@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import stat
+import unicodedata
 from urllib.parse import urlparse
 
 import torch
 from fvcore.common.config import CfgNode
 
 from dyhead.config import ConfigError
+from dyhead.config_checks import MAX_SEED
 from dyhead.evaluation.expected import check_expectations
 
 _log = logging.getLogger(__name__)
@@ -38,12 +41,13 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an invalid device; more devices than there are; a batch that they cannot share equally; a
-            launcher that starts more processes than ``args`` says; weights that are needed and missing; expected
-            results of what is not evaluated.
+            launcher that starts more processes than ``args`` says; an ``OUTPUT_DIR`` that cannot be written to; weights
+            that are needed and missing; expected results of what is not evaluated.
     """
     _check_device(cfg)
     _check_processes(cfg, args)
     _check_launcher(args)
+    _check_folder(cfg, args)
     _check_weights(cfg, args)
     check_expectations(cfg)
 
@@ -73,13 +77,49 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
             raise ConfigError(f"--num-gpus: expected at most {there} with MODEL.DEVICE {device}, got {args.num_gpus}")
     processes = args.num_gpus * args.num_machines
     if processes > 1:
-        url = urlparse(args.dist_url)
-        if url.scheme != "tcp" or not url.port:
+        try:
+            url = urlparse(args.dist_url)
+            is_address = url.scheme == "tcp" and url.hostname and url.port
+        except ValueError:  # a port that is none
+            is_address = False
+        if not is_address:
             raise ConfigError(f"--dist-url: expected tcp://HOST:PORT, got {args.dist_url}")
+    if cfg.SEED > MAX_SEED - (processes - 1):
+        raise ConfigError(
+            f"SEED: expected at most {MAX_SEED - (processes - 1)} with {processes} processes, which count on from it, "
+            f"got {cfg.SEED}"
+        )
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} devices, got {cfg.SOLVER.IMS_PER_BATCH}"
         )
+
+
+def _check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
+    folder = cfg.OUTPUT_DIR
+    if not folder or any(unicodedata.category(character) in ("Cc", "Cs") for character in folder):
+        raise ConfigError(f"OUTPUT_DIR: expected the name of a folder, got {folder!r}")
+    obstacle = _obstacle(folder) if args.machine_rank == 0 else None
+    if obstacle:
+        raise ConfigError(f"OUTPUT_DIR {folder}: cannot be written to ({obstacle})")
+
+
+def _obstacle(folder: str) -> str | None:
+    """Why nothing can be written to a folder, which need not exist yet; None if it can."""
+    path = os.path.abspath(folder)
+    while True:
+        try:
+            mode = os.stat(path).st_mode
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.islink(path):
+                return f"{path} is a link to what does not exist"
+            path = os.path.dirname(path)
+        except OSError as error:
+            return error.strerror
+    if not stat.S_ISDIR(mode):
+        return f"{path} is not a folder"
+    return None if os.access(path, os.W_OK | os.X_OK) else f"no permission to write to {path}"
 
 
 def _check_launcher(args: argparse.Namespace) -> None:
@@ -106,5 +146,5 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.eval_only and not weights:
         raise ConfigError("--eval-only: set MODEL.WEIGHTS to a checkpoint, or take OUTPUT_DIR's last one with --resume")
     # Detectron2 takes file names that end in "?matching_heuristics=True".
-    if weights and "://" not in weights and not os.path.isfile(urlparse(weights)._replace(query="").geturl()):
+    if weights and "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
         raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file")

@@ -146,7 +146,8 @@ def test_each_engine_reads_each_option_that_belongs_to_no_part(engine):
     parts = {registered.node for registered in (*DETECTORS.values(), *NECKS.values())}
     shared = [path for path in PACKAGE.glob("*.py") if path.stem not in ("config_page", "config_options")]
     read_names = set()
-    for path in (*shared, *(PACKAGE / engine).glob("*.py")):
+    folders = (PACKAGE / name for name in (engine, "evaluation", "runs"))
+    for path in (*shared, *(path for folder in folders for path in folder.glob("*.py"))):
         tree = ast.parse(path.read_text())
         read_names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in set(OPTIONS) - parts - {"MODEL.ANCHOR_GENERATOR"}:

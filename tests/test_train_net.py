@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 QUICKSTART = str(ROOT / "configs/quickstart/fcos_dyhead_R18_shapes.yaml")
 
 
@@ -56,6 +57,37 @@ def test_overrides_follow_the_flags(train_net):
 def test_what_a_user_did_wrong_is_told_without_a_traceback(train_net, capsys):
     assert train_net.main(["--engine", "torchvision", "--config-file", "none.yaml"]) == 1
     assert capsys.readouterr().err == "error: config file none.yaml: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["SOLVER.MAX_ITER", "1", "--resume"],
+            "overrides: expected KEY VALUE pairs, got --resume; options stand before",
+        ),
+        (["SOLVER.MAX_ITER"], "overrides: expected KEY VALUE pairs, got 1 words: SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER=1"], "overrides: expected KEY VALUE pairs, got SOLVER.MAX_ITER=1; write SOLVER.MAX_ITER 1"),
+    ],
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_words_that_are_no_overrides_are_told(train_net, capsys, engine, words, message):
+    assert train_net.main(["--engine", engine, "--config-file", QUICKSTART, *words]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_folder_that_is_a_file_is_told(train_net, capsys, engine, tmp_path):
+    (tmp_path / "file").touch()
+    words = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "file")]
+    assert train_net.main(["--engine", engine, "--config-file", QUICKSTART, *words]) == 1
+    assert "error: OUTPUT_DIR" in capsys.readouterr().err
+
+
+def test_the_config_file_may_be_in_the_home_folder(train_net, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = train_net.argument_parser().parse_args(["--config-file", "~/a.yaml"])
+    assert args.config_file == "/home/someone/a.yaml"
 
 
 def test_absent_detectron2_is_told_with_the_way_to_install_it(train_net, installed, capsys):

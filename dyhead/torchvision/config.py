@@ -13,6 +13,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get
+from dyhead.config_files import shown
 from dyhead.torchvision.backbone import BACKBONES
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _check_backbone(cfg: CfgNode) -> None:
 
 def _expect(cfg: CfgNode, key: str, fits: Callable[[Any], Any], expected: str) -> None:
     if not fits(get(cfg, key)):
-        raise ConfigError(f"{key}: the torchvision engine expects {expected}, got {get(cfg, key)!r}")
+        raise ConfigError(f"{key}: the torchvision engine expects {expected}, got {shown(get(cfg, key))}")
 
 
 def _detectron2() -> tuple[dict[str, Any], list[str]]:
