@@ -68,10 +68,11 @@ def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int,
         with open(path, "rb") as file, _limit_lifted(size is not None), Image.open(file) as image:
             if size is not None and sorted(image.size) != sorted(size) and image.width * image.height > _LARGE:
                 raise DataError(_other_size(name, image.size, size))
-            turned = _tag(image, _ORIENTATION) if image.format == "TIFF" else 1
+            tiff = image.format == "TIFF"
+            turned = _tag(image, _ORIENTATION) if tiff else 1
             deep = image.mode.startswith("I") or ";16" in str(image.tile)
             image.load()
-            left = _orientation(image)  # of what Pillow has not turned itself, as it does TIFFs
+            left = 1 if tiff else _orientation(image)  # Pillow turns TIFFs itself
             upright = image.transpose(_UPRIGHT[left]) if left > 1 else image
             if image.mode.startswith("I"):  # Pillow's own conversion would clip it to white
                 grey, bits = _grey(image, np.asarray(upright), file)

@@ -1,5 +1,6 @@
 import io
 import logging
+import multiprocessing
 import os
 import struct
 import threading
@@ -261,6 +262,17 @@ def test_images_that_come_out_dark_are_named_once(tmp_path, grey, dark_warnings)
     (message,) = dark_warnings()
     assert message.startswith(f"{tmp_path / 'first.png'}: ")
     assert "its brightest value becomes 15 of 255" in message
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="workers are not forked here")
+def test_worker_processes_name_one_dark_image_among_them(tmp_path, grey, dark_warnings):
+    grey16(tmp_path / "a.png", grey)
+    worker = multiprocessing.get_context("fork").Process(target=read_image, args=(tmp_path / "a.png",))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    read_image(tmp_path / "a.png")
+    assert not dark_warnings()  # the worker's went elsewhere
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
