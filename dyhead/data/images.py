@@ -25,6 +25,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
+_LARGE = 10**8  # pixels of an image that is not read only to say exactly how it is not as large as expected
 _DARK = 64  # of 255: two of the upper bits or more are not used
 _log = logging.getLogger(__name__)
 _lock, _readers, _limit = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
@@ -32,7 +33,7 @@ _warned = mmap.mmap(-1, 1)  # shared with the worker processes that are forked f
 
 
 def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Reads one image, of any size.
+    """Reads one image.
 
     Grey, palette, CMYK and 16-bit images become 8-bit colour, transparency is dropped, the EXIF orientation is applied,
     and an animation yields its first frame.
@@ -40,6 +41,9 @@ def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int,
     16 bits keep their upper 8. If a grey image's file says that fewer bits are used (a 12-bit TIFF, TIFF's
     MaxSampleValue, PNG's sBIT), the upper 8 of those are kept; 32-bit integers up to 255 stay as they are. Other images
     that leave the upper bits unused come out dark; one warning names the first of them.
+
+    Pillow's limit to the number of pixels, which is against broken and hostile files, does not hold where `size` says
+    what is to be expected.
 
     Args:
         path: the file.
@@ -61,11 +65,14 @@ def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int,
         raise DataError(f"{name}: the image cannot be read (it is not a file)")
     try:
         # Pillow maps a file that it opens itself into memory, and then reads a TIFF that lies on its side wrongly.
-        with open(path, "rb") as file, _any_size(), Image.open(file) as image:
-            turned = _tag(image, _ORIENTATION) if image.format == "TIFF" else 1
+        with open(path, "rb") as file, _limit_lifted(size is not None), Image.open(file) as image:
+            if size is not None and sorted(image.size) != sorted(size) and image.width * image.height > _LARGE:
+                raise DataError(_other_size(name, image.size, size))
+            tiff = image.format == "TIFF"
+            turned = _tag(image, _ORIENTATION) if tiff else 1
             deep = image.mode.startswith("I") or ";16" in str(image.tile)
             image.load()
-            left = _orientation(image)  # of what Pillow has not turned itself, as it does TIFFs
+            left = 1 if tiff else _orientation(image)  # Pillow turns TIFFs itself
             upright = image.transpose(_UPRIGHT[left]) if left > 1 else image
             if image.mode.startswith("I"):  # Pillow's own conversion would clip it to white
                 grey, bits = _grey(image, np.asarray(upright), file)
@@ -75,6 +82,8 @@ def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int,
             else:
                 upright.info.pop("transparency", None)  # or Pillow advises to keep it
                 pixels, bits = np.array(upright.convert("RGB")), 16
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{name}: the image does not exist") from error
     except UnidentifiedImageError as error:
@@ -85,19 +94,27 @@ def read_image(path: str | os.PathLike, format: str = "RGB", *, size: tuple[int,
         turned = max(turned, left)
         before = turned > 4 and pixels.shape[1::-1] == tuple(size)
         hint = f"; it is before its EXIF orientation {turned} is applied" if before else ""
-        raise DataError(
-            f"{name}: the image is {pixels.shape[1]} x {pixels.shape[0]} pixels (width x height), "
-            f"its annotations say {size[1]} x {size[0]}{hint}"
-        )
+        raise DataError(_other_size(name, pixels.shape[1::-1], size) + hint)
     if deep and bits == 16 and pixels.max() < _DARK:
         _warn_of_dark(name, pixels.max())
     return pixels if format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
 
 
+def _other_size(name: str, found: tuple[int, int], expected: tuple[int, int]) -> str:
+    """What to say of an image of (width, height) `found` and (height, width) `expected`."""
+    return (
+        f"{name}: the image is {found[0]} x {found[1]} pixels (width x height), its annotations say {expected[1]} x "
+        f"{expected[0]}"
+    )
+
+
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """Without Pillow's limit to the number of pixels, which is for images that strangers send."""
+def _limit_lifted(lifted: bool) -> Iterator[None]:
+    """With or without Pillow's limit to the number of pixels."""
     global _readers, _limit
+    if not lifted:
+        yield
+        return
     with _lock:
         if _readers == 0:
             _limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

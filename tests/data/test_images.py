@@ -1,5 +1,6 @@
 import io
 import logging
+import multiprocessing
 import os
 import struct
 import threading
@@ -137,6 +138,7 @@ def exif(*tags):
     ],
 )
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the tags
 def test_the_orientation_is_applied_whatever_else_stands_beside_it(tmp_path, colours, odd, suffix):
     picture = Image.fromarray(np.kron(colours, np.ones((16, 16, 1), np.uint8)))
     options = {"exif": exif((0x0112, 3, 1, 6), odd)}
@@ -149,6 +151,7 @@ def test_the_orientation_is_applied_whatever_else_stands_beside_it(tmp_path, col
 @pytest.mark.parametrize(
     "block", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nothing", exif((0x0112, 2, 4, 54))]
 )
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_broken_exif_block_is_no_orientation(tmp_path, colours, block):
     Image.fromarray(colours).save(tmp_path / "a.png", exif=block)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours)
@@ -261,6 +264,17 @@ def test_images_that_come_out_dark_are_named_once(tmp_path, grey, dark_warnings)
     assert "its brightest value becomes 15 of 255" in message
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="workers are not forked here")
+def test_worker_processes_name_one_dark_image_among_them(tmp_path, grey, dark_warnings):
+    grey16(tmp_path / "a.png", grey)
+    worker = multiprocessing.get_context("fork").Process(target=read_image, args=(tmp_path / "a.png",))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    read_image(tmp_path / "a.png")
+    assert not dark_warnings()  # the worker's went elsewhere
+
+
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_colour_of_16_bits_that_comes_out_dark_is_named(tmp_path, dark_warnings, channels):
     # Pillow writes no such PNG: its rows are a filter's number and the values, the first byte of each the upper one.
@@ -274,20 +288,34 @@ def test_colour_of_16_bits_that_comes_out_dark_is_named(tmp_path, dark_warnings,
     assert [f"{tmp_path / 'a.png'}: " in message for message in dark_warnings()] == [True]
 
 
-def test_images_beyond_pillows_limit_are_read_and_the_limit_stays(tmp_path, colours, monkeypatch):
+def test_images_beyond_pillows_limit_are_read_where_their_size_is_known(tmp_path, colours, monkeypatch):
     for suffix in ("png", "tif", "gif"):
         Image.fromarray(colours).save(tmp_path / f"a.{suffix}")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for suffix in ("png", "tif", "gif"):
-            assert read_image(tmp_path / f"a.{suffix}").shape == (4, 6, 3)
-        threads = [threading.Thread(target=read_image, args=(tmp_path / "a.png",)) for _ in range(8)]
+            assert read_image(tmp_path / f"a.{suffix}", size=(4, 6)).shape == (4, 6, 3)
+            with pytest.raises(DataError, match=rf"a\.{suffix}: the image cannot be read \(DecompressionBomb"):
+                read_image(tmp_path / f"a.{suffix}")
+        path, kinds = tmp_path / "a.png", {"size": (4, 6)}
+        threads = [threading.Thread(target=read_image, args=(path,), kwargs=kinds) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert Image.MAX_IMAGE_PIXELS == 2
+
+
+def test_a_file_that_claims_to_be_huge_is_not_read(tmp_path):
+    Image.new("1", (8, 8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    header = struct.pack(">II", 2**31 - 1, 2**31 - 1) + whole[24:29]
+    (tmp_path / "a.png").write_bytes(whole[:8] + chunk(b"IHDR", header) + whole[33:])
+    with pytest.raises(DataError, match=r"a\.png: the image is 2147483647 x 2147483647 pixels .* say 8 x 8"):
+        read_image(tmp_path / "a.png", size=(8, 8))
+    with pytest.raises(DataError, match=r"a\.png: the image cannot be read \(DecompressionBombError"):
+        read_image(tmp_path / "a.png")
 
 
 def test_transparency_is_dropped_without_a_word(tmp_path, colours):
