@@ -128,7 +128,7 @@ class Checkpointer(DetectionCheckpointer):
     def _matched(self, state: dict[str, Tensor], own: dict[str, Tensor], *, caffe2: bool) -> Conversion:
         specific = {key: x for key, x in state.items() if key not in _GENERIC}
         try:
-            matched = align_and_update_state_dicts(own, specific, c2_conversion=caffe2)
+            matched = align_and_update_state_dicts(own, specific, c2_conversion=caffe2) if specific else {}
         except (AssertionError, IndexError, KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self._origin}: its keys cannot be matched with the model by their ends ({error or 'odd names'})"

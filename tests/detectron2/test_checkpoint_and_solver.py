@@ -1,6 +1,7 @@
 # ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
 import json
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,162 @@ def test_released_weights_of_the_head_fit(configs, tmp_path):
     torch.save({"model": state}, tmp_path / "released.pth")
     Checkpointer(model).load(str(tmp_path / "released.pth"))
     assert all((parameter == 0.5).all() for parameter in model.backbone.dyhead.parameters())
+
+
+class Small(nn.Module):
+    """Some weights of a detector."""
+
+    def __init__(self):
+        super().__init__()
+        layers = {"logits": nn.Linear(2, 3), "deltas": nn.Linear(2, 4), "quality": nn.Linear(2, 1)}
+        self.detector = nn.ModuleDict({"head": nn.ModuleDict(layers), "norm": nn.BatchNorm1d(3)})
+
+
+@pytest.mark.parametrize("beside", [{}, {"epoch": 3, "best": np.float64(0.5)}])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "ema_model.module.", "module.model._orig_mod."])
+def test_weights_of_a_wrapped_model_load(tmp_path, prefix, beside):
+    model, other = Small(), Small()
+    torch.save({f"{prefix}{key}": x for key, x in model.state_dict().items()} | beside, tmp_path / "w.pth")
+    Checkpointer(other).load(str(tmp_path / "w.pth"))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("checkpointables", [None, []])
+@pytest.mark.parametrize("suffix", ["pth", "pth?matching_heuristics=True", "pyth", "pkl"])
+def test_weights_that_are_not_finite_are_refused_on_every_path(tmp_path, suffix, checkpointables):
+    model = Small()
+    state = model.state_dict()
+    state["detector.head.deltas.bias"] = torch.tensor([1.0, 2.0, 3.0, float("inf")])
+    file = tmp_path / f"bad.{suffix.partition('?')[0]}"
+    if suffix == "pkl":
+        file.write_bytes(pickle.dumps({key: value.numpy() for key, value in state.items()}))
+    else:
+        torch.save({"model_state": state}, file)
+    with pytest.raises(
+        ConfigError, match=r"bad\..*expected finite weights, got infinity in detector\.head\.deltas\.bias"
+    ):
+        Checkpointer(model).load(f"{tmp_path}/bad.{suffix}", checkpointables)
+
+
+@pytest.mark.parametrize("heuristics", ["", "?matching_heuristics=True"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"weight": torch.ones(1), "bias": torch.ones(1)},
+        {"detector.head.quality.bias": torch.ones(1), "detector.head.logits.weight": torch.ones(1)},
+        {"detector.norm.num_batches_tracked": torch.tensor(3)},
+        {"quality.bias": torch.ones(1), **{f"encoder.{i}.weight": torch.ones(3) for i in range(9)}},
+    ],
+)
+def test_weights_of_which_nothing_or_the_odd_tensor_fits_do_not_start_a_training(tmp_path, state, heuristics):
+    model = Small()
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"w\.pth.*(does not fit the model|expected the keys of one project)"):
+        Checkpointer(model).load(f"{tmp_path / 'w.pth'}{heuristics}", checkpointables=[])
+
+
+def test_an_end_that_many_keys_have_is_named(tmp_path):
+    model = nn.ModuleDict(
+        {"a": nn.ModuleDict({"norm": nn.LayerNorm(3)}), "b": nn.ModuleDict({"norm": nn.LayerNorm(3)})}
+    )
+    torch.save({"norm.weight": torch.ones(3)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"w\.pth.*: its keys cannot be matched with the model by their ends"):
+        Checkpointer(model).load(f"{tmp_path / 'w.pth'}?matching_heuristics=True", checkpointables=[])
+
+
+@pytest.mark.parametrize("content", [{3: np.ones(1)}, {"blobs": 3}, {"blobs": {}}, {}, {"model": {"x": None}}, [1]])
+def test_pickles_without_weights_are_named(tmp_path, content):
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ConfigError, match=r"w\.pkl: expected "):
+        Checkpointer(Small()).load(str(tmp_path / "w.pkl"), checkpointables=[])
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/w.pth", "nowhere://w.pth", "detectron2://", "http://[w"])
+def test_addresses_that_cannot_be_fetched_are_named_with_the_ways_out(monkeypatch, tmp_path, address):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        Checkpointer(Small()).load(address, checkpointables=[])
+    assert str(error.value).startswith(f"MODEL.WEIGHTS {address}: the file could not be fetched (")
+    assert str(error.value).endswith('train from scratch with MODEL.WEIGHTS ""')
+
+
+class Resumed:
+    """As much of Detectron2's trainer as its checkpointer sees."""
+
+    max_iter = 4
+
+    def __init__(self, model):
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        self.iter = 3
+
+    def state_dict(self):
+        return {"iteration": self.iter, "_trainer": {"optimizer": self.optimizer.state_dict()}}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
+        self.iter = state["iteration"]
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
+    checkpointer, file = Checkpointer(Small(), str(tmp_path)), tmp_path / "tiny.pth"
+    checkpointer.save("tiny")
+    assert checkpointer.get_checkpoint_file() == str(file)
+    before, (soft, hard) = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        for name in ("tiny", "next"):
+            with pytest.raises(ConfigError, match=rf"{name}\.pth: cannot be written: File too large"):
+                checkpointer.save(name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpointer.get_checkpoint_file() == str(file)
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("*") if path.is_file()) == ["last_checkpoint", "tiny.pth"]
+
+
+def test_a_note_that_names_no_file_is_an_error_and_no_fresh_start(tmp_path):
+    checkpointer = Checkpointer(Small(), str(tmp_path))
+    assert not checkpointer.has_checkpoint()
+    checkpointer.save("w")
+    assert checkpointer.has_checkpoint()
+    checkpointer.tag_last_checkpoint("absent.pth")
+    for ask in (checkpointer.has_checkpoint, checkpointer.get_checkpoint_file):
+        with pytest.raises(ConfigError, match=r"last_checkpoint: expected the name .*absent\.pth does not exist"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: None, None),
+        (lambda content: content.pop("trainer"), "is no checkpoint of a training on detectron2"),
+        (lambda content: content.update(trainer=3), r"expected int in trainer\.iteration, got None"),
+        (lambda content: content["trainer"].update(iteration=-2), r"0 or more in trainer\.iteration, got -2"),
+        (lambda content: content["trainer"].update(iteration="2"), r"expected int in trainer\.iteration, got '2'"),
+        (lambda content: content["trainer"].update(iteration=4), r"SOLVER\.MAX_ITER: .* has done, 5, got 4"),
+        (lambda content: content["trainer"].pop("_trainer"), r"expected dict in trainer\._trainer\.optimizer"),
+        (
+            lambda content: content["trainer"]["_trainer"]["optimizer"]["param_groups"][0]["params"].pop(),
+            r"the optimizer's state is of \d+ parameters .*FREEZE_AT",
+        ),
+    ],
+)
+def test_a_training_goes_on_from_a_whole_state_only(tmp_path, change, message):
+    model = Small()
+    trainer = Resumed(model)
+    Checkpointer(model, str(tmp_path), trainer=trainer).save("run")
+    content = torch.load(tmp_path / "run.pth")
+    change(content)
+    torch.save(content, tmp_path / "run.pth")
+    trainer.iter = 0
+    if message is None:
+        Checkpointer(model, str(tmp_path), trainer=trainer).load(str(tmp_path / "run.pth"))
+        assert trainer.iter == 3
+    else:
+        with pytest.raises(ConfigError, match=message) as error:
+            Checkpointer(model, str(tmp_path), trainer=trainer).load(str(tmp_path / "run.pth"))
+        assert "run.pth" in str(error.value)
+        assert trainer.iter == 0
 
 
 CAFFE2 = {
