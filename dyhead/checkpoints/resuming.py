@@ -24,14 +24,14 @@ def check_written_by(content: Mapping[str, Any], engine: str, path: str) -> None
         path: the file, for the message.
     """
     way_out = f"start from its weights, with MODEL.WEIGHTS {path} and another OUTPUT_DIR"
+    if "global_step" in content:
+        raise CheckpointError(
+            f"--resume: {path} was written by an earlier version of this project and cannot be continued; {way_out}"
+        )
     by = next((name for entry, name in _ENGINES.items() if entry in content), None)
     if by not in (None, engine):
         raise CheckpointError(
             f"--resume: {path} was written by the {by} engine; continue it with --engine {by}, or {way_out}"
-        )
-    if by is None and "global_step" in content:
-        raise CheckpointError(
-            f"--resume: {path} was written by an earlier version of this project and cannot be continued; {way_out}"
         )
     if by is None:
         raise CheckpointError(f"--resume: {path} is no checkpoint of a training on {engine}; {way_out}")
