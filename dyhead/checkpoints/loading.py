@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from dyhead.checkpoints.convert import Conversion
 from dyhead.checkpoints.errors import CheckpointError
@@ -34,10 +34,11 @@ def load_into(
         origin: what messages call the checkpoint.
 
     Raises:
-        CheckpointError: of no part of the model (network, pyramid, Dynamic Head, ...) more than half fits, or not
-            everything with ``strict``; a weight is too large for the model's numbers. Keys that the file lacks are
-            named as the model calls them, others as the file does. ``detector.loss_normalizer.average``, which is for
-            training, and ``num_batches_tracked``, which frozen batch normalization does not have, may differ.
+        CheckpointError: of no part of the model (network, pyramid, Dynamic Head, ...) do more than half of the weights
+            fit, or not everything with ``strict``; a weight is too large for the model's numbers. Keys that the file
+            lacks are named as the model calls them, others as the file does. ``detector.loss_normalizer.average``,
+            which is for training, and ``num_batches_tracked``, which frozen batch normalization does not have, may
+            differ.
     """
     own = model.state_dict()
     names = {key: key for key in own} if names is None else {key: names.get(key, key) for key in own}
@@ -81,7 +82,9 @@ def load_into(
         )
         if keys
     ]
-    if (problems and strict) or not _any_part(weights.state, names.values(), [names[key] for key in fitting]):
+    if (problems and strict) or not _any_part(
+        weights.state, {name: own[key] for key, name in names.items()}, {names[key]: x for key, x in fitting.items()}
+    ):
         raise CheckpointError(
             f"{origin} ({weights.source}) does not fit the model ({len(fitting)} of {len(own)} tensors do)\n  "
             + "\n  ".join(problems)
@@ -92,16 +95,22 @@ def load_into(
         _log.info("Not loaded:\n  %s", "\n  ".join(problems))
 
 
-def _any_part(theirs: Iterable[str], ours: Iterable[str], fitting: Iterable[str]) -> bool:
+def _any_part(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> bool:
     """Whether more than half of some part of the model, or of what the file has of it, fits: by canonical keys.
 
-    Fewer fit by chance: vectors of the same length in another network, numbers for each level.
+    Less fits by chance. Where there are matrices they count alone: vectors have the same lengths in many networks.
     """
-    counts = [
-        Counter(_part(name) for name in keys if name != _OPTIONAL and not name.endswith(_COUNTER))
-        for keys in (theirs, ours, fitting)
+    kinds = [
+        Counter(
+            (_part(name), x.ndim > 1) for name, x in of.items() if name != _OPTIONAL and not name.endswith(_COUNTER)
+        )
+        for of in (theirs, ours, fitting)
     ]
-    return any(2 * count > min(counts[0][part], counts[1][part]) for part, count in counts[2].items())
+    matrices = {part for part, is_matrix in kinds[0] if is_matrix}
+    return any(
+        2 * count > min(kinds[0][kind], kinds[1][kind]) and (kind[1] or kind[0] not in matrices)
+        for kind, count in kinds[2].items()
+    )
 
 
 def _part(name: str) -> str:

@@ -113,8 +113,9 @@ class Checkpointer(DetectionCheckpointer):
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        if self._complete and "trainer" in self.checkpointables:
-            self._check_resumable(checkpoint)
+        resumes = self._complete and "trainer" in self.checkpointables
+        if resumes:
+            check_written_by(checkpoint, "detectron2", self._path)
         heuristics = checkpoint.pop("matching_heuristics", False)
         state = find_state(checkpoint, self._origin)
         own = self.model.state_dict()
@@ -124,11 +125,13 @@ class Checkpointer(DetectionCheckpointer):
             conversion, names = convert(state, self._origin), canonical_names(own)
         checkpoint.pop("model", None)
         load_into(self.model, conversion, names, strict=self._complete, origin=self._origin)
+        if resumes:
+            self._check_trainer(checkpoint)
 
     def _matched(self, state: dict[str, Tensor], own: dict[str, Tensor], *, caffe2: bool) -> Conversion:
         specific = {key: x for key, x in state.items() if key not in _GENERIC}
         try:
-            matched = align_and_update_state_dicts(own, specific, c2_conversion=caffe2)
+            matched = align_and_update_state_dicts(own, specific, c2_conversion=caffe2) if specific else {}
         except (AssertionError, IndexError, KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self._origin}: its keys cannot be matched with the model by their ends ({error or 'odd names'})"
@@ -141,8 +144,7 @@ class Checkpointer(DetectionCheckpointer):
             )
         return Conversion(matched, "matched by the ends of the keys")
 
-    def _check_resumable(self, content: dict[str, Any]) -> None:
+    def _check_trainer(self, content: dict[str, Any]) -> None:
         trainer = self.checkpointables["trainer"]
-        check_written_by(content, "detectron2", self._path)
         iteration(content, "trainer.iteration", trainer.max_iter, self._path)
         entry(content, "trainer._trainer.optimizer", dict, self._path)

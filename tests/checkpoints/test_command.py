@@ -1,6 +1,7 @@
 """`dyhead convert` through its functions."""
 
 import argparse
+import resource
 
 import pytest
 import torch
@@ -82,3 +83,23 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth")
     assert run(tmp_path / "theirs.pth", tmp_path / "absent" / "ours.pth") == 1
     assert "absent" in capsys.readouterr().err
+
+
+def test_on_a_full_disk_nothing_is_left(tmp_path, capsys):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        assert run(tmp_path / "theirs.pth", tmp_path / "ours.pth") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "ours.pth: cannot be written: File too large" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.pth"]
+
+
+def test_a_link_to_nowhere_is_not_overwritten(tmp_path, capsys):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth")
+    (tmp_path / "ours.pth").symlink_to(tmp_path / "absent")
+    assert run(tmp_path / "theirs.pth", tmp_path / "ours.pth") == 1
+    assert (tmp_path / "ours.pth").is_symlink()
+    assert "ours.pth: exists and is not overwritten" in capsys.readouterr().err

@@ -9,20 +9,37 @@ import torch
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.modeling import build_model as build_detectron2
 
 from dyhead.checkpoints import canonical_names, convert
-from dyhead.config import add_dyhead_config, load_config
+from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.detection import DETECTORS as REGISTERED
 from dyhead.detectron2 import Checkpointer
 from dyhead.torchvision import build_model as build_torchvision
 from dyhead.torchvision import get_cfg as get_torchvision_cfg
-from dyhead.torchvision.checkpoint import load_weights
+from dyhead.torchvision.checkpoint import load_weights, portable_state, read_resumable, save_checkpoint
 
 DETECTORS = [*(registered.name.lower() for registered in REGISTERED.values()), "faster_rcnn"]
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
 COUNTER = "num_batches_tracked"
+
+
+class Resumed:
+    """As much of Detectron2's trainer as its checkpointer sees."""
+
+    max_iter = 3
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def state_dict(self):
+        return {"iteration": 1, "_trainer": {"iteration": 1, "optimizer": self.optimizer.state_dict()}}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
+        self.iter = state["iteration"]
 
 
 def models(detector, *options):
@@ -59,6 +76,32 @@ def test_detectron2_loads_what_torchvision_trained(detector, tmp_path):
     Checkpointer(theirs).load(str(tmp_path / "w.pth"))
     loaded, expected = theirs.state_dict(), convert(ours.state_dict()).state
     assert all(torch.equal(loaded[key], expected[name]) for key, name in canonical_names(loaded).items())
+
+
+@pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
+def test_detectron2s_own_checkpointer_reads_the_torchvision_engines_files(detector, tmp_path):
+    theirs, ours = models(detector)
+    state = {"seed": 1, "optimizer": "SGD", "max_iter": 3}
+    content = {"model": portable_state(ours), "optimizer": {}, "grad_scaler": {}, "iteration": 2, "dyhead": state}
+    save_checkpoint(str(tmp_path), "w.pth", content)
+    rest = DetectionCheckpointer(theirs).load(str(tmp_path / "w.pth"))
+    assert rest["iteration"] == 2
+    assert all(torch.equal(theirs.state_dict()[key], value) for key, value in portable_state(ours).items())
+
+
+def test_neither_engine_resumes_the_others_training(tmp_path):
+    theirs, ours = models("fcos")
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    torch.save({"model": portable_state(ours), "dyhead": {}, "optimizer": {}, "iteration": 1}, tmp_path / "w.pth")
+    checkpointer = Checkpointer(theirs, str(tmp_path / "run"), trainer=Resumed(optimizer))
+    with pytest.raises(ConfigError, match=r"w\.pth was written by the torchvision engine; continue it with --engine"):
+        checkpointer.load(str(tmp_path / "w.pth"))
+    (tmp_path / "run").mkdir()
+    checkpointer.save("w", iteration=1)
+    with pytest.raises(
+        ConfigError, match=r"w\.pth was written by the detectron2 engine; continue it with --engine det"
+    ):
+        read_resumable(get_torchvision_cfg(), str(tmp_path / "run" / "w.pth"))
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

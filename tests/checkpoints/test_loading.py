@@ -129,3 +129,83 @@ def test_a_vector_that_does_not_fit_is_named_as_the_file_does(weights):
     weights.renamed.update({f"scales.{i}.scale": f"detector.head.delta_scale[{i}]" for i in range(5)})
     with pytest.raises(CheckpointError, match=r"not in the model: scales\.0\.scale$"):
         load(weights)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights(weights, strict, dtype, caplog):
+    caplog.set_level(logging.INFO)
+    weights.state["norm.bias"] = weights.state["norm.bias"].to(dtype)
+    message = f"of another type: norm.bias {dtype} in the file, torch.float32 in the model"
+    if strict:
+        with pytest.raises(CheckpointError, match=message):
+            load(weights)
+    else:
+        load(weights, strict=False)
+        assert message in caplog.text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_weights_that_become_infinite_in_the_model_are_refused(weights, strict):
+    weights.state["norm.bias"] = torch.tensor([1.0, 1e300], dtype=torch.float64)
+    with pytest.raises(
+        CheckpointError, match=r"expected weights that torch\.float32 holds, got larger ones in norm\.b"
+    ):
+        load(weights, strict=strict)
+
+
+PARTS = {
+    "backbone.backbone.bottom_up.conv.weight": (4, 3),
+    "backbone.backbone.bottom_up.norm.weight": (4,),
+    "backbone.backbone.bottom_up.norm.num_batches_tracked": (),
+    "backbone.backbone.fpn_output3.weight": (8, 4),
+    "backbone.backbone.fpn_output3.bias": (8,),
+    "detector.head.logits.weight": (5, 8),
+    "detector.head.logits.bias": (5,),
+    "detector.loss_normalizer.average": (),
+}
+
+
+def detector():
+    model = nn.Module()
+    for key, shape in PARTS.items():
+        *path, name = key.split(".")
+        owner = model
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        owner.register_buffer(name, torch.zeros(shape))
+    return model
+
+
+def named(key):
+    """A full key from a part of it."""
+    return next(full for full in PARTS if key in full)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "fits"),
+    [
+        ({key: () for key in ("conv.weight", "norm.weight")}, True),  # the network alone
+        ({"conv.weight": ()}, True),  # what there is of it
+        ({"fpn_output3.weight": (), "fpn_output3.bias": (), "conv.weight": (9, 9), "norm.weight": (9,)}, True),
+        ({"logits.weight": (7, 8), "logits.bias": (7,), "conv.weight": (), "norm.weight": ()}, True),  # other classes
+        ({"conv.weight": (9, 9), "norm.weight": ()}, False),  # another network with vectors of one length
+        ({"fpn_output3.weight": (8, 9), "fpn_output3.bias": (), "logits.weight": (5, 9), "logits.bias": ()}, False),
+        ({"num_batches_tracked": ()}, False),
+        ({"loss_normalizer": ()}, False),
+        ({"num_batches_tracked": (), "loss_normalizer": (), "conv.weight": (9, 9)}, False),
+    ],
+)
+def test_training_starts_from_weights_of_which_a_part_fits_and_not_from_the_odd_tensor(theirs, fits, caplog):
+    caplog.set_level(logging.INFO)
+    state = {named(key): torch.ones(shape or PARTS[named(key)]) for key, shape in theirs.items()}
+    weights = Conversion(state, "theirs", {key: key for key in state})
+    if fits:
+        load_into(detector(), weights, strict=False, origin="w")
+        count = sum(not shape for shape in theirs.values())
+        assert f"Loaded {count} of {len(PARTS)} tensors" in caplog.text
+    else:
+        with pytest.raises(CheckpointError, match="w .* does not fit the model"):
+            load_into(detector(), weights, strict=False, origin="w")

@@ -177,6 +177,25 @@ def test_a_state_without_names_is_taken_by_place_or_refused():
         resumed_state(build_optimizer(solver(WEIGHT_DECAY_NORM=0.25), freeze(model, (0,))), saved)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda state: state["state"].update({0: {"exp_avg": torch.ones(3, 2)}}),
+            r"state of 0\.weight: expected exp_avg",
+        ),
+        (lambda state: state["param_groups"][0]["params"].pop(), "a name for each parameter"),
+        (lambda state: state.update(state=[]), "expected dict in optimizer.state"),
+    ],
+)
+def test_a_damaged_state_is_named(spoil, message):
+    _, first = trained({"OPTIMIZER": "ADAMW"}, (), network())
+    state = copy.deepcopy(first.state_dict())
+    spoil(state)
+    with pytest.raises(ConfigError, match=rf"--resume: run/w\.pth.*{message}"):
+        resumed_state(build_optimizer(solver(OPTIMIZER="ADAMW"), network()), state, "run/w.pth")
+
+
 def trained(settings, frozen, model):
     freeze(model, frozen)
     optimizer = build_optimizer(solver(**settings), model)

@@ -1,5 +1,6 @@
 """Weights and checkpoints: what loads, what is named, what is refused."""
 
+import copy
 import logging
 import re
 from pathlib import Path
@@ -10,7 +11,15 @@ import torchvision
 
 from dyhead.config import ConfigError
 from dyhead.torchvision import build_model
-from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_checkpoint
+from dyhead.torchvision.checkpoint import (
+    last_checkpoint,
+    load_states,
+    load_weights,
+    portable_state,
+    read_checkpoint,
+    read_resumable,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -77,6 +86,128 @@ def test_weights_that_cannot_be_fetched_say_what_was_tried_and_the_ways_out(mode
         ConfigError, match=r"detectron2://ImageNetPretrained/MSRA/R-50\.pkl: the torchvision engine reads"
     ):
         load_weights(model, "detectron2://ImageNetPretrained/MSRA/R-50.pkl", strict=False)
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """Addresses that are fetched; their files hold what `fetched.files` says by address."""
+
+    def fetch(address, path, **kwargs):
+        addresses.append(address)
+        if address not in files:
+            raise ValueError("unknown url type")
+        torch.save(files[address], path)
+
+    addresses, files = [], {}
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return addresses, files
+
+
+def test_files_of_one_name_from_two_addresses_stay_apart(model, other, fetched):
+    addresses, files = fetched
+    files |= {"https://a.org/w.pth": portable_state(model), "http://b.org/w.pth?x=1": portable_state(other)}
+    for address, expected in [*zip(files, (model, other), strict=True)] * 2:
+        loaded = copy.deepcopy(model)
+        load_weights(loaded, address, strict=True)
+        assert equal(loaded, expected)
+    assert addresses == list(files)
+
+
+@pytest.mark.parametrize("address", ["https://a.org/absent.pth", "http://[broken/w.pth", "https://"])
+def test_addresses_that_cannot_be_fetched_are_named_with_the_ways_out(model, fetched, address, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_weights(model, address, strict=False)
+    assert str(error.value).startswith(f"MODEL.WEIGHTS {address}: the file could not be fetched into {tmp_path}/hub")
+    assert str(error.value).endswith('train from scratch with MODEL.WEIGHTS ""')
+
+
+def test_a_page_in_place_of_a_file_is_named(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: Path(path).write_text("<html>"))
+    with pytest.raises(ConfigError, match=r"w\.pth: not a file of tensors"):
+        load_weights(model, "https://a.org/w.pth", strict=False)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_weights_that_are_not_finite_are_refused(model, tmp_path, strict):
+    state = portable_state(model)
+    state["detector.head.deltas.bias"] = torch.tensor([1.0, 2.0, 3.0, float("nan")])
+    torch.save({"model": state}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"w\.pth: expected finite weights, got NaN in detector\.head\.deltas\.bias"):
+        load_weights(model, str(tmp_path / "w.pth"), strict=strict)
+
+
+def test_another_network_does_not_start_a_training(model, tmp_path):
+    """Many of its vectors have the lengths of ours."""
+    torch.save(torchvision.models.resnet101().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"w\.pth \(a ResNet of torchvision\) does not fit the model"):
+        load_weights(model, str(tmp_path / "w.pth"), strict=False)
+
+
+class Precision:
+    """Fabric's float16 precision, as far as it is asked here."""
+
+    def load_state_dict(self, state):
+        self.scale = state["scale"]
+
+
+def resumable(**changes):
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 3).parameters(), lr=0.1, momentum=0.9)
+    content = {
+        "model": {},
+        "optimizer": optimizer.state_dict(),
+        "grad_scaler": {},
+        "iteration": 3,
+        "dyhead": {"seed": 1},
+    }
+    return optimizer, content | changes
+
+
+@pytest.fixture
+def sgd(tiny, configured):
+    return configured(tiny | {"SOLVER.OPTIMIZER": "SGD"})
+
+
+def test_a_training_goes_on_from_its_checkpoint(sgd, tmp_path):
+    optimizer, content = resumable(grad_scaler={"scale": 7})
+    save_checkpoint(str(tmp_path), "w.pth", content)
+    read = read_resumable(sgd, str(tmp_path / "w.pth"))
+    precision = Precision()
+    load_states(read, optimizer, precision)
+    assert (read["iteration"], precision.scale) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iteration": -1}, "expected 0 or more in iteration, got -1"),
+        ({"iteration": True}, "expected int in iteration, got True"),
+        ({"iteration": "3"}, "expected int in iteration, got '3'"),
+        ({"iteration": 4}, r"SOLVER\.MAX_ITER: .* has done, 5, got 4"),
+        ({"optimizer": None}, "expected dict in optimizer, got None"),
+        ({"grad_scaler": 3}, "expected dict in grad_scaler, got 3"),
+        ({"dyhead": 3}, r"expected int in dyhead\.seed, got None"),
+        ({"dyhead": {"seed": "1"}}, r"expected int in dyhead\.seed, got '1'"),
+        ({"trainer": {}}, "was written by the detectron2 engine; continue it with --engine detectron2"),
+    ],
+)
+def test_a_training_does_not_go_on_from_a_damaged_state(sgd, tmp_path, change, message):
+    torch.save(resumable(**change)[1], tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=message) as error:
+        read_resumable(sgd, str(tmp_path / "w.pth"))
+    assert "w.pth" in str(error.value)
+
+
+def test_a_state_of_no_loss_scaling_is_named():
+    optimizer, content = resumable(path="run/w.pth")
+    with pytest.raises(ConfigError, match=r"run/w\.pth: grad_scaler is no state of float16's loss scaling"):
+        load_states(content | {"grad_scaler": {"x": 3}}, optimizer, Precision())
+
+
+def test_on_a_full_disk_a_training_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent/w\.pth: cannot be written: No such file or directory"):
+        save_checkpoint(str(tmp_path / "absent"), "w.pth", {})
 
 
 def test_for_training_what_fits_is_loaded_and_the_rest_named(model, other, tiny, configured, tmp_path, caplog):
