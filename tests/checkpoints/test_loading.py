@@ -158,6 +158,7 @@ PARTS = {
     "backbone.backbone.bottom_up.conv.weight": (4, 3),
     "backbone.backbone.bottom_up.norm.weight": (4,),
     "backbone.backbone.bottom_up.norm.num_batches_tracked": (),
+    "backbone.backbone.fpn_lateral3.weight": (8, 4),
     "backbone.backbone.fpn_output3.weight": (8, 4),
     "backbone.backbone.fpn_output3.bias": (8,),
     "detector.head.logits.weight": (5, 8),
@@ -193,6 +194,7 @@ def named(key):
         ({"logits.weight": (7, 8), "logits.bias": (7,), "conv.weight": (), "norm.weight": ()}, True),  # other classes
         ({"conv.weight": (9, 9), "norm.weight": ()}, False),  # another network with vectors of one length
         ({"fpn_output3.weight": (8, 9), "fpn_output3.bias": (), "logits.weight": (5, 9), "logits.bias": ()}, False),
+        ({"fpn_output3.weight": (), "fpn_lateral3.weight": (8, 9)}, False),
         ({"num_batches_tracked": ()}, False),
         ({"loss_normalizer": ()}, False),
         ({"num_batches_tracked": (), "loss_normalizer": (), "conv.weight": (9, 9)}, False),
