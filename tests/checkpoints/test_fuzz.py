@@ -146,6 +146,12 @@ def test_attributes_in_a_file_hide_no_method(tmp_path):
     assert read_state(tmp_path / "w.pth")["a"].tolist() == [1, 1]
 
 
+def test_a_file_changes_no_function(tmp_path):
+    (tmp_path / "w.pkl").write_bytes(b"\x80\x02c_codecs\nencode\n" + pickle.dumps({"x": 1}, 2)[2:-1] + b"b.")
+    with pytest.raises(CheckpointError, match="it fills an object of type function"):
+        read_state(tmp_path / "w.pkl")
+
+
 @pytest.mark.parametrize("numel", [b"K\x60", b"J\xff\xff\xff\xff", b"J\x00\xff\xff\x7f"])
 def test_a_view_larger_than_its_storage_is_named(tmp_path, numel):
     (tmp_path / "w.pth").write_bytes(zipped(lambda data: data.replace(b"K\x04\x85", numel + b"\x85")))
