@@ -91,12 +91,9 @@ class Unpickler(pickle._Unpickler):
         return SUBSTITUTES[f"{module}.{name}"]
 
     def load_build(self) -> None:
-        """Fill an object that was made; of a dict, attributes are left out, which could hide its methods."""
-        if isinstance(self.stack[-2], Array | ElementType):
-            super().load_build()
-        elif isinstance(self.stack[-2], OrderedDict):
-            self.stack.pop()
-        else:
+        """Fill an object that was made, never a function or class that is called by its name."""
+        if not isinstance(self.stack[-2], Array | ElementType | OrderedDict):
             raise pickle.UnpicklingError(f"it fills an object of type {type(self.stack[-2]).__name__}")
+        super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,12 +35,8 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
     content = reader(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"checkpoint {path}: expected a dict of tensors, got {type(content).__name__}")
-    return dict(items(content))
-
-
-def items(content: Mapping) -> Iterable[tuple[Any, Any]]:
-    """The items of a dict of a file, whose attributes may hide the method."""
-    return dict.items(content) if isinstance(content, dict) else content.items()
+    _remove_attributes(content)
+    return dict(content)
 
 
 def some(names: Iterable[Any]) -> str:
@@ -53,6 +50,22 @@ def shown(key: Any) -> str:
     """A key for a message: on one line, not too long, with nothing that a terminal cannot show."""
     text = key if isinstance(key, str) and key.isprintable() else ascii(key)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _remove_attributes(content: Any) -> None:
+    """Take off, in place, what files can set on dicts and tensors, where it could hide a method."""
+    seen, left = set(), [content]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, OrderedDict | torch.Tensor):
+            vars(value).clear()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
 
 
 def _read_torch(path: str) -> Any:

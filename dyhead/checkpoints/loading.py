@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 _OPTIONAL = "detector.loss_normalizer.average"
 _COUNTER = "num_batches_tracked"
 
+_ODD = 1 / 30  # of the model's weights: with fewer no training starts
+
 
 def load_into(
     model: nn.Module, weights: Conversion, names: Mapping[str, str] | None = None, *, strict: bool, origin: str
@@ -96,21 +98,22 @@ def load_into(
 
 
 def _any_part(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> bool:
-    """Whether more than half of some part of the model, or of what the file has of it, fits: by canonical keys.
+    """Whether more fits than would by chance: by canonical keys.
 
-    Less fits by chance. Where there are matrices they count alone: vectors have the same lengths in many networks.
+    That is more than half of some part of the model, or of what the file has of it, and more than the odd tensor.
+    Where the model has matrices they count alone: vectors have the same lengths in many networks.
     """
-    kinds = [
+    matrices = {_part(name) for name, x in ours.items() if x.ndim > 1}
+    of_file, of_model, fits = (
         Counter(
-            (_part(name), x.ndim > 1) for name, x in of.items() if name != _OPTIONAL and not name.endswith(_COUNTER)
+            _part(name)
+            for name, x in of.items()
+            if (x.ndim > 1 or _part(name) not in matrices) and name != _OPTIONAL and not name.endswith(_COUNTER)
         )
         for of in (theirs, ours, fitting)
-    ]
-    matrices = {part for part, is_matrix in kinds[0] if is_matrix}
-    return any(
-        2 * count > min(kinds[0][kind], kinds[1][kind]) and (kind[1] or kind[0] not in matrices)
-        for kind, count in kinds[2].items()
     )
+    enough = fits.total() >= _ODD * of_model.total()
+    return enough and any(2 * count > min(of_file[part], of_model[part]) for part, count in fits.items())
 
 
 def _part(name: str) -> str:

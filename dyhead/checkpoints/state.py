@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyhead.checkpoints.errors import CheckpointError
-from dyhead.checkpoints.files import items, read_file, shown, some
+from dyhead.checkpoints.files import read_file, shown, some
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _choose(content: Mapping[Any, Any], origin: str) -> tuple[tuple[str, ...], d
         _log.info("%s: took the weights under %s, not those under %s", origin, ".".join(path), names)
     beside = [key for key in holder if key not in state]
     if path:
-        beside += [key for key, value in items(content) if isinstance(value, Tensor)]
+        beside += [key for key, value in content.items() if isinstance(value, Tensor)]
     if beside:
         _log.info("%s: not weights: %s", origin, some(beside))
     return path, state
@@ -101,7 +101,6 @@ def _choose(content: Mapping[Any, Any], origin: str) -> tuple[tuple[str, ...], d
 def _sets(content: Mapping, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple, dict, dict[Any, Tensor]]]:
     """Where there are weights in nested dicts, which may contain each other: path, content, tensors."""
     seen.add(id(content))
-    content = dict(items(content))
     inner = [(name, content[name]) for name in CONTAINERS if isinstance(content.get(name), Mapping)]
     found = False
     for name, value in inner:
@@ -119,9 +118,8 @@ def _no_weights(content: Mapping, origin: str) -> CheckpointError:
     seen: set[int] = set()
     while id(content) not in seen:
         seen.add(id(content))
-        content = dict(items(content))
         content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), content)
-    keys = [key for key, _ in items(content)]
+    keys = list(content)
     return CheckpointError(
         f"{origin}: expected a dict of tensors, or one under {', '.join(CONTAINERS[:-1])} or {CONTAINERS[-1]}, got "
         + (f"no tensor under {some(keys)}" if keys else "an empty dict")

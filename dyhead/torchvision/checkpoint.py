@@ -127,6 +127,8 @@ def _read_weights(weights: str) -> dict[str, Any]:
             f"MODEL.WEIGHTS {weights}: the torchvision engine reads files, https:// and http:// addresses of files and "
             "detectron2://ImageNetPretrained/torchvision/R-{18,34,50,101,152}.pkl"
         )
+    if "?" in weights and not os.path.exists(weights):
+        raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file; what follows a ? is for the Detectron2 engine alone")
     return read_checkpoint(weights)
 
 

@@ -51,10 +51,10 @@ def changed(data, rng):
     return bytes(data)
 
 
-def zipped(change):
+def zipped(change, content=CONTENT):
     """A file of torch.save whose pickle is changed."""
     whole, out = io.BytesIO(), io.BytesIO()
-    torch.save(CONTENT, whole)
+    torch.save(content, whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(out, "w") as target:
         for name in source.namelist():
             data = source.read(name)
@@ -132,13 +132,24 @@ def test_arrays_that_numpy_should_not_make_are_refused(tmp_path, value, suffix):
         read_state(file)
 
 
-def test_attributes_of_a_dict_do_not_hide_its_methods(tmp_path):
-    hiding = pickle.dumps({name: 3 for name in ("items", "keys", "get", "values")}, 2)[2:-1] + b"b."
-    (tmp_path / "w.pkl").write_bytes(pickle.dumps(OrderedDict(a=np.ones(2)), 2)[:-1] + hiding)
+def test_attributes_in_a_file_hide_no_method(tmp_path):
+    names = ("items", "keys", "get", "values", "detach", "numel", "isfinite", "to")
+    hiding = pickle.dumps(dict.fromkeys(names, 3), 2)[2:-1] + b"b."
+    arrays = pickle.dumps(OrderedDict(a=np.ones(2)), 2)
+    (tmp_path / "w.pkl").write_bytes(arrays[:-1] + hiding)
     assert read_state(tmp_path / "w.pkl").keys() == {"a"}
-    (tmp_path / "w.pth").write_bytes(zipped(lambda data: data.replace(b"s.", hiding[:-1] + b"s.")))
-    said = refusal(lambda: read_state(tmp_path / "w.pth"))
-    assert "w.pth" in said or not said
+    (tmp_path / "w.pth").write_bytes(zipped(lambda data: data[:-1] + hiding, OrderedDict(STATE)))
+    assert read_state(tmp_path / "w.pth").keys() == STATE.keys()
+    tensor = torch.ones(2)
+    tensor.__dict__.update(dict.fromkeys(names, 3))
+    torch.save({"model": {"a": tensor}}, tmp_path / "w.pth")
+    assert read_state(tmp_path / "w.pth")["a"].tolist() == [1, 1]
+
+
+def test_a_file_changes_no_function(tmp_path):
+    (tmp_path / "w.pkl").write_bytes(b"\x80\x02c_codecs\nencode\n" + pickle.dumps({"x": 1}, 2)[2:-1] + b"b.")
+    with pytest.raises(CheckpointError, match="it fills an object of type function"):
+        read_state(tmp_path / "w.pkl")
 
 
 @pytest.mark.parametrize("numel", [b"K\x60", b"J\xff\xff\xff\xff", b"J\x00\xff\xff\x7f"])

@@ -158,6 +158,7 @@ PARTS = {
     "backbone.backbone.bottom_up.conv.weight": (4, 3),
     "backbone.backbone.bottom_up.norm.weight": (4,),
     "backbone.backbone.bottom_up.norm.num_batches_tracked": (),
+    "backbone.backbone.fpn_lateral3.weight": (8, 4),
     "backbone.backbone.fpn_output3.weight": (8, 4),
     "backbone.backbone.fpn_output3.bias": (8,),
     "detector.head.logits.weight": (5, 8),
@@ -193,6 +194,8 @@ def named(key):
         ({"logits.weight": (7, 8), "logits.bias": (7,), "conv.weight": (), "norm.weight": ()}, True),  # other classes
         ({"conv.weight": (9, 9), "norm.weight": ()}, False),  # another network with vectors of one length
         ({"fpn_output3.weight": (8, 9), "fpn_output3.bias": (), "logits.weight": (5, 9), "logits.bias": ()}, False),
+        ({"fpn_output3.weight": (), "fpn_lateral3.weight": (8, 9)}, False),
+        ({"logits.bias": ()}, False),  # vectors alone
         ({"num_batches_tracked": ()}, False),
         ({"loss_normalizer": ()}, False),
         ({"num_batches_tracked": (), "loss_normalizer": (), "conv.weight": (9, 9)}, False),
@@ -209,3 +212,16 @@ def test_training_starts_from_weights_of_which_a_part_fits_and_not_from_the_odd_
     else:
         with pytest.raises(CheckpointError, match="w .* does not fit the model"):
             load_into(detector(), weights, strict=False, origin="w")
+
+
+@pytest.mark.parametrize(("count", "fits"), [(1, False), (2, True)])
+def test_the_odd_tensor_of_a_large_model_does_not_start_a_training(count, fits):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
+    state = {f"{i}.weight": torch.ones(2, 2) for i in range(count)} | {f"{i}.bias": torch.ones(2) for i in range(40)}
+    weights = Conversion(state, "theirs")
+    if fits:
+        load_into(model, weights, strict=False, origin="w")
+        assert model[1].weight.tolist() == [[1, 1], [1, 1]]
+    else:
+        with pytest.raises(CheckpointError, match=r"does not fit the model \(41 of 80 tensors do\)"):
+            load_into(model, weights, strict=False, origin="w")

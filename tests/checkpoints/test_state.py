@@ -80,6 +80,7 @@ def test_a_prefix_that_not_all_weights_have_stays():
         ({"state_dict": PLAIN, "ema_state_dict": network(2).state_dict(), "epoch": 1}, "ema_state_dict"),
         ({"ema": {"module": network(2).state_dict()}, "model": nn.DataParallel(network()).state_dict()}, "ema.module"),
         ({"model_ema": network(2).state_dict(), "module": {"state_dict": PLAIN}}, "model_ema"),
+        ({"model": {"ema": network(2).state_dict()}, "state_dict": PLAIN}, "model.ema"),
     ],
 )
 def test_of_a_model_and_its_moving_average_the_model_is_taken_and_the_log_says_so(content, named, caplog):

@@ -141,7 +141,7 @@ def test_weights_that_are_not_finite_are_refused_on_every_path(tmp_path, suffix,
 @pytest.mark.parametrize(
     "state",
     [
-        {"weight": torch.ones(1), "bias": torch.ones(1)},
+        {"weight": torch.ones(1, 2), "bias": torch.ones(1)},  # as one of the model's alone has, and one by chance
         {"detector.head.quality.bias": torch.ones(1), "detector.head.logits.weight": torch.ones(1)},
         {"detector.norm.num_batches_tracked": torch.tensor(3)},
         {"quality.bias": torch.ones(1), **{f"encoder.{i}.weight": torch.ones(3) for i in range(9)}},
