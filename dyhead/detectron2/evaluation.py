@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -23,6 +24,12 @@ class Results(dict):
     def __init__(self, evaluated: Evaluated) -> None:
         super().__init__(bbox=dict(evaluated.metrics))
         self.evaluated = evaluated
+
+
+def defined(results: dict[str, Any]) -> dict[str, Any]:
+    """Nested results without those that are NaN, which JSON, and so metrics.json, cannot hold."""
+    parts = {key: defined(value) if isinstance(value, dict) else value for key, value in results.items()}
+    return {key: value for key, value in parts.items() if isinstance(value, dict) or not math.isnan(value)}
 
 
 class BoxEvaluator(DatasetEvaluator):

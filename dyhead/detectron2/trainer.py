@@ -19,7 +19,7 @@ from dyhead.config import ConfigError
 from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import evaluation_loader, train_loader
-from dyhead.detectron2.evaluation import BoxEvaluator
+from dyhead.detectron2.evaluation import BoxEvaluator, defined
 from dyhead.evaluation.results import check_weights
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
@@ -103,7 +103,7 @@ class Trainer(DefaultTrainer):
     def _evaluate(self) -> dict[str, Any]:
         with self._interruption.at_once():
             self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+        return defined(self._last_eval_results)
 
     def run_step(self) -> None:
         """One iteration."""

@@ -17,7 +17,8 @@ from matplotlib.font_manager import findSystemFonts
 from PIL import ImageDraw, ImageFont, features
 
 _PACKAGES = ("manimgx_fonts", "manimgx_fonts_cjk")
-_JOINERS = "\u200c\u200d"  # which letters of Persian or of Indian scripts need, though they are no letters
+# What is no letter, but tells how those beside it are drawn: joiners in Persian and Indian scripts, and variations.
+_JOINERS = "\u200c\u200d" + "".join(map(chr, range(0xFE00, 0xFE10)))
 _UNREADABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, line ends and what has no meaning
 _HAS_LAYOUT = features.check("raqm")  # the order of right-to-left text, and joined letters
 
@@ -26,7 +27,9 @@ def readable(text: str) -> tuple[str, bool]:
     """The text with escapes, such as `\\n` and `\\u732b`, for what cannot be drawn; and whether a font was missing."""
     shown, missing = [], False
     for letter in text:
-        if unicodedata.category(letter) in _UNREADABLE and letter not in _JOINERS:
+        if letter in _JOINERS:
+            shown.append(letter)
+        elif unicodedata.category(letter) in _UNREADABLE:
             shown.append(_escaped(letter))
         elif _file_for(letter) is None:
             shown.append(_escaped(letter))

@@ -96,7 +96,7 @@ def test_a_font_that_cannot_be_used_has_no_letters(fonts, tmp_path):
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("manimgx_fonts", "manimgx_fonts_cjk"))), reason="without the extra 'fonts'"
 )
-@pytest.mark.parametrize("text", ["猫犬", "고양이", "バス", "बिल्ली", "แมว", "தமிழ்", "ኣማርኛ", "বিড়াল", "👍🐕"])
+@pytest.mark.parametrize("text", ["猫犬", "고양이", "バス", "बिल्ली", "แมว", "தமிழ்", "ኣማርኛ", "বিড়াল", "👍🐕", "❤️"])
 def test_the_extra_has_fonts_for_other_scripts(text):
     assert lettering.readable(text) == (text, False)
     glyphs = [drawn(letter) for letter in dict.fromkeys(text) if letter.isalpha()]
