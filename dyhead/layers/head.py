@@ -92,7 +92,8 @@ class DyHead(nn.Module):
                 way (all blocks but "paper": up).
 
         Returns:
-            Levels in channels_last, regardless of the input's memory format (0 blocks: the input itself).
+            Levels in channels_last, regardless of the input's memory format (0 blocks: the input itself), but in any
+            format under torch.func's transforms.
 
         Raises:
             TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,

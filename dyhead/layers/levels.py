@@ -81,12 +81,16 @@ def mean_of_levels(levels: Iterable[Tensor]) -> Tensor:
 
 
 def to_channels_last(level: Tensor) -> Tensor:
-    """``level`` in channels_last; not copied if it is already."""
+    """``level`` in channels_last; not copied if it is already, nor under torch.func, whose vmap knows no layouts."""
+    if torch._C._are_functorch_transforms_active():
+        return level
     return level.contiguous(memory_format=torch.channels_last)
 
 
 def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` (N, C, H, W), in channels_last if ``like`` is; not copied if it is already."""
+    """``x`` (N, C, H, W), in channels_last if ``like`` is; not copied if it is already, nor under torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        return x
     if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     return x

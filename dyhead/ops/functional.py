@@ -62,7 +62,9 @@ def pyramid_deform_conv2d(
     threads; on a CUDA device the features' gradient is summed in an unspecified order, unless
     `torch.use_deterministic_algorithms` is set. Autocast casts features, weight and bias to its type.
 
-    Every tensor has first derivatives; for second derivatives use `dyhead.ops.reference` or
+    Every tensor has first derivatives in reverse mode; `torch.func.vmap` makes its dimension a part of the batch, or
+    loops over it where weight or bias have it. In forward mode, and for derivatives of derivatives by torch.func, plain
+    PyTorch runs, which is slower. For second derivatives by torch.autograd use `dyhead.ops.reference` or
     `dyhead.ops.backend("reference")`, as the error says.
 
     Raises:

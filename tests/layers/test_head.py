@@ -123,6 +123,38 @@ def test_compiles_whole_for_pyramids_of_two_sizes(make_pyramid, randomize, block
             torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-3 * max(1.0, p.grad.abs().max().item()))
 
 
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_gradients_of_single_images_by_torch_func(make_pyramid, randomize, block):
+    head = randomize(DyHead(16, 1, block=block).double())
+    levels, parameters = make_pyramid(6, 5, channels=16), dict(head.named_parameters())
+
+    def loss(parameters, *levels):
+        pyramid = [level[None] for level in levels]
+        return sum(level.square().sum() for level in torch.func.functional_call(head, parameters, (pyramid,)))
+
+    dims = None, *[0] * len(levels)
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=dims)(parameters, *levels)
+    for image in range(2):
+        value = loss(parameters, *(level[image] for level in levels))
+        expected = torch.autograd.grad(value, list(parameters.values()))
+        torch.testing.assert_close([grad[image] for grad in got.values()], list(expected))
+
+
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_forward_mode(make_pyramid, randomize, block):
+    head = randomize(DyHead(16, 1, block=block).double())
+    levels, tangents = (tuple(make_pyramid(6, 5, channels=16)) for _ in range(2))
+    _, got = torch.func.jvp(lambda *levels: head(levels), levels, tangents)
+    with torch.no_grad():
+        above, below = (
+            head([level + step * tangent for level, tangent in zip(levels, tangents, strict=True)])
+            for step in (1e-6, -1e-6)
+        )
+    for level, a, b in zip(got, above, below, strict=True):
+        assert level.abs().max() > 0.1
+        torch.testing.assert_close(level, (a - b) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(library.PROBLEM is not None, reason="the plain PyTorch operator has fixed sizes when exported")
 @pytest.mark.parametrize("block", ["paper", "released"])
 def test_exports_with_dynamic_sizes(make_pyramid, randomize, block):
