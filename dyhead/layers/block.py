@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dyhead.layers.group_norm import affine_of_group_norm
-from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid
+from dyhead.layers.levels import Pyramid, check_integer, join_pyramid, split_pyramid
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
@@ -52,7 +52,7 @@ class DyHeadBlock(nn.Module):
         norm_groups: int = 16,
     ) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = channels = check_integer("channels", channels)
         self.scale_attention = ScaleAwareAttention(channels) if scale_aware else None
         self.spatial_attention = (
             SpatialAwareAttention(channels, window=window, offset_groups=offset_groups, norm_groups=norm_groups)

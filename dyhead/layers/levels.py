@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dyhead.ops.checks import as_integer, describe
+
 #: Levels from fine to coarse, each (N, C, H_l, W_l): a dict by name (``{"p3": ..., "p4": ...}``), a list or a tuple.
 Pyramid = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
 
@@ -96,10 +98,24 @@ def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
-def check_groups(name: str, groups: int, channels: int) -> None:
-    """Raise ValueError unless ``groups``, the argument called ``name``, divides ``channels``."""
-    if groups < 1 or channels % groups:
-        raise ValueError(f"{name}: expected a divisor of the {channels} channels, got {groups}")
+def check_integer(name: str, value: object, least: int = 1) -> int:
+    """``value``, the argument called ``name``, as Python's integer.
+
+    Raises:
+        ValueError: it is no integer (bools and floats are not), below ``least``, or more than 32 bits hold.
+    """
+    integer = as_integer(value)
+    if integer is None or not least <= integer < 2**31:
+        raise ValueError(f"{name}: expected an integer from {least} to {2**31 - 1}, got {describe(value)}")
+    return integer
+
+
+def check_groups(name: str, groups: object, channels: int) -> int:
+    """``groups``, the argument called ``name``, as Python's integer; ValueError unless it divides ``channels``."""
+    integer = as_integer(groups)
+    if integer is None or integer < 1 or channels % integer:
+        raise ValueError(f"{name}: expected a divisor of the {channels} channels, got {describe(groups)}")
+    return integer
 
 
 def _is_half(size: int, of: int, round_up: bool) -> bool:

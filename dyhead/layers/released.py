@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dyhead.layers.group_norm import affine_of_group_norm
-from dyhead.layers.levels import Pyramid, check_groups, in_memory_format_of, join_pyramid, split_pyramid
+from dyhead.layers.levels import Pyramid, check_groups, check_integer, in_memory_format_of, join_pyramid, split_pyramid
 from dyhead.ops import deform_conv2d
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
@@ -68,6 +68,7 @@ class ReleasedDyHeadBlock(nn.Module):
 
     def __init__(self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat") -> None:
         super().__init__()
+        channels = check_integer("channels", channels)
         check_groups("the released block's 16 norm groups", 16, channels)
         if coarse_mask not in ("flat", "corner"):
             raise ValueError(f"coarse_mask: expected 'flat' or 'corner', got {coarse_mask!r}")

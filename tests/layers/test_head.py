@@ -1,9 +1,10 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from dyhead.layers import DyHead
+from dyhead.layers import P6P7, DyHead, ScaleAwareAttention, TaskAwareAttention
 from dyhead.ops import library
 
 BLOCKS = ("paper", "released", "mmdetection", "mmdetection_main")
@@ -244,7 +245,7 @@ def test_the_released_block_wants_sizes_rounded_up():
             {"block": "papre"},
             "block: expected one of 'paper', 'released', 'mmdetection', 'mmdetection_main', got 'papre'",
         ),
-        ({"num_blocks": -1}, "num_blocks: expected at least 0, got -1"),
+        ({"num_blocks": -1}, "num_blocks: expected an integer from 0 to 2147483647, got -1"),
         ({"norm_groups": 5}, "norm_groups: expected a divisor of the 16 channels, got 5"),
         ({"block": "released", "window": None}, "block='released': expected no options, .*got window=None"),
         ({"block": "mmdetection", "task_aware": False, "norm_groups": 8}, "got task_aware=False, norm_groups=8"),
@@ -258,3 +259,33 @@ def test_names_a_wrong_argument(options, message):
 def test_the_released_block_names_a_wrong_number_of_channels():
     with pytest.raises(ValueError, match="16 norm groups: expected a divisor of the 24 channels, got 16"):
         DyHead(24, block="released")
+
+
+@pytest.mark.parametrize("value", [2.0, "2", True, 0, -1, 10**30, np.float32(2), [2]], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: DyHead(value, 1), "channels"),
+        (lambda value: DyHead(16, 1, window=value), "window"),
+        (lambda value: DyHead(16, 1, offset_groups=value), "offset_groups"),
+        (lambda value: DyHead(16, 1, norm_groups=value), "norm_groups"),
+        (lambda value: DyHead(value, 1, block="released"), "channels"),
+        (lambda value: ScaleAwareAttention(value), "channels"),
+        (lambda value: TaskAwareAttention(value), "channels"),
+        (lambda value: TaskAwareAttention(16, value), "reduction"),
+        (lambda value: P6P7(value, 16), "in_channels"),
+        (lambda value: P6P7(16, value), "out_channels"),
+    ],
+)
+def test_names_an_argument_that_is_no_integer(make, name, value):
+    if name == "window" and value == 10**30:
+        return  # the whole pyramid
+    expected = "at least 1" if name == "window" else "(an integer from 1 to|a divisor of the 16 channels)"
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}.*, got {re.escape(repr(value))}$"):
+        make(value)
+
+
+def test_takes_integers_of_numpy():
+    one, sixteen = np.int64(1), np.int32(16)
+    head = DyHead(sixteen, one, window=one, offset_groups=one, norm_groups=np.uint8(8))
+    assert str(head) == str(DyHead(16, 1, norm_groups=8))
