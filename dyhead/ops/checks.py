@@ -69,7 +69,7 @@ def is_list(value: object) -> bool:
     """Whether it is a list, a tuple or another sequence, or an array or a tensor of one dimension; not text."""
     if isinstance(value, (list, tuple)):
         return True
-    if isinstance(value, (str, bytes, bytearray)):
+    if isinstance(value, (int, float, str, bytes, bytearray)):
         return False
     return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
 
