@@ -222,10 +222,10 @@ def main(arguments: list[str] | None = None) -> None:
     # With a handler here parts can be interrupted, even where a shell that runs this in the background ignores that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *unused: sys.exit("gpu_check: terminated"))
+    machine = device()
     folder = Path((arguments or sys.argv[1:])[0]).resolve()
     details = folder / "parts"
     details.mkdir(parents=True, exist_ok=True)
-    machine = device()
     done: list[Part] = []
     text = write(folder, machine, done, time.monotonic() - start)
     later = parts(details, str(machine["compute capability"]))

@@ -48,24 +48,28 @@ def register_derivative(
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    # The base of autograd.Function without its search for torch.func's levels: the dispatcher has found this one.
-    class Derivative(torch.autograd.function._SingleLevelFunction):
-        @staticmethod
-        def forward(ctx, call, *flat):
-            arguments = pytree.tree_unflatten(flat, call.arguments)
-            # For the next of torch.func's levels, or the autograd around them: this level is below autograd already.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                result = run(call.keyset, arguments)
-            save(ctx, arguments, result)
-            ctx.arguments = call.arguments
-            results, call.result = pytree.tree_flatten(result)
-            return tuple(results)
+    def forward(ctx, call, *flat):
+        arguments = pytree.tree_unflatten(flat, call.arguments)
+        # For the next of torch.func's levels, or the autograd around them: this level is below autograd already.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            result = run(call.keyset, arguments)
+        save(ctx, arguments, result)
+        ctx.arguments = call.arguments
+        results, call.result = pytree.tree_flatten(result)
+        return tuple(results)
 
-        @staticmethod
-        def backward(ctx, *grads):
-            needs = pytree.tree_unflatten(ctx.needs_input_grad[1:], ctx.arguments)
-            returned = pytree.tree_leaves(differentiate(ctx, needs, *grads))
-            return None, *returned, *[None] * (len(ctx.needs_input_grad) - 1 - len(returned))
+    def backward(ctx, *grads):
+        needs = pytree.tree_unflatten(ctx.needs_input_grad[1:], ctx.arguments)
+        returned = pytree.tree_leaves(differentiate(ctx, needs, *grads))
+        return None, *returned, *[None] * (len(ctx.needs_input_grad) - 1 - len(returned))
+
+    def derivative(base):
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(f"dyhead_{name.strip('_')}", (base,), functions)  # autograd's messages name it
+
+    plain = derivative(torch.autograd.Function)
+    # Without Function's own search for torch.func's levels: the dispatcher has found the one that this is for.
+    of_level = derivative(torch.autograd.function._SingleLevelFunction)
 
     def kernel(keyset, *arguments):
         torch_func = torch._C._are_functorch_transforms_active()
@@ -82,9 +86,9 @@ def register_derivative(
         call = _Call(keyset, structure)
         if torch_func:
             with enable_single_level_autograd_function():
-                results = Derivative.apply(call, *flat)
+                results = of_level.apply(call, *flat)
         else:
-            results = Derivative.apply(call, *flat)
+            results = plain.apply(call, *flat)
         return pytree.tree_unflatten(results, call.result)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)

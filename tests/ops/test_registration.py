@@ -82,6 +82,15 @@ def test_compiles_numbers_that_are_computed_from_sizes():
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
+def test_compiled_autograd(make_case):
+    case = make_case(dtype=torch.float32)
+    expected = case.run(operator)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        operator(*case.arguments()).backward(case.grad)
+    torch.testing.assert_close([tensor.grad for tensor in case.tensors()], expected[1])
+
+
 def test_compiles_the_drop_in_with_inductor():
     torch.manual_seed(0)
     input, weight = torch.randn(1, 4, 9, 8, requires_grad=True), torch.randn(4, 4, 3, 3)
