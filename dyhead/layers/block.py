@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from dyhead.layers.group_norm import affine_of_group_norm
-from dyhead.layers.levels import Pyramid, check_integer, join_pyramid, split_pyramid
+from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.ops.channelwise import channel_statistics
 
 
-class DyHeadBlock(nn.Module):
+class DyHeadBlock(PyramidModule):
     """Scale-, spatial- and task-aware attention in turn, ``pi_C(pi_S(pi_L(F) F) F) F`` (Eq. 2).
 
     Each attention can be switched off, as in the paper's ablation; with all three off the block is the identity.

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from dyhead.layers.block import DyHeadBlock
-from dyhead.layers.levels import Pyramid, check_integer, join_pyramid, split_pyramid, to_channels_last
+from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid, to_channels_last
 from dyhead.layers.released import ReleasedDyHeadBlock
 
 # How the published blocks read the importances of their coarser branch.
@@ -17,7 +17,7 @@ _COARSE_MASKS = {"released": "flat", "mmdetection": "flat", "mmdetection_main": 
 BLOCKS = ("paper", *_COARSE_MASKS)
 
 
-class DyHead(nn.Module):
+class DyHead(PyramidModule):
     """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks that map a feature pyramid to one of the same shapes.
 
     Args:

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyhead.ops.checks import as_integer, describe
 
 #: Levels from fine to coarse, each (N, C, H_l, W_l): a dict by name (``{"p3": ..., "p4": ...}``), a list or a tuple.
 Pyramid = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
+
+
+class PyramidModule(nn.Module):
+    """A module that takes pyramids, or their levels."""
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls first; its own error would be about annotations."""
+        raise RuntimeError(
+            f"torch.jit.script: expected a module without {type(self).__name__}, as TorchScript has no type for "
+            "pyramids; torch.jit.trace and torch.export take it"
+        )
 
 
 def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) -> list[Tensor]:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dyhead.layers.group_norm import affine_of_group_norm
-from dyhead.layers.levels import Pyramid, check_groups, check_integer, in_memory_format_of, join_pyramid, split_pyramid
+from dyhead.layers.levels import (
+    Pyramid,
+    PyramidModule,
+    check_groups,
+    check_integer,
+    in_memory_format_of,
+    join_pyramid,
+    split_pyramid,
+)
 from dyhead.ops import deform_conv2d
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
@@ -32,7 +40,7 @@ class DeformConvNorm(nn.Module):
         return deform_conv2d(x, offset, self.weight, self.bias, stride=self.stride, padding=1, mask=mask)
 
 
-class ReleasedDyHeadBlock(nn.Module):
+class ReleasedDyHeadBlock(PyramidModule):
     """The block of microsoft/DynamicHead's and of mmdetection's published weights, bit for bit. Train ``DyHeadBlock``.
 
     It exists for checkpoints; train new models with :class:`DyHeadBlock`. Where it differs from the paper:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dyhead.layers.levels import check_integer, mean_of_levels
+from dyhead.layers.levels import PyramidModule, check_integer, mean_of_levels
 
 
-class ScaleAwareAttention(nn.Module):
+class ScaleAwareAttention(PyramidModule):
     """One weight in [0, 1] per level, ``sigma(f(mean of F_l))`` (Eq. 3).
 
     ``f`` is a linear function C -> 1 (a 1x1 convolution of the pooled level), shared by all levels; ``sigma`` is the

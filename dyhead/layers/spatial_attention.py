@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dyhead.layers.levels import check_groups, check_integer, in_memory_format_of
+from dyhead.layers.levels import PyramidModule, check_groups, check_integer, in_memory_format_of
 from dyhead.ops import pyramid_deform_conv2d
 from dyhead.ops.checks import as_integer, describe
 
 
-class SpatialAwareAttention(nn.Module):
+class SpatialAwareAttention(PyramidModule):
     """Level-aggregated deformable sampling (Eq. 4), then GroupNorm.
 
     For each output level m, over the levels l of its window,

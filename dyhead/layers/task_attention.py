@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dyhead.layers.group_norm import ChannelAffine
-from dyhead.layers.levels import check_groups, check_integer
+from dyhead.layers.levels import PyramidModule, check_groups, check_integer
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
 
-class TaskAwareAttention(nn.Module):
+class TaskAwareAttention(PyramidModule):
     """Dynamic ReLU, ``max(a1 * F_c + b1, a2 * F_c + b2)`` with coefficients per channel c (Eq. 5).
 
     ``theta``, which computes the coefficients, is that of DY-ReLU (Chen et al., ECCV 2020) with the paper's additional

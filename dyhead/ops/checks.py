@@ -184,14 +184,21 @@ def check_arguments(
             _fail(f"scales[{level}]", "a positive finite number", f"{scale:g}")
 
 
+def check_map(name: str, x: Tensor) -> None:
+    """Checks a map of the channel-wise operators; the compiled ones make the same checks."""
+    if x.dtype not in DTYPES:
+        _fail(name, "float64, float32, bfloat16 or float16", x.dtype)
+    if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
+        _fail(name, "(N, C, H, W) with at least one channel and one pixel", _text(x.shape))
+
+
 def check_maps(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> None:
     """Checks the arguments of `dyhead.ops.channelwise.affine_maximum`; the compiled operator makes the same checks."""
-    if not xs:
+    if len(xs) == 0:
         _fail("xs", "at least one map", "an empty list")
     first = xs[0]
     for i, x in enumerate(xs):
-        if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
-            _fail(f"xs[{i}]", "(N, C, H, W) with at least one channel and one pixel", _text(x.shape))
+        check_map(f"xs[{i}]", x)
         _expect_like(f"xs[{i}]", x, first.dtype, first)
         _expect_shape(f"xs[{i}]", x, first.shape)
     _expect_shape("slopes", slopes, (first.shape[0], 2, len(xs), first.shape[1]))

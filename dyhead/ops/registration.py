@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .channelwise import define_affine_maximum, define_channel_statistics
-from .checks import accumulation_dtype, check_arguments, check_maps
+from .checks import accumulation_dtype, check_arguments, check_map, check_maps
 from .reference import autocast_values, pyramid_deform_conv
 from .transforms import refuse_second_derivative, register_derivative, register_folded, register_loop
 
@@ -122,6 +122,7 @@ STATISTICS, MAXIMUM, MAXIMUM_BACKWARD = (
 
 @torch.library.register_fake(STATISTICS)
 def _statistics_fake(x):
+    check_map("x", x)
     return x.new_empty((x.shape[0], 2, x.shape[1]), dtype=accumulation_dtype(x.dtype))
 
 

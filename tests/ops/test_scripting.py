@@ -74,6 +74,14 @@ def test_script_without_the_library_says_so(monkeypatch):
         deform_conv2d.__prepare_scriptable__()  # what torch.jit.script calls when it meets the function first
 
 
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_script_of_a_head_says_what_takes_it(block):
+    with pytest.raises(
+        RuntimeError, match="without DyHead, as TorchScript .*; torch.jit.trace and torch.export take it"
+    ):
+        script(nn.Sequential(DyHead(16, 1, block=block)))
+
+
 @pytest.mark.parametrize("exporting", [False, True])
 def test_onnx_is_exported_by_pytorchs_own_operators(arguments, monkeypatch, exporting):
     """torch.onnx itself needs packages that are not here: its flag, and the graph that it would get."""
