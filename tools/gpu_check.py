@@ -20,6 +20,10 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 470  # in all, so that eight minutes are never over
 GRACE = 5  # seconds of a part's limit in which it may end by itself once it is interrupted
 TAIL = 6000  # characters of a part's output that the report keeps
+# What pytest and compute-sanitizer print about a fault, in the output of a part that was cut off.
+FAULT = re.compile(
+    r"^(FAILED|ERROR) |\b\d+ failed\b|^=+ (Invalid|Uninitialized|Error: Race)|SUMMARY: [1-9]", re.MULTILINE
+)
 
 # A few shapes of every kernel: whole vectors and odd channels, groups, a deterministic backward pass.
 FEW = (
@@ -88,8 +92,7 @@ class Part:
         output = log.read_text(errors="replace")
         self.output = output[-TAIL:]
         if code is None:
-            failed = re.search(r"^(FAILED|ERROR) |\b\d+ failed\b", output, re.MULTILINE)
-            self.status = f"{'failed, and ' if failed else ''}unfinished after {limit:.0f} s"
+            self.status = f"{'failed, and ' if FAULT.search(output) else ''}unfinished after {limit:.0f} s"
         else:
             self.status = "passed" if code == 0 else f"failed with {code}"
 

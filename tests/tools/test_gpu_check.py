@@ -113,12 +113,26 @@ class TestReport:
         assert len(results) == 4
 
     def test_a_timeout_is_no_failure(self, check, overtime, capsys):
-        report = check(python("", "build"), python(WAIT % "3 passed", "slow"), python("print('after')", "after"))
+        report = check(
+            python("", "build"),
+            python(WAIT % "========= ERROR SUMMARY: 0 errors", "slow"),
+            python("print('after')", "after"),
+        )
         assert [part["status"] for part in report["parts"]] == ["passed", "unfinished after 60 s", "passed"]
-        assert report["parts"][1]["output"] == "ready\n3 passed\n"
+        assert report["parts"][1]["output"] == "ready\n========= ERROR SUMMARY: 0 errors\n"
         assert capsys.readouterr().out.endswith("gpu_check: nothing failed; unfinished: slow\n")
 
-    @pytest.mark.parametrize("line", ["1 failed, 3 passed", "FAILED tests/ops/test_cuda.py"])
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "1 failed, 3 passed in 4.00s",
+            "FAILED tests/ops/test_cuda.py",
+            "========= Invalid __global__ read of size 4 bytes",
+            "========= Uninitialized __global__ memory read of size 4 bytes",
+            "========= Error: Race reported between Write access",
+            "========= ERROR SUMMARY: 2 errors",
+        ],
+    )
     def test_failures_before_a_timeout_count(self, check, overtime, line):
         report = check(python("", "build"), python(WAIT % line, "tests"), code=1)
         assert report["parts"][1]["status"] == "failed, and unfinished after 60 s"
