@@ -311,7 +311,7 @@ class TestIntegers:
             convolve(module, stride=[1, 1.0])
         with pytest.raises(RuntimeError, match=r"^stride: expected .*, got Tensor \(1,\) of torch\.int64$"):
             convolve(module, stride=torch.tensor([1]))
-        with pytest.raises(RuntimeError, match=r"^stride: expected .*, got a number of type int$"):
+        with pytest.raises(RuntimeError, match=r"^stride: expected .*, got (a number of type int|1000+\.\.\.)$"):
             convolve(module, stride=10**5000)
 
     @pytest.mark.parametrize(
