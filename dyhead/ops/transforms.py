@@ -121,9 +121,9 @@ def register_folded(name: str, unfolded: tuple[int, ...] = ()) -> None:
     operator = getattr(torch.ops.dyhead, name).default
 
     def vectorise(info, dims, *arguments):
-        if any(dims[i] is not None for i in unfolded):
-            return _loop(operator, info.batch_size, dims, arguments)
         size = info.batch_size
+        if size == 0 or any(dims[i] is not None for i in unfolded):
+            return _loop(operator, size, dims, arguments)
 
         def fold(tensor, dim):
             if not isinstance(tensor, Tensor):
@@ -149,6 +149,9 @@ def _loop(operator, size, dims, arguments):
     def run(index):
         return operator(*_map(lambda t, dim: t if dim is None else t.select(dim, index), arguments, dims))
 
+    if size == 0:  # a run of zeros, which the sum over nothing is, tells the shapes
+        results = operator(*_map(lambda t, dim: t if dim is None else t.sum(dim), arguments, dims))
+        return _mapped(pytree.tree_map(lambda t: t.expand(0, *t.shape), results))
     return _mapped(pytree.tree_map(lambda *tensors: torch.stack(tensors), *map(run, range(size))))
 
 

@@ -272,6 +272,13 @@ class TestVmap:
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got, expected)
 
+    def test_of_nothing(self, operator):
+        function, arguments = operator
+        for i, argument in enumerate(arguments):
+            dims = tuple(0 if i == j else None for j in every(arguments))
+            none = [a if i != j else argument.expand(0, *a.shape) for j, a in enumerate(arguments)]
+            assert torch.func.vmap(function, in_dims=dims)(*none).shape == (0, *function(*arguments).shape)
+
     def test_of_images_without_any(self):
         function, (input, offset, weight, bias, mask) = convolution()
         got = torch.func.vmap(function, in_dims=(0, 0, None, None, 0))(
