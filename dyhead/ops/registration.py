@@ -1,4 +1,4 @@
-"""Registers the compiled operators' fake implementations, gradients, autocast rules and FLOP counts."""
+"""Registers the compiled operators' fake implementations, derivatives, vmap and autocast rules, and FLOP counts."""
 
 from __future__ import annotations
 
