@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from dyhead.layers.group_norm import affine_of_group_norm
-from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid
+from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.ops.channelwise import channel_statistics
 
 
-class DyHeadBlock(nn.Module):
+class DyHeadBlock(PyramidModule):
     """Scale-, spatial- and task-aware attention in turn, ``pi_C(pi_S(pi_L(F) F) F) F`` (Eq. 2).
 
     Each attention can be switched off, as in the paper's ablation; with all three off the block is the identity.
@@ -52,7 +51,7 @@ class DyHeadBlock(nn.Module):
         norm_groups: int = 16,
     ) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = channels = check_integer("channels", channels)
         self.scale_attention = ScaleAwareAttention(channels) if scale_aware else None
         self.spatial_attention = (
             SpatialAwareAttention(channels, window=window, offset_groups=offset_groups, norm_groups=norm_groups)

@@ -23,7 +23,10 @@ def affine_of_group_norm(norm: nn.GroupNorm, statistics: Tensor) -> ChannelAffin
         norm: with weight and bias.
         statistics: (N, L, 2, C), mean and variance of every channel of L maps (`dyhead.ops.channelwise`).
     """
-    mean, variance = (value.unflatten(-1, (norm.num_groups, -1)) for value in statistics.unbind(-2))
+    # Not unflatten, which torch.onnx's older exporter does not know.
+    mean, variance = statistics.reshape(
+        *statistics.shape[:-1], norm.num_groups, statistics.shape[-1] // norm.num_groups
+    ).unbind(-3)
     group_mean = mean.mean(-1, keepdim=True)
     # A group's variance is the variance within its channels plus that between them.
     group_variance = (variance + (mean - group_mean).square()).mean(-1, keepdim=True)

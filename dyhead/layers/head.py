@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from dyhead.layers.block import DyHeadBlock
-from dyhead.layers.levels import Pyramid, join_pyramid, split_pyramid, to_channels_last
+from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid, to_channels_last
 from dyhead.layers.released import ReleasedDyHeadBlock
 
 # How the published blocks read the importances of their coarser branch.
@@ -17,7 +17,7 @@ _COARSE_MASKS = {"released": "flat", "mmdetection": "flat", "mmdetection_main": 
 BLOCKS = ("paper", *_COARSE_MASKS)
 
 
-class DyHead(nn.Module):
+class DyHead(PyramidModule):
     """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks that map a feature pyramid to one of the same shapes.
 
     Args:
@@ -35,8 +35,8 @@ class DyHead(nn.Module):
         norm_groups: groups of its GroupNorm.
 
     Raises:
-        ValueError: an unknown ``block``; a negative ``num_blocks``; groups that do not divide ``channels``; an option
-            that differs from its default although ``block`` is not "paper".
+        ValueError: an unknown ``block``; a number that is no integer or too small; groups that do not divide
+            ``channels``; an option that differs from its default although ``block`` is not "paper".
 
     Example:
         >>> import torch
@@ -60,8 +60,8 @@ class DyHead(nn.Module):
         norm_groups: int = 16,
     ) -> None:
         super().__init__()
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks: expected at least 0, got {num_blocks}")
+        channels = check_integer("channels", channels)
+        num_blocks = check_integer("num_blocks", num_blocks, least=0)
         options = {
             "window": window,
             "scale_aware": scale_aware,
@@ -92,7 +92,8 @@ class DyHead(nn.Module):
                 way (all blocks but "paper": up).
 
         Returns:
-            Levels in channels_last, regardless of the input's memory format (0 blocks: the input itself).
+            Levels in channels_last, regardless of the input's memory format (0 blocks: the input itself), but in any
+            format under torch.func's transforms.
 
         Raises:
             TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,

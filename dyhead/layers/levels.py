@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dyhead.ops.checks import as_integer, describe
 
 #: Levels from fine to coarse, each (N, C, H_l, W_l): a dict by name (``{"p3": ..., "p4": ...}``), a list or a tuple.
 Pyramid = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
+
+
+class PyramidModule(nn.Module):
+    """A module that takes pyramids, or their levels."""
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls first; its own error would be about annotations."""
+        raise RuntimeError(
+            f"torch.jit.script: expected a module without {type(self).__name__}, as TorchScript has no type for "
+            "pyramids; torch.jit.trace and torch.export take it"
+        )
 
 
 def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) -> list[Tensor]:
@@ -81,21 +94,39 @@ def mean_of_levels(levels: Iterable[Tensor]) -> Tensor:
 
 
 def to_channels_last(level: Tensor) -> Tensor:
-    """``level`` in channels_last; not copied if it is already."""
+    """``level`` in channels_last; not copied if it is already, nor under torch.func, whose vmap knows no layouts."""
+    if torch._C._are_functorch_transforms_active():
+        return level
     return level.contiguous(memory_format=torch.channels_last)
 
 
 def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` (N, C, H, W), in channels_last if ``like`` is; not copied if it is already."""
+    """``x`` (N, C, H, W), in channels_last if ``like`` is; not copied if it is already, nor under torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        return x
     if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
-def check_groups(name: str, groups: int, channels: int) -> None:
-    """Raise ValueError unless ``groups``, the argument called ``name``, divides ``channels``."""
-    if groups < 1 or channels % groups:
-        raise ValueError(f"{name}: expected a divisor of the {channels} channels, got {groups}")
+def check_integer(name: str, value: object, least: int = 1) -> int:
+    """``value``, the argument called ``name``, as Python's integer.
+
+    Raises:
+        ValueError: it is no integer (bools and floats are not), below ``least``, or more than 32 bits hold.
+    """
+    integer = as_integer(value)
+    if integer is None or not least <= integer < 2**31:
+        raise ValueError(f"{name}: expected an integer from {least} to {2**31 - 1}, got {describe(value)}")
+    return integer
+
+
+def check_groups(name: str, groups: object, channels: int) -> int:
+    """``groups``, the argument called ``name``, as Python's integer; ValueError unless it divides ``channels``."""
+    integer = as_integer(groups)
+    if integer is None or integer < 1 or channels % integer:
+        raise ValueError(f"{name}: expected a divisor of the {channels} channels, got {describe(groups)}")
+    return integer
 
 
 def _is_half(size: int, of: int, round_up: bool) -> bool:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dyhead.layers.group_norm import affine_of_group_norm
-from dyhead.layers.levels import Pyramid, check_groups, in_memory_format_of, join_pyramid, split_pyramid
+from dyhead.layers.levels import (
+    Pyramid,
+    PyramidModule,
+    check_groups,
+    check_integer,
+    in_memory_format_of,
+    join_pyramid,
+    split_pyramid,
+)
 from dyhead.ops import deform_conv2d
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
@@ -32,7 +40,7 @@ class DeformConvNorm(nn.Module):
         return deform_conv2d(x, offset, self.weight, self.bias, stride=self.stride, padding=1, mask=mask)
 
 
-class ReleasedDyHeadBlock(nn.Module):
+class ReleasedDyHeadBlock(PyramidModule):
     """The block of microsoft/DynamicHead's and of mmdetection's published weights, bit for bit. Train ``DyHeadBlock``.
 
     It exists for checkpoints; train new models with :class:`DyHeadBlock`. Where it differs from the paper:
@@ -68,6 +76,7 @@ class ReleasedDyHeadBlock(nn.Module):
 
     def __init__(self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat") -> None:
         super().__init__()
+        channels = check_integer("channels", channels)
         check_groups("the released block's 16 norm groups", 16, channels)
         if coarse_mask not in ("flat", "corner"):
             raise ValueError(f"coarse_mask: expected 'flat' or 'corner', got {coarse_mask!r}")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dyhead.layers.levels import mean_of_levels
+from dyhead.layers.levels import PyramidModule, check_integer, mean_of_levels
 
 
-class ScaleAwareAttention(nn.Module):
+class ScaleAwareAttention(PyramidModule):
     """One weight in [0, 1] per level, ``sigma(f(mean of F_l))`` (Eq. 3).
 
     ``f`` is a linear function C -> 1 (a 1x1 convolution of the pooled level), shared by all levels; ``sigma`` is the
@@ -22,6 +22,9 @@ class ScaleAwareAttention(nn.Module):
     Args:
         channels: channels C of every level.
 
+    Raises:
+        ValueError: ``channels`` is no integer or below 1.
+
     Example:
         >>> import torch
         >>> levels = [torch.randn(2, 64, 16, 16), torch.randn(2, 64, 8, 8)]
@@ -33,7 +36,7 @@ class ScaleAwareAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.f = nn.Linear(channels, 1)
+        self.f = nn.Linear(check_integer("channels", channels), 1)
         nn.init.zeros_(self.f.weight)
         nn.init.constant_(self.f.bias, 2 * self.INITIAL_WEIGHT - 1)
 

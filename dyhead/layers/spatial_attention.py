@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dyhead.layers.levels import check_groups, in_memory_format_of
+from dyhead.layers.levels import PyramidModule, check_groups, check_integer, in_memory_format_of
 from dyhead.ops import pyramid_deform_conv2d
+from dyhead.ops.checks import as_integer, describe
 
 
-class SpatialAwareAttention(nn.Module):
+class SpatialAwareAttention(PyramidModule):
     """Level-aggregated deformable sampling (Eq. 4), then GroupNorm.
 
     For each output level m, over the levels l of its window,
@@ -41,7 +42,8 @@ class SpatialAwareAttention(nn.Module):
         norm_groups: groups of the GroupNorm.
 
     Raises:
-        ValueError: ``offset_groups`` or ``norm_groups`` does not divide ``channels``; ``window`` below 1.
+        ValueError: an argument is no integer or below 1; ``offset_groups`` or ``norm_groups`` does not divide
+            ``channels``.
 
     Example:
         >>> import torch
@@ -54,11 +56,12 @@ class SpatialAwareAttention(nn.Module):
 
     def __init__(self, channels: int, *, window: int | None = 1, offset_groups: int = 1, norm_groups: int = 16) -> None:
         super().__init__()
-        check_groups("offset_groups", offset_groups, channels)
-        check_groups("norm_groups", norm_groups, channels)
-        if window is not None and window < 1:
-            raise ValueError(f"window: expected at least 1, or None for the whole pyramid, got {window}")
-        self.window = window
+        channels = check_integer("channels", channels)
+        offset_groups = check_groups("offset_groups", offset_groups, channels)
+        norm_groups = check_groups("norm_groups", norm_groups, channels)
+        if window is not None and (as_integer(window) or 0) < 1:
+            raise ValueError(f"window: expected at least 1, or None for the whole pyramid, got {describe(window)}")
+        self.window = as_integer(window)
         self.offset_groups = offset_groups
         taps = 9
         self.offset = nn.Conv2d(channels, 3 * offset_groups * taps, 3, padding=1)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dyhead.layers.group_norm import ChannelAffine
-from dyhead.layers.levels import check_groups
+from dyhead.layers.levels import PyramidModule, check_groups, check_integer
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
 
-class TaskAwareAttention(nn.Module):
+class TaskAwareAttention(PyramidModule):
     """Dynamic ReLU, ``max(a1 * F_c + b1, a2 * F_c + b2)`` with coefficients per channel c (Eq. 5).
 
     ``theta``, which computes the coefficients, is that of DY-ReLU (Chen et al., ECCV 2020) with the paper's additional
@@ -28,7 +28,7 @@ class TaskAwareAttention(nn.Module):
         reduction: the hidden layer has C / reduction channels.
 
     Raises:
-        ValueError: ``reduction`` does not divide ``channels``.
+        ValueError: ``channels`` is no integer or below 1; ``reduction`` does not divide it.
 
     Example:
         >>> import torch
@@ -41,7 +41,8 @@ class TaskAwareAttention(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
-        check_groups("reduction", reduction, channels)
+        channels = check_integer("channels", channels)
+        reduction = check_groups("reduction", reduction, channels)
         self.theta = nn.Sequential(
             nn.Linear(channels, channels // reduction),
             nn.ReLU(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dyhead.layers.levels import check_integer
+
 
 class P6P7(nn.Module):
     """Two coarser levels by 3x3 convolutions of stride 2, the second on the first.
@@ -15,6 +17,9 @@ class P6P7(nn.Module):
         in_feature: the name of that level, for who calls this module.
         relu: apply ReLU to P6 before P7 is computed from it.
 
+    Raises:
+        ValueError: a number of channels is no integer or below 1.
+
     Attributes:
         num_levels: 2.
     """
@@ -23,6 +28,10 @@ class P6P7(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, in_feature: str = "p5", *, relu: bool = True) -> None:
         super().__init__()
+        in_channels, out_channels = (
+            check_integer("in_channels", in_channels),
+            check_integer("out_channels", out_channels),
+        )
         self.in_feature = in_feature
         self.relu = relu
         self.p6 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)

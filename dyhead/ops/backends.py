@@ -58,5 +58,8 @@ def _switch(name: str) -> None:
 
 
 def selected() -> str:
-    """The backend here and now."""
-    return _latest if torch.compiler.is_compiling() else _of_context.get()
+    """The backend here and now: "reference" while ONNX is exported, which knows only PyTorch's own operators."""
+    compiling = torch.compiler.is_compiling()
+    if (compiling or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        return "reference"
+    return _latest if compiling else _of_context.get()

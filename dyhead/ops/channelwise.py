@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends, library
-from .checks import accumulation_dtype, check_maps
+from .checks import accumulation_dtype, check_map, check_maps, describe, expect_tensor, is_list
 
 
 def channel_statistics(x: Tensor) -> Tensor:
@@ -28,7 +28,11 @@ def channel_statistics(x: Tensor) -> Tensor:
 
     Returns:
         (N, 2, C), mean and variance; float32, or float64 for a float64 map.
+
+    Raises:
+        RuntimeError: a wrong shape or type; the message names the argument, what was expected and what came.
     """
+    expect_tensor("x", x)
     if _is_compiled_for(x):
         return torch.ops.dyhead.channel_statistics(x)
     return define_channel_statistics(x)
@@ -53,7 +57,13 @@ def affine_maximum(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> 
 
     The compiled operator can be differentiated once; `define_affine_maximum` any number of times.
     """
-    if xs and _is_compiled_for(xs[0]):
+    if isinstance(xs, Tensor) or not is_list(xs):
+        raise RuntimeError(f"xs: expected a list of at least one map, got {describe(xs)}")
+    for i, x in enumerate(xs):
+        expect_tensor(f"xs[{i}]", x)
+    expect_tensor("slopes", slopes)
+    expect_tensor("intercepts", intercepts)
+    if len(xs) > 0 and _is_compiled_for(xs[0]):
         dtype = accumulation_dtype(xs[0].dtype)
         return torch.ops.dyhead.affine_maximum(list(xs), slopes.to(dtype), intercepts.to(dtype))
     return define_affine_maximum(xs, slopes, intercepts)
@@ -61,6 +71,7 @@ def affine_maximum(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> 
 
 def define_channel_statistics(x: Tensor) -> Tensor:
     """`channel_statistics` in plain PyTorch."""
+    check_map("x", x)
     variance, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), dim=(2, 3), correction=0)
     return torch.stack([mean, variance], dim=1)
 

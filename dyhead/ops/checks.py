@@ -1,7 +1,8 @@
-"""Checks of the operator's arguments. csrc/arguments.h makes the same checks with the same messages."""
+"""Checks of the operators' arguments. csrc/arguments.h makes those of the raw operators', with the same messages."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,81 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of positions, masks and sums for features of `dtype`: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_integer(value: object) -> int | None:
+    """An integer as Python's, where it is one: Python's or NumPy's, or an array or a tensor of one without dimensions.
+
+    None for everything else: a bool and a float, even a whole one, are most likely mistakes.
+    """
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    if getattr(value, "ndim", 0) != 0 or str(getattr(value, "dtype", None)).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # not an integer, or a tensor without data
+        return None
+
+
+def as_pair(name: str, value: object, least: int) -> list[int]:
+    """An integer, or two of them (vertical, horizontal), as two of Python's.
+
+    Raises:
+        RuntimeError: `value`, the argument `name`, is something else, below `least`, or more than 32 bits hold.
+    """
+    pair = [as_integer(item) for item in (value if is_list(value) else (value, value))]
+    if len(pair) != 2 or not all(item is not None and least <= item < 2**31 for item in pair):
+        _fail(name, f"an integer from {least} to {2**31 - 1}, or two of them (vertical, horizontal)", describe(value))
+    return pair
+
+
+def as_scales(values: object) -> list[float] | None:
+    """Numbers as floats; None for None.
+
+    Raises:
+        RuntimeError: `values` is not a list of positive numbers below 2^31; in float32, positions could overflow.
+    """
+    if values is None:
+        return None
+    if not is_list(values):
+        _fail("scales", "a list of numbers, one a level", describe(values))
+    scales = []
+    for level, value in enumerate(values):
+        try:
+            scale = None if isinstance(value, (bool, str, bytes)) else float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            scale = None
+        if scale is None or not 0 < scale < 2**31:
+            _fail(f"scales[{level}]", f"a number above 0 and below {2**31}", describe(value))
+        scales.append(scale)
+    return scales
+
+
+def is_list(value: object) -> bool:
+    """Whether it is a list, a tuple or another sequence, or an array or a tensor of one dimension; not text."""
+    if isinstance(value, (list, tuple)):
+        return True
+    if isinstance(value, (int, float, str, bytes, bytearray)):
+        return False
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+
+
+def expect_tensor(name: str, value: object, *, optional: bool = False) -> None:
+    """Raises RuntimeError unless `value`, the argument `name`, is a tensor or, where it is optional, None."""
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        _fail(name, "a tensor", describe(value))
+
+
+def describe(value: object) -> str:
+    """`value` for an error, of no great length."""
+    if getattr(value, "ndim", 0) > 0:
+        return f"{type(value).__name__} {_text(value.shape)} of {value.dtype}"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of too many digits for Python to write
+        text = f"a number of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_arguments(
@@ -108,14 +184,21 @@ def check_arguments(
             _fail(f"scales[{level}]", "a positive finite number", f"{scale:g}")
 
 
+def check_map(name: str, x: Tensor) -> None:
+    """Checks a map of the channel-wise operators; the compiled ones make the same checks."""
+    if x.dtype not in DTYPES:
+        _fail(name, "float64, float32, bfloat16 or float16", x.dtype)
+    if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
+        _fail(name, "(N, C, H, W) with at least one channel and one pixel", _text(x.shape))
+
+
 def check_maps(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> None:
     """Checks the arguments of `dyhead.ops.channelwise.affine_maximum`; the compiled operator makes the same checks."""
-    if not xs:
+    if len(xs) == 0:
         _fail("xs", "at least one map", "an empty list")
     first = xs[0]
     for i, x in enumerate(xs):
-        if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
-            _fail(f"xs[{i}]", "(N, C, H, W) with at least one channel and one pixel", _text(x.shape))
+        check_map(f"xs[{i}]", x)
         _expect_like(f"xs[{i}]", x, first.dtype, first)
         _expect_shape(f"xs[{i}]", x, first.shape)
     _expect_shape("slopes", slopes, (first.shape[0], 2, len(xs), first.shape[1]))

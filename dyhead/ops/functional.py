@@ -5,12 +5,12 @@ Shapes: N batch, L levels, C channels, K = kh * kw taps, G offset groups, (H, W)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import backends, library, reference
+from . import backends, library, reference, scripting
 
 if library.PROBLEM is None:
     from . import registration  # noqa: F401
@@ -62,11 +62,17 @@ def pyramid_deform_conv2d(
     threads; on a CUDA device the features' gradient is summed in an unspecified order, unless
     `torch.use_deterministic_algorithms` is set. Autocast casts features, weight and bias to its type.
 
-    Every tensor has first derivatives; for second derivatives use `dyhead.ops.reference` or
+    Every tensor has first derivatives in reverse mode; `torch.func.vmap` makes its dimension a part of the batch, or
+    loops over it where weight or bias have it. In forward mode, and for derivatives of derivatives by torch.func, plain
+    PyTorch runs, which is slower. For second derivatives by torch.autograd use `dyhead.ops.reference` or
     `dyhead.ops.backend("reference")`, as the error says.
 
+    torch.jit.script takes this function (`scales` as floats, products in full float32 on a CUDA device), and torch.onnx
+    exports its definition in plain PyTorch.
+
     Raises:
-        RuntimeError: a wrong shape, dtype or device; the message names the argument, what was expected and what came.
+        RuntimeError: a wrong type, number, shape, dtype or device; the message names the argument, what was expected
+            and what came. Integers may be NumPy's, or tensors without dimensions; bools and floats are none.
     """
     return _run(
         *reference.raw_arguments(features, offset, weight, bias, mask, level_weight, True, scales, 1, 0, dilation)
@@ -90,7 +96,7 @@ def deform_conv2d(
         offset: (N, 2*G*K, H, W), in pixels of the input; dy and dx of a tap are adjacent, taps row by row.
         weight: (C_out, C_in/groups, kh, kw), of the input's dtype.
         bias: (C_out,), of the input's dtype.
-        stride, padding, dilation: in pixels of the input; an int or (vertical, horizontal).
+        stride, padding, dilation: in pixels of the input; an int or (vertical, horizontal), no text such as "same".
         mask: (N, G*K, H, W), the weight of every sample.
 
     Returns:
@@ -99,6 +105,21 @@ def deform_conv2d(
     Types, offsets, autocast, gradients and errors are as for `pyramid_deform_conv2d`.
     """
     return _run(*reference.raw_convolution_arguments(input, offset, weight, bias, stride, padding, dilation, mask))
+
+
+def _scriptable(function: Callable) -> Callable:
+    """What makes torch.jit.script take `function` instead of the public function with the same arguments."""
+
+    def prepare() -> Callable:
+        if library.PROBLEM is not None:
+            raise RuntimeError(f"torch.jit.script: expected the compiled operator, got none: {library.PROBLEM}")
+        return function
+
+    return prepare
+
+
+pyramid_deform_conv2d.__prepare_scriptable__ = _scriptable(scripting.pyramid_deform_conv2d)
+deform_conv2d.__prepare_scriptable__ = _scriptable(scripting.deform_conv2d)
 
 
 def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:

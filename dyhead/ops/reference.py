@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype, check_arguments
+from .checks import accumulation_dtype, as_pair, as_scales, check_arguments, describe, expect_tensor, is_list
 
 __all__ = ["deform_conv2d", "pyramid_deform_conv2d"]
 
@@ -91,10 +91,19 @@ def raw_arguments(
     Positions, masks and level weights are converted to the accumulation type, differentiably, so that a half type
     rounds values but never positions.
     """
-    if isinstance(features, Tensor) or len(features) == 0:
-        got = f"one tensor {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty list"
+    if isinstance(features, Tensor) or not is_list(features):
+        got = f"one tensor {tuple(features.shape)}" if isinstance(features, Tensor) else describe(features)
         raise RuntimeError(f"features: expected a list of at least one level, got {got}")
+    if len(features) == 0:
+        raise RuntimeError("features: expected a list of at least one level, got an empty list")
     features = list(features)
+    for level, feature in enumerate(features):
+        expect_tensor(f"features[{level}]" if aligned else "input", feature)
+    expect_tensor("offset", offset)
+    expect_tensor("weight", weight)
+    expect_tensor("bias", bias, optional=True)
+    expect_tensor("mask", mask, optional=True)
+    expect_tensor("level_weight", level_weight, optional=True)
     wide = accumulation_dtype(features[0].dtype)
     return (
         features,
@@ -104,10 +113,10 @@ def raw_arguments(
         _widen("mask", mask, wide),
         _widen("level_weight", level_weight, wide),
         aligned,
-        None if scales is None else [float(scale) for scale in scales],
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
+        as_scales(scales),
+        as_pair("stride", stride, 1),
+        as_pair("padding", padding, 0),
+        as_pair("dilation", dilation, 1),
     )
 
 
@@ -122,6 +131,7 @@ def raw_convolution_arguments(
     mask: Tensor | None,
 ) -> tuple:
     """Converts the arguments of `deform_conv2d` to those of the raw operator."""
+    expect_tensor("weight", weight)
     if weight.dim() != 4:
         raise RuntimeError(f"weight: expected (C_out, C_in/groups, kh, kw), got {tuple(weight.shape)}")
     return raw_arguments([input], offset, weight.unsqueeze(0), bias, mask, None, False, None, stride, padding, dilation)
@@ -145,10 +155,6 @@ def _widen(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | Non
     if not tensor.is_floating_point() or tensor.element_size() > dtype.itemsize:
         raise RuntimeError(f"{name}: expected {dtype} or a narrower floating type, got {tensor.dtype}")
     return tensor.to(dtype)
-
-
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
 
 
 def pyramid_deform_conv(

@@ -1,4 +1,4 @@
-"""Registers the compiled operators' fake implementations, gradients, autocast rules and FLOP counts."""
+"""Registers the compiled operators' fake implementations, derivatives, vmap and autocast rules, and FLOP counts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import accumulation_dtype, check_arguments, check_maps
-from .reference import autocast_values
+from .channelwise import define_affine_maximum, define_channel_statistics
+from .checks import accumulation_dtype, check_arguments, check_map, check_maps
+from .reference import autocast_values, pyramid_deform_conv
+from .transforms import refuse_second_derivative, register_derivative, register_folded, register_loop
 
 FORWARD, BACKWARD = "dyhead::pyramid_deform_conv2d", "dyhead::_pyramid_deform_conv2d_backward"
 # Arguments that say where taps read: aligned, scales, stride, padding, dilation. Settings follow them.
@@ -55,35 +57,36 @@ def _backward_fake(grad, features, offset, weight, bias, mask, level_weight, *ot
     )
 
 
-def _save(ctx, inputs, output):
-    features, *tensors = inputs[:6]
-    ctx.levels, ctx.geometry, ctx.settings = len(features), inputs[6 : 6 + GEOMETRY], inputs[6 + GEOMETRY :]
+def _save(ctx, arguments, result):
+    features, *tensors = arguments[:6]
+    ctx.levels, ctx.geometry = len(features), arguments[6 : 6 + GEOMETRY]
+    # The dispatcher leaves out settings that have their defaults.
+    ctx.allow_tf32 = any(arguments[6 + GEOMETRY :])
     ctx.save_for_backward(*features, *tensors)
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx, needs, grad):
     saved = ctx.saved_tensors
     features, tensors = list(saved[: ctx.levels]), saved[ctx.levels :]
-    needs = [any(ctx.needs_input_grad[0]), *ctx.needs_input_grad[1:6]]
-    settings = (*ctx.settings, torch.are_deterministic_algorithms_enabled())
+    needs = [any(needs[0]), *needs[1:6]]
+    settings = (ctx.allow_tf32, torch.are_deterministic_algorithms_enabled())
     grads = torch.ops.dyhead._pyramid_deform_conv2d_backward(grad, features, *tensors, *ctx.geometry, needs, *settings)
     returned = [grad if needed else None for grad, needed in zip(grads[1:], needs[1:], strict=True)]
-    # None for all else that was passed: some versions of PyTorch leave out settings that have their defaults here.
-    rest = [None] * (len(ctx.needs_input_grad) - 1 - len(returned))
-    return (grads[0] if needs[0] else [None] * ctx.levels, *returned, *rest)
+    return (grads[0] if needs[0] else [None] * ctx.levels, *returned)
 
 
-torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
+def _save_nothing(ctx, arguments, result):
+    pass
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "dyhead's compiled operators have no second derivatives: expected the functions of dyhead.ops.reference, or "
-        'the forward pass under dyhead.ops.backend("reference"), where gradients are differentiated again'
-    )
+def _define(features, offset, weight, bias, mask, level_weight, *others):
+    return pyramid_deform_conv(features, offset, weight, bias, mask, level_weight, *others[:GEOMETRY])
 
 
-torch.library.register_autograd(BACKWARD, _no_second_derivative)
+register_derivative(_library, "pyramid_deform_conv2d", _save, _differentiate, _define)
+register_derivative(_library, "_pyramid_deform_conv2d_backward", _save_nothing, refuse_second_derivative, None)
+register_folded("pyramid_deform_conv2d", unfolded=(2, 3))  # weight and bias
+register_loop("_pyramid_deform_conv2d_backward")
 
 
 def _register_autocast(device: str, key: str) -> None:
@@ -119,6 +122,7 @@ STATISTICS, MAXIMUM, MAXIMUM_BACKWARD = (
 
 @torch.library.register_fake(STATISTICS)
 def _statistics_fake(x):
+    check_map("x", x)
     return x.new_empty((x.shape[0], 2, x.shape[1]), dtype=accumulation_dtype(x.dtype))
 
 
@@ -134,11 +138,11 @@ def _maximum_backward_fake(grad, xs, slopes, intercepts):
     return [_empty_like(x) for x in xs], slopes.new_empty(slopes.shape), intercepts.new_empty(intercepts.shape)
 
 
-def _save_map(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output)
+def _save_map(ctx, arguments, result):
+    ctx.save_for_backward(arguments[0], result)
 
 
-def _differentiate_statistics(ctx, grad):
+def _differentiate_statistics(ctx, needs, grad):
     x, statistics = ctx.saved_tensors
     mean_grad, variance_grad = (grad / (x.shape[2] * x.shape[3]))[..., None, None].unbind(1)
     slope = 2 * variance_grad
@@ -147,16 +151,18 @@ def _differentiate_statistics(ctx, grad):
     return torch.addcmul(intercept, slope, x.to(slope.dtype)).to(x.dtype)
 
 
-def _save_maps(ctx, inputs, output):
-    xs, slopes, intercepts = inputs
+def _save_maps(ctx, arguments, result):
+    xs, slopes, intercepts = arguments
     ctx.save_for_backward(*xs, slopes, intercepts)
 
 
-def _differentiate_maximum(ctx, grad):
+def _differentiate_maximum(ctx, needs, grad):
     *xs, slopes, intercepts = ctx.saved_tensors
     return torch.ops.dyhead._affine_maximum_backward(grad, xs, slopes, intercepts)
 
 
-torch.library.register_autograd(STATISTICS, _differentiate_statistics, setup_context=_save_map)
-torch.library.register_autograd(MAXIMUM, _differentiate_maximum, setup_context=_save_maps)
-torch.library.register_autograd(MAXIMUM_BACKWARD, _no_second_derivative)
+register_derivative(_library, "channel_statistics", _save_map, _differentiate_statistics, define_channel_statistics)
+register_derivative(_library, "affine_maximum", _save_maps, _differentiate_maximum, define_affine_maximum)
+register_derivative(_library, "_affine_maximum_backward", _save_nothing, refuse_second_derivative, None)
+for _name in ("channel_statistics", "affine_maximum", "_affine_maximum_backward"):
+    register_folded(_name)

@@ -1,9 +1,10 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from dyhead.layers import DyHead
+from dyhead.layers import P6P7, DyHead, ScaleAwareAttention, TaskAwareAttention
 from dyhead.ops import library
 
 BLOCKS = ("paper", "released", "mmdetection", "mmdetection_main")
@@ -123,6 +124,38 @@ def test_compiles_whole_for_pyramids_of_two_sizes(make_pyramid, randomize, block
             torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-3 * max(1.0, p.grad.abs().max().item()))
 
 
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_gradients_of_single_images_by_torch_func(make_pyramid, randomize, block):
+    head = randomize(DyHead(16, 1, block=block).double())
+    levels, parameters = make_pyramid(6, 5, channels=16), dict(head.named_parameters())
+
+    def loss(parameters, *levels):
+        pyramid = [level[None] for level in levels]
+        return sum(level.square().sum() for level in torch.func.functional_call(head, parameters, (pyramid,)))
+
+    dims = None, *[0] * len(levels)
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=dims)(parameters, *levels)
+    for image in range(2):
+        value = loss(parameters, *(level[image] for level in levels))
+        expected = torch.autograd.grad(value, list(parameters.values()))
+        torch.testing.assert_close([grad[image] for grad in got.values()], list(expected))
+
+
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_forward_mode(make_pyramid, randomize, block):
+    head = randomize(DyHead(16, 1, block=block).double())
+    levels, tangents = (tuple(make_pyramid(6, 5, channels=16)) for _ in range(2))
+    _, got = torch.func.jvp(lambda *levels: head(levels), levels, tangents)
+    with torch.no_grad():
+        above, below = (
+            head([level + step * tangent for level, tangent in zip(levels, tangents, strict=True)])
+            for step in (1e-6, -1e-6)
+        )
+    for level, a, b in zip(got, above, below, strict=True):
+        assert level.abs().max() > 0.1
+        torch.testing.assert_close(level, (a - b) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(library.PROBLEM is not None, reason="the plain PyTorch operator has fixed sizes when exported")
 @pytest.mark.parametrize("block", ["paper", "released"])
 def test_exports_with_dynamic_sizes(make_pyramid, randomize, block):
@@ -212,7 +245,7 @@ def test_the_released_block_wants_sizes_rounded_up():
             {"block": "papre"},
             "block: expected one of 'paper', 'released', 'mmdetection', 'mmdetection_main', got 'papre'",
         ),
-        ({"num_blocks": -1}, "num_blocks: expected at least 0, got -1"),
+        ({"num_blocks": -1}, "num_blocks: expected an integer from 0 to 2147483647, got -1"),
         ({"norm_groups": 5}, "norm_groups: expected a divisor of the 16 channels, got 5"),
         ({"block": "released", "window": None}, "block='released': expected no options, .*got window=None"),
         ({"block": "mmdetection", "task_aware": False, "norm_groups": 8}, "got task_aware=False, norm_groups=8"),
@@ -226,3 +259,33 @@ def test_names_a_wrong_argument(options, message):
 def test_the_released_block_names_a_wrong_number_of_channels():
     with pytest.raises(ValueError, match="16 norm groups: expected a divisor of the 24 channels, got 16"):
         DyHead(24, block="released")
+
+
+@pytest.mark.parametrize("value", [2.0, "2", True, 0, -1, 10**30, np.float32(2), [2]], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: DyHead(value, 1), "channels"),
+        (lambda value: DyHead(16, 1, window=value), "window"),
+        (lambda value: DyHead(16, 1, offset_groups=value), "offset_groups"),
+        (lambda value: DyHead(16, 1, norm_groups=value), "norm_groups"),
+        (lambda value: DyHead(value, 1, block="released"), "channels"),
+        (lambda value: ScaleAwareAttention(value), "channels"),
+        (lambda value: TaskAwareAttention(value), "channels"),
+        (lambda value: TaskAwareAttention(16, value), "reduction"),
+        (lambda value: P6P7(value, 16), "in_channels"),
+        (lambda value: P6P7(16, value), "out_channels"),
+    ],
+)
+def test_names_an_argument_that_is_no_integer(make, name, value):
+    if name == "window" and value == 10**30:
+        return  # the whole pyramid
+    expected = "at least 1" if name == "window" else "(an integer from 1 to|a divisor of the 16 channels)"
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}.*, got {re.escape(repr(value))}$"):
+        make(value)
+
+
+def test_takes_integers_of_numpy():
+    one, sixteen = np.int64(1), np.int32(16)
+    head = DyHead(sixteen, one, window=one, offset_groups=one, norm_groups=np.uint8(8))
+    assert str(head) == str(DyHead(16, 1, norm_groups=8))

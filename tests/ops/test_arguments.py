@@ -1,5 +1,8 @@
 """Bad arguments: the operator, the reference and the operator without data say the same, and nothing crashes."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -242,3 +245,170 @@ class TestPublicFunctions:
         for tensor, other in zip((offset, mask, level_weight), wide, strict=True):
             assert tensor.grad.dtype == torch.half
             assert torch.equal(tensor.grad, other.grad.half())
+
+
+def convolve(module, **options):
+    torch.manual_seed(0)
+    input, offset, weight = torch.randn(1, 2, 5, 6), torch.randn(1, 18, 5, 6), torch.randn(3, 2, 3, 3)
+    return module.deform_conv2d(input, offset, weight, **{"padding": 1, **options})
+
+
+NO_INTEGERS = {
+    "text": "same",
+    "other text": "valid",
+    "digits": "11",
+    "bytes": b"ab",
+    "none": None,
+    "whole float": 1.0,
+    "float": 1.5,
+    "nan": float("nan"),
+    "float of NumPy": np.float32(1),
+    "bool": True,
+    "bool of NumPy": np.bool_(True),
+    "bool tensor": torch.tensor(True),
+    "float tensor": torch.tensor(1.0),
+    "tensor without data": torch.tensor(1, device="meta"),
+    "complex": 1j,
+    "dict": {1: 1, 2: 2},
+    "set": {1, 2},
+    "iterator": iter([1, 1]),
+    "type": int,
+    "no number": [],
+    "one number": [1],
+    "three numbers": (1, 1, 1),
+    "tensor of one": torch.tensor([1]),
+    "floats": [1, 1.0],
+    "bools": (1, True),
+    "texts": ["1", "1"],
+    "lists": [[1, 1], [1, 1]],
+    "negative": -1,
+    "a negative one": (1, -1),
+    "2^31": 2**31,
+    "2^63": 2**63,
+    "10^30": [1, 10**30],
+    "more digits than Python writes": 10**5000,
+}
+
+
+@pytest.mark.parametrize("module", [ops, reference], ids=["operator", "reference"])
+class TestIntegers:
+    @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+    @pytest.mark.parametrize("value", NO_INTEGERS.values(), ids=NO_INTEGERS.keys())
+    def test_what_is_none_is_named(self, module, name, value):
+        least = 0 if name == "padding" else 1
+        text = f"^{name}: expected an integer from {least} to 2147483647, or two of them .vertical, horizontal., got ."
+        with pytest.raises(RuntimeError, match=text) as error:
+            convolve(module, **{name: value})
+        assert len(str(error.value)) < 200
+        if name == "dilation":
+            with pytest.raises(RuntimeError, match=text):
+                module.pyramid_deform_conv2d(good()["features"], good()["offset"], good()["weight"], dilation=value)
+
+    def test_the_error_shows_what_came(self, module):
+        with pytest.raises(RuntimeError, match=r"^padding: expected .*, got 'same'$"):
+            convolve(module, padding="same")
+        with pytest.raises(RuntimeError, match=r"^stride: expected .*, got \[1, 1\.0\]$"):
+            convolve(module, stride=[1, 1.0])
+        with pytest.raises(RuntimeError, match=r"^stride: expected .*, got Tensor \(1,\) of torch\.int64$"):
+            convolve(module, stride=torch.tensor([1]))
+        with pytest.raises(RuntimeError, match=r"^stride: expected .*, got (a number of type int|1000+\.\.\.)$"):
+            convolve(module, stride=10**5000)
+
+    @pytest.mark.parametrize(
+        "two",
+        [
+            (1, 2),
+            [np.int64(1), np.uint8(2)],
+            np.array([1, 2]),
+            torch.tensor([1, 2]),
+            torch.Size([1, 2]),
+            range(1, 3),
+            (torch.tensor(1), np.array(2)),
+        ],
+        ids=repr,
+    )
+    def test_of_any_library_are_taken(self, module, two):
+        expected = convolve(module, padding=(1, 2), dilation=(1, 2))
+        assert torch.equal(convolve(module, padding=two, dilation=two), expected)
+
+    @pytest.mark.parametrize("one", [np.int8(1), np.array(1), torch.tensor(1)], ids=repr)
+    def test_one_of_any_library_is_taken(self, module, one):
+        assert torch.equal(convolve(module, stride=one, padding=one, dilation=one), convolve(module))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_the_largest_read_where_they_say(self, module, dtype):
+        """Every output pixel but the middle one is far from the map, and of its taps all but the middle one."""
+        most = 2**31 - 1
+        torch.manual_seed(0)
+        input, weight = torch.randn(1, 2, 6, 7).to(dtype), torch.randn(3, 2, 3, 3).to(dtype)
+        offset = torch.zeros(1, 18, 3, 3)
+        got = module.deform_conv2d(input, offset, weight, stride=most, padding=most)
+        expected = torch.zeros_like(got)
+        expected[:, :, 1, 1] = (weight * input[:, :, :3, :3]).float().sum((1, 2, 3)).to(dtype)
+        expected[:, :, 1, 2] = expected[:, :, 2, 1] = expected[:, :, 2, 2] = 0
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+        got = module.pyramid_deform_conv2d([input], torch.zeros(1, 18, 6, 7), weight[None], dilation=most)
+        expected = torch.einsum("nchw,oc->nohw", input, weight[:, :, 1, 1])
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("module", [ops, reference], ids=["operator", "reference"])
+class TestOtherArguments:
+    def call(self, module, **changed):
+        names = ("features", "offset", "weight", "bias", "mask", "level_weight", "scales")
+        return module.pyramid_deform_conv2d(**({name: good()[name] for name in names} | changed))
+
+    @pytest.mark.parametrize(
+        ("scales", "text"),
+        [
+            (1.0, "scales: expected a list of numbers, one a level, got 1.0"),
+            ("12", "scales: expected a list of numbers, one a level, got '12'"),
+            ({1.0, 2.0}, "scales: expected a list of numbers, one a level, got {1.0, 2.0}"),
+            ([1.0, "2"], "scales[1]: expected a number above 0 and below 2147483648, got '2'"),
+            ([True, 2.0], "scales[0]: expected a number above 0 and below 2147483648, got True"),
+            ([1.0, None], "scales[1]: expected a number above 0 and below 2147483648, got None"),
+            ([1.0, 1j], "scales[1]: expected a number above 0 and below 2147483648, got 1j"),
+            ([-1, 1], "scales[0]: expected a number above 0 and below 2147483648, got -1"),
+            ([1.0, float("nan")], "scales[1]: expected a number above 0 and below 2147483648, got nan"),
+            # Infinite in float32.
+            ([1e300, 1.0], "scales[0]: expected a number above 0 and below 2147483648, got 1e+300"),
+            ([10**400, 1.0], "scales[0]: expected a number above 0 and below 2147483648, got 1000"),
+            ([1.0], "scales: expected 2 numbers, one a level, got 1"),
+        ],
+        ids=repr,
+    )
+    def test_scales_that_are_not_numbers(self, module, scales, text):
+        with pytest.raises(RuntimeError) as error:
+            self.call(module, scales=scales)
+        assert str(error.value).startswith(text)
+
+    @pytest.mark.parametrize("scales", [(2, 1), [np.float32(2), Fraction(1)], np.array([2, 1]), torch.tensor([2.0, 1])])
+    def test_scales_of_any_library_are_taken(self, module, scales):
+        torch.manual_seed(0)
+        arguments = {name: good()[name] for name in ("features", "offset", "weight")}
+        expected = module.pyramid_deform_conv2d(**arguments, scales=[2.0, 1.0])
+        assert torch.equal(module.pyramid_deform_conv2d(**arguments, scales=scales), expected)
+
+    @pytest.mark.parametrize("name", ["offset", "weight", "bias", "mask", "level_weight"])
+    def test_no_tensors(self, module, name):
+        for value, text in [
+            (1.0, "1.0"),
+            (np.zeros((2, 2)), r"ndarray \(2, 2\) of float64"),
+            ([[1.0]], r"\[\[1\.0\]\]"),
+        ]:
+            with pytest.raises(RuntimeError, match=f"^{name}: expected a tensor, got {text}$"):
+                self.call(module, **{name: value})
+
+    def test_needed_tensors(self, module):
+        for name in ("offset", "weight"):
+            with pytest.raises(RuntimeError, match=f"^{name}: expected a tensor, got None$"):
+                self.call(module, **{name: None})
+        with pytest.raises(RuntimeError, match=r"^features\[1\]: expected a tensor, got None$"):
+            self.call(module, features=[good()["features"][0], None])
+        for value in (None, 3, {"p3": torch.zeros(1, 1, 2, 2)}, "p3"):
+            with pytest.raises(RuntimeError, match=r"^features: expected a list of at least one level, got ['{N3]"):
+                self.call(module, features=value)
+        with pytest.raises(RuntimeError, match=r"^input: expected a tensor, got None$"):
+            module.deform_conv2d(None, torch.zeros(2, 18, 3, 2), torch.zeros(2, 4, 3, 3))
+        with pytest.raises(RuntimeError, match=r"^weight: expected a tensor, got None$"):
+            module.deform_conv2d(torch.zeros(2, 4, 5, 4), torch.zeros(2, 18, 3, 2), None)

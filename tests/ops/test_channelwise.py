@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dyhead.ops import channelwise
+from dyhead.ops import backend, channelwise
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 from tests.ops.maps import MAP_SHAPES, make_maps
 
@@ -154,6 +154,29 @@ def test_wrong_arguments_are_named(change, message):
     if arguments[1].dtype == torch.float64:  # the definition takes any type
         with pytest.raises(RuntimeError, match=message):
             channelwise.define_affine_maximum(*arguments)
+
+
+@pytest.mark.parametrize("name", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda xs, s, i: affine_maximum(xs[0], s, i), r"xs: expected a list of .*, got Tensor \(2, 5, 4, 7\)"),
+        (lambda xs, s, i: affine_maximum(dict(enumerate(xs)), s, i), "xs: expected a list of at least one map, got {0"),
+        (lambda xs, s, i: affine_maximum([], s, i), "xs: expected at least one map, got an empty list"),
+        (lambda xs, s, i: affine_maximum([xs[0], None], s, i), r"xs\[1\]: expected a tensor, got None"),
+        (lambda xs, s, i: affine_maximum(xs, None, i), "slopes: expected a tensor, got None"),
+        (lambda xs, s, i: affine_maximum(xs, s, 1.0), "intercepts: expected a tensor, got 1.0"),
+        (lambda xs, s, i: affine_maximum([x.int() for x in xs], s, i), r"xs\[0\]: expected float64, float32, "),
+        (lambda xs, s, i: channel_statistics(None), "x: expected a tensor, got None"),
+        (lambda xs, s, i: channel_statistics(xs[0][0]), r"x: expected \(N, C, H, W\) with .*, got \(5, 4, 7\)"),
+        (lambda xs, s, i: channel_statistics(xs[0][:, :0]), r"x: expected \(N, C, H, W\) with .*, got \(2, 0, 4, 7\)"),
+        (lambda xs, s, i: channel_statistics(xs[0].long()), "x: expected float64, float32, bfloat16 or float16, got "),
+        (lambda xs, s, i: channel_statistics(xs[0][0].to("meta")), r"x: expected \(N, C, H, W\) with .*, got \(5"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_the_public_functions_are_named(function, message, name):
+    with backend(name), pytest.raises(RuntimeError, match=f"^{message}"):
+        function(*make_maps())
 
 
 def test_second_derivatives_say_what_has_them():

@@ -89,7 +89,8 @@ def test_gradcheck_of_every_input(make_case, device):
         features, (offset, weight, bias, mask, level_weight) = list(tensors[:levels]), tensors[levels:]
         return operator(features, offset, weight, bias, mask, level_weight, *case.geometry)
 
-    assert torch.autograd.gradcheck(function, case.tensors())
+    # A CUDA device adds up the features' gradient in any order: two runs differ in the last digits.
+    assert torch.autograd.gradcheck(function, case.tensors(), nondet_tol=1e-12 if device == "cuda" else 0.0)
 
 
 def test_only_needed_gradients_are_computed(make_case):

@@ -67,6 +67,30 @@ def test_compiles_once_for_many_sizes(make_case, device):
     assert counter.frame_count == 1
 
 
+def test_compiles_numbers_that_are_computed_from_sizes():
+    def function(input, offset, weight, like):
+        tap = like.shape[0]
+        scales = [input.shape[2] / offset.shape[2]]
+        wide = pyramid_deform_conv2d([input], offset, weight[None], dilation=(tap, 1), scales=scales)
+        return wide + deform_conv2d(input, offset, weight, padding=tap, dilation=tap)
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tap in (2, 3):
+        arguments = torch.randn(2, 4, 9, 10), torch.randn(2, 18, 9, 10), torch.randn(5, 4, 3, 3), torch.zeros(tap)
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+def test_compiled_autograd(make_case):
+    case = make_case(dtype=torch.float32)
+    expected = case.run(operator)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        operator(*case.arguments()).backward(case.grad)
+    torch.testing.assert_close([tensor.grad for tensor in case.tensors()], expected[1])
+
+
 def test_compiles_the_drop_in_with_inductor():
     torch.manual_seed(0)
     input, weight = torch.randn(1, 4, 9, 8, requires_grad=True), torch.randn(4, 4, 3, 3)

@@ -1,0 +1,66 @@
+"""The public functions in what TorchScript understands, which knows neither keyword-only arguments nor backends.
+
+torch.jit.script takes these in their place (`functional.py`): it calls the `__prepare_scriptable__` of what it meets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._jit_internal import BroadcastingList2
+
+
+def pyramid_deform_conv2d(
+    features: list[Tensor],
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    level_weight: Tensor | None = None,
+    scales: list[float] | None = None,
+    dilation: BroadcastingList2[int] = 1,
+) -> Tensor:
+    """`dyhead.ops.pyramid_deform_conv2d`."""
+    if len(features) > 0:
+        offset, like = _widen(offset, features[0]), features[0]
+        mask = None if mask is None else _widen(mask, like)
+        level_weight = None if level_weight is None else _widen(level_weight, like)
+    return torch.ops.dyhead.pyramid_deform_conv2d(
+        features, offset, weight, bias, mask, level_weight, True, scales, [1, 1], [0, 0], dilation
+    )
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: BroadcastingList2[int] = 1,
+    padding: BroadcastingList2[int] = 0,
+    dilation: BroadcastingList2[int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`dyhead.ops.deform_conv2d`."""
+    mask = None if mask is None else _widen(mask, input)
+    return torch.ops.dyhead.pyramid_deform_conv2d(
+        [input],
+        _widen(offset, input),
+        weight.unsqueeze(0),
+        bias,
+        mask,
+        None,
+        False,
+        None,
+        stride,
+        padding,
+        dilation,
+    )
+
+
+def _widen(tensor: Tensor, like: Tensor) -> Tensor:
+    """In the type of positions; what may not be widened is left as it is, for the operator to refuse."""
+    if like.dtype == torch.float64 and tensor.is_floating_point():
+        return tensor.to(torch.float64)
+    if tensor.dtype == torch.float16 or tensor.dtype == torch.bfloat16:
+        return tensor.to(torch.float32)
+    return tensor

@@ -1,0 +1,95 @@
+"""The public functions in TorchScript, and in the graphs that torch.onnx exports."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dyhead.layers import DyHead
+from dyhead.ops import deform_conv2d, library, pyramid_deform_conv2d
+
+compiled = pytest.mark.skipif(library.PROBLEM is not None, reason="TorchScript needs the compiled operator")
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4, 3, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None):
+        return deform_conv2d(input, offset, self.weight, self.bias, (2, 1), padding=1, mask=mask)
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 4, 3, 3))
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None):
+        level_weight = input.mean((1, 2))[:, :2].sigmoid()
+        return pyramid_deform_conv2d(
+            [input, input], offset, self.weight, None, mask, level_weight, scales=[2.0, 1.0], dilation=(1, 2)
+        )
+
+
+def script(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit.script is deprecated
+        return torch.jit.script(module)
+
+
+@pytest.fixture
+def arguments():
+    torch.manual_seed(0)
+    return torch.randn(2, 4, 6, 7), torch.randn(2, 18, 3, 7), torch.rand(2, 9, 3, 7)
+
+
+@compiled
+@pytest.mark.parametrize("module", [Convolution, Pyramid])
+class TestScript:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_equals_the_module(self, module, dtype, masked, arguments, tmp_path):
+        module = module().to(dtype)
+        script(module).save(tmp_path / "module.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.jit.load(tmp_path / "module.pt")
+        arguments = [tensor.to(dtype).requires_grad_() for tensor in arguments[: 3 if masked else 2]]
+        results = [function(*arguments) for function in (loaded, module)]
+        assert torch.equal(*results)
+        for got, expected in zip(*(torch.autograd.grad(r.square().sum(), arguments) for r in results), strict=True):
+            assert torch.equal(got, expected)
+
+    def test_positions_are_not_narrowed(self, module, arguments):
+        input, offset, _ = arguments
+        with pytest.raises(RuntimeError, match=r"offset: expected torch\.float32, got torch\.float64"):
+            script(module())(input, offset.double())
+
+
+def test_script_without_the_library_says_so(monkeypatch):
+    monkeypatch.setattr(library, "PROBLEM", "it was not built")
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script: expected the compiled operator, got none: it was not"):
+        deform_conv2d.__prepare_scriptable__()  # what torch.jit.script calls when it meets the function first
+
+
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_script_of_a_head_says_what_takes_it(block):
+    with pytest.raises(
+        RuntimeError, match="without DyHead, as TorchScript .*; torch.jit.trace and torch.export take it"
+    ):
+        script(nn.Sequential(DyHead(16, 1, block=block)))
+
+
+@pytest.mark.parametrize("exporting", [False, True])
+def test_onnx_is_exported_by_pytorchs_own_operators(arguments, monkeypatch, exporting):
+    """torch.onnx itself needs packages that are not here: its flag, and the graph that it would get."""
+    levels = torch.randn(1, 16, 6, 6), torch.randn(1, 16, 3, 3)
+    head = DyHead(16, 1)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: exporting)
+    for module, inputs in [(Convolution(), arguments), (Pyramid(), arguments), (head, (levels,))]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about constants in the trace
+            graph = str(torch.jit.trace(module, inputs).inlined_graph)
+        assert ("dyhead::" in graph) == (not exporting and library.PROBLEM is None)
