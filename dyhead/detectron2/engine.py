@@ -14,9 +14,10 @@ from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from dyhead.config import ConfigError, add_dyhead_config, check_config, load_config
+from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
+from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
 from dyhead.detectron2.datasets import check_classes, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
@@ -24,9 +25,6 @@ from dyhead.evaluation import plot_losses
 from dyhead.preflight import check_run
 
 _log = logging.getLogger(__name__)
-
-# Keys of Detectron2's that are not read although one might think so.
-_NOT_HONOURED = {"TEST.AUG.ENABLED"}
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -40,10 +38,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)
-    check_config(cfg)
-    ignored = sorted(given & _NOT_HONOURED)
-    if ignored:
-        _log.warning("%s does not honour %s", cfg.MODEL.META_ARCHITECTURE, ", ".join(ignored))
+    check_values(cfg, args.num_gpus * args.num_machines)
+    ignore_not_honoured(cfg, given)
     check_run(cfg, args)
     _check_links(cfg, args)
     cfg.freeze()
@@ -134,6 +130,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(f"DATASETS.{needed}: expected at least one dataset, got none")
     register_datasets(names, cfg.DATASETS.REGISTER)
     check_classes(cfg, names)
+    check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN)
 
 
 def _setup_process(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.data import DataError
 from dyhead.preflight import check_run
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
-from dyhead.torchvision.config import check_values, dump, get_cfg, warn_not_honoured
+from dyhead.torchvision.config import check_values, dump, get_cfg, ignore_not_honoured
 from dyhead.torchvision.data import load_splits, load_train, train_records
 from dyhead.torchvision.detectors import build_model
 from dyhead.torchvision.evaluation import Evaluated, evaluate
@@ -52,7 +52,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     given = load_config(cfg, args.config_file, args.opts)
     check_values(cfg)
-    warn_not_honoured(cfg, given)
+    ignore_not_honoured(cfg, given)
     check_run(cfg, args)
     cfg.freeze()
     return cfg
