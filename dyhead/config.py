@@ -97,6 +97,9 @@ def ignore_keys(
         _log.warning("%s does not read: %s", cfg.MODEL.META_ARCHITECTURE, _listed(cfg, unread))
     for key in ignored:
         _assign(cfg, key, get(defaults, key))
+    if cfg.SOLVER.STEPS == defaults.SOLVER.STEPS:
+        # So that nothing warns of steps that come after the end and that nobody asked for.
+        cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
 
 
 def _unread(cfg: CfgNode) -> list[str]:

@@ -126,6 +126,15 @@ def test_a_key_that_has_its_default_is_not_named(engine, detector, outcome):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_default_steps_after_the_end_are_dropped_and_others_stay(engine, outcome):
+    module, cfg = importlib.import_module(f"dyhead.{engine}.config"), defaults(engine)
+    for steps, max_iter, expected in (((30000,), 100, ()), ((30000,), 40000, (30000,)), ((50, 200), 100, (50, 200))):
+        cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = steps, max_iter
+        module.ignore_not_honoured(cfg, {"SOLVER.STEPS"})
+        assert cfg.SOLVER.STEPS == expected
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_ignored_is_said_to_be_as_it_is_by_default(engine, outcome):
     cfg = defaults(engine)
     load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
