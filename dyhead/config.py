@@ -106,7 +106,11 @@ def _unread(cfg: CfgNode) -> list[str]:
     """Patterns of the keys of other detectors."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
-    return [f"{node}.*" for node in (*nodes, *(TWO_STAGE_NODES if name != TWO_STAGE else ()))]
+    if name != TWO_STAGE:
+        nodes += TWO_STAGE_NODES
+        if not DETECTORS[name].options.has_anchors:
+            nodes.append("MODEL.ANCHOR_GENERATOR")
+    return [f"{node}.*" for node in nodes]
 
 
 def _fits_any(key: str, patterns: Iterable[str]) -> bool:

@@ -128,6 +128,7 @@ def test_a_key_that_has_its_default_is_not_named(engine, detector, outcome):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_default_steps_after_the_end_are_dropped_and_others_stay(engine, outcome):
     module, cfg = importlib.import_module(f"dyhead.{engine}.config"), defaults(engine)
+    load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
     for steps, max_iter, expected in (((30000,), 100, ()), ((30000,), 40000, (30000,)), ((50, 200), 100, (50, 200))):
         cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = steps, max_iter
         module.ignore_not_honoured(cfg, {"SOLVER.STEPS"})
@@ -144,6 +145,8 @@ def test_what_is_ignored_is_said_to_be_as_it_is_by_default(engine, outcome):
     told, value = outcome(engine, cfg, "MODEL.RETINANET.NUM_CLASSES", 7)
     assert "DyHeadFCOS does not read: MODEL.RETINANET.NUM_CLASSES 7" in told
     assert value == 7
+    told, _ = outcome(engine, cfg, "MODEL.ANCHOR_GENERATOR.SIZES", [[32]])
+    assert "DyHeadFCOS does not read: MODEL.ANCHOR_GENERATOR.SIZES [[32]]" in told
 
 
 @pytest.mark.detectron2
