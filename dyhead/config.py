@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -97,9 +98,15 @@ def ignore_keys(
         _log.warning("%s does not read: %s", cfg.MODEL.META_ARCHITECTURE, _listed(cfg, unread))
     for key in ignored:
         _assign(cfg, key, get(defaults, key))
+    _quiet_defaults(cfg, defaults)
+
+
+def _quiet_defaults(cfg: CfgNode, defaults: CfgNode) -> None:
+    """Nobody asked for a value that is the default: nothing shall warn of it."""
     if cfg.SOLVER.STEPS == defaults.SOLVER.STEPS:
-        # So that nothing warns of steps that come after the end and that nobody asked for.
         cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+    if cfg.DATALOADER.NUM_WORKERS == defaults.DATALOADER.NUM_WORKERS:  # on fewer processors PyTorch warns
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 
 def _unread(cfg: CfgNode) -> list[str]:

@@ -2,11 +2,14 @@
 
 import importlib
 import logging
+import os
 import re
+import warnings
 from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dyhead.config import OPTIONS, ConfigError, add_dyhead_config, get, load_config
@@ -133,6 +136,20 @@ def test_default_steps_after_the_end_are_dropped_and_others_stay(engine, outcome
         cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = steps, max_iter
         module.ignore_not_honoured(cfg, {"SOLVER.STEPS"})
         assert cfg.SOLVER.STEPS == expected
+
+
+@pytest.mark.parametrize("workers", [4, 5])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pytorch_warns_only_of_workers_that_were_asked_for(engine, workers, monkeypatch):
+    module, cfg = importlib.import_module(f"dyhead.{engine}.config"), defaults(engine)
+    load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
+    cfg.DATALOADER.NUM_WORKERS = workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.ignore_not_honoured(cfg, set())
+        torch.utils.data.DataLoader([1], num_workers=workers)
+    assert any("worker processes" in str(warning.message) for warning in caught) == (workers == 5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
