@@ -23,7 +23,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--config-file", required=True, type=os.path.expanduser, metavar="FILE", help="YAML file, see configs/"
+        "--config-file", type=os.path.expanduser, metavar="FILE", help="YAML file, see configs/; required"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate and measure MODEL.WEIGHTS; no training")
@@ -49,7 +49,10 @@ def choose_engine(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    if args.config_file is None:
+        parser.error("--config-file is required" + (", before the first KEY VALUE" if args.opts else ""))
     engine = choose_engine(args.engine)
     print(f"Engine: {engine}" + (" (--engine chooses)" if args.engine == "auto" else ""), flush=True)
     try:

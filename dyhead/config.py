@@ -8,19 +8,24 @@ Detectron2's own keys stand in :mod:`dyhead.config_checks`. docs/config.md is ma
 from __future__ import annotations
 
 import difflib
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS, TWO_STAGE_NODES
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
 from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
 from dyhead.options import Check, leaves, read
+
+_log = logging.getLogger(__name__)
 
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
@@ -68,6 +73,59 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
     return checks
+
+
+def ignore_keys(
+    cfg: CfgNode, given: Iterable[str], defaults: CfgNode, not_honoured: Sequence[str], engine: str
+) -> None:
+    """Name, in one warning each, the keys that an engine cannot honour and those that the detector does not read.
+
+    Keys that have their default are not named. Those that cannot be honoured get it: ``cfg`` says what happens.
+
+    Args:
+        cfg: the configuration, not frozen.
+        given: full names of the keys that the user set, as :func:`load_config` returns them.
+        defaults: of all keys.
+        not_honoured: patterns of keys, as a shell's file names.
+        engine: what the warning calls it.
+    """
+    changed = [key for key in sorted(given) if _as_lists(get(cfg, key)) != _as_lists(get(defaults, key))]
+    ignored = [key for key in changed if _fits_any(key, not_honoured)]
+    unread = [key for key in changed if key not in ignored and _fits_any(key, _unread(cfg))]
+    if ignored:
+        _log.warning("%s cannot honour, and ignores: %s", engine, _listed(cfg, ignored))
+    if unread:
+        _log.warning("%s does not read: %s", cfg.MODEL.META_ARCHITECTURE, _listed(cfg, unread))
+    for key in ignored:
+        _assign(cfg, key, get(defaults, key))
+    _quiet_defaults(cfg, defaults)
+
+
+def _quiet_defaults(cfg: CfgNode, defaults: CfgNode) -> None:
+    """Nobody asked for a value that is the default: nothing shall warn of it."""
+    if cfg.SOLVER.STEPS == defaults.SOLVER.STEPS:
+        cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+    if cfg.DATALOADER.NUM_WORKERS == defaults.DATALOADER.NUM_WORKERS:  # on fewer processors PyTorch warns
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+
+
+def _unread(cfg: CfgNode) -> list[str]:
+    """Patterns of the keys of other detectors."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
+    if name != TWO_STAGE:
+        nodes += TWO_STAGE_NODES
+        if not DETECTORS[name].options.has_anchors:
+            nodes.append("MODEL.ANCHOR_GENERATOR")
+    return [f"{node}.*" for node in nodes]
+
+
+def _fits_any(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _listed(cfg: CfgNode, keys: Iterable[str]) -> str:
+    return ", ".join(f"{key} {shown(get(cfg, key))}" for key in keys)
 
 
 def expect(cfg: CfgNode, key: str, fits: Any, expected: str) -> None:
@@ -202,7 +260,7 @@ def _num_classes_key(cfg: CfgNode) -> str:
 
 
 def _as_lists(value: Any) -> Any:
-    return list(map(_as_lists, value)) if isinstance(value, tuple) else value
+    return list(map(_as_lists, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _check_version(cfg: CfgNode, settings: Iterable[Setting]) -> None:
@@ -280,6 +338,10 @@ def _set(cfg: CfgNode, setting: Setting, default: Any) -> None:
         raise ConfigError(
             f"{setting.origin}: {key}: expected {type(default).__name__} (its default is {default!r}), got {got}"
         )
+    _assign(cfg, key, value)
+
+
+def _assign(cfg: CfgNode, key: str, value: Any) -> None:
     node, _, name = key.rpartition(".")
     (get(cfg, node) if node else cfg)[name] = value
 

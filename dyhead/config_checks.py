@@ -54,6 +54,7 @@ CHECKS: dict[str, Check] = {
     "MODEL.PIXEL_STD": _NUMBERS & each(above(0)),
     "MODEL.BACKBONE.FREEZE_AT": _WHOLE & between(0, 5),
     "MODEL.FPN.OUT_CHANNELS": _COUNT,
+    "MODEL.ANCHOR_GENERATOR.NAME": one_of("DefaultAnchorGenerator"),
     "INPUT.MIN_SIZE_TRAIN": _WHOLES & at_least_one("size in pixels") & each(at_least(1)),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
     "INPUT.MAX_SIZE_TRAIN": _COUNT,
@@ -112,6 +113,20 @@ RESNET_CHECKS: dict[str, Check] = {
 
 #: Of backbones with a feature pyramid network, likewise.
 FPN_CHECKS: dict[str, Check] = {"MODEL.FPN.IN_FEATURES": _STRINGS & at_least_one("stage")}
+
+#: The losses of the boxes of two-stage detectors.
+BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+
+#: The nodes that two-stage detectors alone read.
+TWO_STAGE_NODES = (
+    "MODEL.PROPOSAL_GENERATOR",
+    "MODEL.RPN",
+    "MODEL.ROI_HEADS",
+    "MODEL.ROI_BOX_HEAD",
+    "MODEL.ROI_BOX_CASCADE_HEAD",
+    "MODEL.ROI_MASK_HEAD",
+    "MODEL.ROI_KEYPOINT_HEAD",
+)
 
 _MATCHING = {leaf.key: leaf.type & leaf.check for leaf in leaves(MaxIoUAssigner)}
 

@@ -12,8 +12,9 @@ from urllib.parse import urlparse
 import torch
 from fvcore.common.config import CfgNode
 
-from dyhead.config import ConfigError
+from dyhead.config import ConfigError, get
 from dyhead.config_checks import MAX_SEED
+from dyhead.detection import DETECTORS
 from dyhead.evaluation.expected import check_expectations
 
 _log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
             is_address = False
         if not is_address:
             raise ConfigError(f"--dist-url: expected tcp://HOST:PORT, got {args.dist_url}")
+        if device.type == "cpu" and not args.eval_only:
+            _check_norms(cfg)
     if cfg.SEED > MAX_SEED - (processes - 1):
         raise ConfigError(
             f"SEED: expected at most {MAX_SEED - (processes - 1)} with {processes} processes, which count on from it, "
@@ -93,6 +96,14 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} devices, got {cfg.SOLVER.IMS_PER_BATCH}"
         )
+
+
+def _check_norms(cfg: CfgNode) -> None:
+    name = cfg.MODEL.META_ARCHITECTURE
+    node = DETECTORS[name].node if name in DETECTORS else "MODEL.ROI_BOX_HEAD"
+    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", f"{node}.NORM"):
+        if get(cfg, key) in ("SyncBN", "nnSyncBN"):
+            raise ConfigError(f"{key}: expected one that several processes can share on a CPU, got {get(cfg, key)!r}")
 
 
 def _check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -93,6 +93,14 @@ def test_what_is_no_device_is_refused(check, device):
         check({"MODEL.DEVICE": device})
 
 
+@pytest.mark.parametrize("key", ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM"])
+def test_several_cpus_share_no_statistics(check, key):
+    check({key: "SyncBN"})
+    check({key: "SyncBN", "MODEL.WEIGHTS": __file__}, num_gpus=2, eval_only=True)
+    with pytest.raises(ConfigError, match=f"^{key}: expected one that several processes can share on a CPU"):
+        check({key: "SyncBN"}, num_gpus=2)
+
+
 def test_each_process_has_a_seed_that_numpy_takes(check):
     check({"SEED": 2**32 - 1})
     check({"SEED": 2**32 - 2}, num_gpus=2)

@@ -105,3 +105,9 @@ def test_unknown_arguments_are_refused(train_net, argv):
     with pytest.raises(SystemExit) as error:
         train_net.main(argv)
     assert error.value.code == 2
+
+
+def test_a_config_file_behind_the_overrides_is_told(train_net, capsys):
+    with pytest.raises(SystemExit):
+        train_net.main(["SOLVER.MAX_ITER", "1", "--config-file", "a.yaml"])
+    assert "--config-file is required, before the first KEY VALUE" in capsys.readouterr().err

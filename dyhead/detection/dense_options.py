@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dyhead.detection import normalizer
 from dyhead.detection.anchors import AnchorOptions, Anchors
@@ -17,6 +17,9 @@ from dyhead.options import at_least, at_least_one, between, choice, inside, odd,
 @dataclass(frozen=True)
 class DenseOptions:
     """What every dense detector has. A detector's own options inherit from it, with its defaults."""
+
+    #: Whether ``build`` reads its argument ``anchors``.
+    has_anchors: ClassVar[bool] = True
 
     num_classes: int = option(80, "classes, without background", at_least(1))
     in_features: tuple[str, ...] = option(

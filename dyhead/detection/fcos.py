@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import CenterAssigner
@@ -20,6 +21,8 @@ from dyhead.options import one_of, option, part
 @dataclass(frozen=True)
 class FCOSOptions(DenseOptions):
     """FCOS: one point a cell, boxes as distances from it, centerness as the quality."""
+
+    has_anchors: ClassVar[bool] = False
 
     assigner: CenterAssigner = part(CenterAssigner())
     box_form: Distances = part(Distances())

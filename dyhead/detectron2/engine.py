@@ -14,8 +14,9 @@ from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from dyhead.config import ConfigError, add_dyhead_config, check_config, load_config
+from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.detectron2.checkpoint import Checkpointer
+from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
 from dyhead.detectron2.datasets import check_classes, check_trainable, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
@@ -26,9 +27,6 @@ from dyhead.runs.output_dir import claimed, write_config
 from dyhead.runs.processes import launched, reporting
 
 _log = logging.getLogger(__name__)
-
-# Keys of Detectron2's that are not read although one might think so.
-_NOT_HONOURED = {"TEST.AUG.ENABLED"}
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -42,10 +40,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)
-    check_config(cfg)
-    ignored = sorted(given & _NOT_HONOURED)
-    if ignored:
-        _log.warning("%s does not honour %s", cfg.MODEL.META_ARCHITECTURE, ", ".join(ignored))
+    check_values(cfg, args.num_gpus * args.num_machines)
+    ignore_not_honoured(cfg, given)
     check_run(cfg, args)
     _check_links(cfg, args)
     cfg.freeze()
@@ -129,6 +125,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     register_datasets(names, cfg.DATASETS.REGISTER, clip_boxes=cfg.DATASETS.CLIP_BOXES)
     check_classes(cfg, names)
     check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
+    check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN)
     if not args.eval_only:
         check_trainable(cfg)
 

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import ast
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import resources
 from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
-from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get
+from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get, ignore_keys
+from dyhead.config_checks import BOX_LOSSES
 from dyhead.config_files import shown
 from dyhead.torchvision.backbone import BACKBONES
 
-_log = logging.getLogger(__name__)
-
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN")
-_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 
 # The values that can be honoured, where not every value can.
 _CHOICES: dict[str, tuple] = {
     "MODEL.BACKBONE.NAME": tuple(BACKBONES),
-    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "MODEL.RESNETS.NORM": _NORMS[1:],
     "MODEL.RESNETS.RES5_DILATION": (1,),
     "MODEL.RESNETS.STEM_OUT_CHANNELS": (64,),
@@ -36,10 +33,10 @@ _CHOICES: dict[str, tuple] = {
 _TWO_STAGE_CHOICES: dict[str, tuple] = {
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
     "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
     "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
     "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
 }
@@ -48,7 +45,7 @@ _TWO_STAGE_CHOICES: dict[str, tuple] = {
 def get_cfg() -> CfgNode:
     """Every key of Detectron2 and of this project, with its default."""
     defaults, _ = _detectron2()
-    return add_dyhead_config(CfgNode(defaults))
+    return add_dyhead_config(CfgNode(defaults))  # of a copy
 
 
 def dump(cfg: CfgNode) -> str:
@@ -58,21 +55,13 @@ def dump(cfg: CfgNode) -> str:
 
 def not_honoured_keys() -> set[str]:
     """Full names of the keys of Detectron2 that this engine knows but cannot honour."""
-    return set(_not_honoured_defaults())
+    defaults, patterns = _detectron2()
+    return {key for key, _ in _leaves(defaults) if any(fnmatchcase(key, pattern) for pattern in patterns)}
 
 
-def warn_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
-    """Log one warning that names the keys in ``given`` whose value in ``cfg`` this engine cannot honour, if any.
-
-    Args:
-        cfg: the configuration.
-        given: full names of the keys that the user set, as ``load_config`` returns them.
-    """
-    defaults = _not_honoured_defaults()
-    ignored = [key for key in sorted(given) if key in defaults and _plain(get(cfg, key)) != _plain(defaults[key])]
-    if ignored:
-        listed = ", ".join(f"{key} {get(cfg, key)!r}" for key in ignored)
-        _log.warning("The torchvision engine cannot honour, and ignores: %s", listed)
+def ignore_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
+    """See :func:`dyhead.config.ignore_keys`."""
+    ignore_keys(cfg, given, get_cfg(), _detectron2()[1], "The torchvision engine")
 
 
 def check_values(cfg: CfgNode) -> None:
@@ -119,16 +108,12 @@ def _expect(cfg: CfgNode, key: str, fits: Callable[[Any], Any], expected: str) -
         raise ConfigError(f"{key}: the torchvision engine expects {expected}, got {shown(get(cfg, key))}")
 
 
+@cache
 def _detectron2() -> tuple[dict[str, Any], list[str]]:
     """Detectron2's defaults, and patterns of the keys that are not honoured."""
     text = resources.files(__package__).joinpath("detectron2_defaults.yaml").read_text(encoding="utf-8")
     defaults, not_honoured = yaml.safe_load_all(text)
     return _with_tuples(defaults), not_honoured
-
-
-def _not_honoured_defaults() -> dict[str, Any]:
-    defaults, patterns = _detectron2()
-    return {key: value for key, value in _leaves(defaults) if any(fnmatchcase(key, pattern) for pattern in patterns)}
 
 
 def _with_tuples(value: Any) -> Any:

@@ -29,7 +29,7 @@ from dyhead.runs.optimizer import build_optimizer, resumed_state
 from dyhead.runs.output_dir import claimed, write_config
 from dyhead.runs.processes import launched, reporting
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
-from dyhead.torchvision.config import check_values, get_cfg, warn_not_honoured
+from dyhead.torchvision.config import check_values, get_cfg, ignore_not_honoured
 from dyhead.torchvision.data import load_splits, load_train
 from dyhead.torchvision.detectors import build_model
 from dyhead.torchvision.evaluation import evaluate
@@ -55,7 +55,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     given = load_config(cfg, args.config_file, args.opts)
     check_values(cfg)
-    warn_not_honoured(cfg, given)
+    ignore_not_honoured(cfg, given)
     check_run(cfg, args)
     cfg.freeze()
     return cfg

@@ -273,7 +273,7 @@ def test_keys_that_are_not_read_are_named(arguments, caplog):
     setup(arguments({"MODEL.RETINANET.NORM": "GN"}, "retinanet"))
     assert "honour" not in caplog.text
     setup(arguments({"TEST.AUG.ENABLED": True}, "retinanet"))
-    assert "DyHeadRetinaNet does not honour TEST.AUG.ENABLED" in caplog.text
+    assert "The Detectron2 engine cannot honour, and ignores: TEST.AUG.ENABLED True" in caplog.text
 
 
 def test_no_detections_are_zero_ap(blocks, arguments, tmp_path, tiny_cfg):

@@ -1,0 +1,244 @@
+"""Every key of Detectron2, in both engines: its value is checked, or the engine says that it does not read it."""
+
+import importlib
+import logging
+import os
+import re
+import warnings
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dyhead.config import OPTIONS, ConfigError, add_dyhead_config, get, load_config
+from dyhead.options import leaves as options_of
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
+ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+# The folder, the weights and the device are tested in test_preflight.py, the results in tests/evaluation.
+BEFORE_OR_AFTER_A_RUN = {"MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "TEST.EXPECTED_RESULTS"}
+# Of which every value of their type is legal, and honoured.
+HONOURED = {
+    "DATALOADER.ASPECT_RATIO_GROUPING",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "SOLVER.NESTEROV",
+    "SOLVER.RESCALE_INTERVAL",
+    "SOLVER.CLIP_GRADIENTS.ENABLED",
+    "SOLVER.AMP.ENABLED",
+    "CUDNN_BENCHMARK",
+    "SEED",
+}
+HONOURED_WITH = {
+    "faster_rcnn": {"MODEL.ROI_HEADS.PROPOSAL_APPEND_GT"},
+    "detectron2": {
+        "MODEL.RESNETS.DEFORM_MODULATED",
+        "INPUT.CROP.ENABLED",
+        "DATALOADER.REPEAT_SQRT",
+        "TEST.PRECISE_BN.ENABLED",
+    },
+    "detectron2 faster_rcnn": {
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+        "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES",
+        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE",
+        "MODEL.MASK_ON",
+        "MODEL.KEYPOINT_ON",
+    },
+}
+
+
+def keys(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def keys_of_detectron2():
+    """But for those that are options, which test_config_checks.py tests."""
+    file = resources.files("dyhead") / "torchvision" / "detectron2_defaults.yaml"
+    options = {f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in options_of(options)}
+    return [key for key in keys(next(yaml.safe_load_all(file.read_text()))) if key not in options]
+
+
+def defaults(engine):
+    package = "detectron2.config" if engine == "detectron2" else "dyhead.torchvision"
+    return add_dyhead_config(importlib.import_module(package).get_cfg())
+
+
+@pytest.fixture
+def outcome(caplog):
+    """What an engine says of a quickstart with one value changed: the error, or the warnings, and the value then."""
+    caplog.set_level(logging.WARNING)
+
+    def outcome(engine, cfg, key, value):
+        module = importlib.import_module(f"dyhead.{engine}.config")
+        node, _, name = key.rpartition(".")
+        node = get(cfg, node) if node else cfg
+        before, node[name] = node[name], value
+        caplog.clear()
+        try:
+            module.check_values(cfg)
+            module.ignore_not_honoured(cfg, {key})
+            return caplog.text, node[name]
+        except ConfigError as error:
+            return str(error), None
+        finally:
+            node[name] = before
+
+    return outcome
+
+
+def another(value):
+    """A value of the same type that hardly means anything."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return type(value)(-12345)
+    if isinstance(value, (list, tuple)):
+        return type(value)([[["no such value"]]])
+    return "no such value"
+
+
+@pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_value_without_sense_is_refused_or_named_as_ignored(engine, detector, outcome):
+    cfg = defaults(engine)
+    load_config(cfg, QUICKSTART / f"{detector}_dyhead_R18_shapes.yaml")
+    silent = set()
+    for key in keys_of_detectron2():
+        told, _ = outcome(engine, cfg, key, another(get(cfg, key)))
+        if not re.search(rf"(^|: |, ){re.escape(key)}(: | )", told):
+            silent.add(key)
+    honoured = HONOURED.union(*(HONOURED_WITH.get(of, ()) for of in (engine, detector, f"{engine} {detector}")))
+    assert silent - BEFORE_OR_AFTER_A_RUN == honoured
+
+
+@pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_key_that_has_its_default_is_not_named(engine, detector, outcome):
+    cfg, default = defaults(engine), defaults(engine)
+    load_config(cfg, QUICKSTART / f"{detector}_dyhead_R18_shapes.yaml")
+    for key in keys(default):
+        told, _ = outcome(engine, cfg, key, get(default, key))
+        assert "cannot honour" not in told
+        assert "does not read" not in told
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_default_steps_after_the_end_are_dropped_and_others_stay(engine, outcome):
+    module, cfg = importlib.import_module(f"dyhead.{engine}.config"), defaults(engine)
+    load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
+    for steps, max_iter, expected in (((30000,), 100, ()), ((30000,), 40000, (30000,)), ((50, 200), 100, (50, 200))):
+        cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = steps, max_iter
+        module.ignore_not_honoured(cfg, {"SOLVER.STEPS"})
+        assert cfg.SOLVER.STEPS == expected
+
+
+@pytest.mark.parametrize("workers", [4, 5])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pytorch_warns_only_of_workers_that_were_asked_for(engine, workers, monkeypatch):
+    module, cfg = importlib.import_module(f"dyhead.{engine}.config"), defaults(engine)
+    load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
+    cfg.DATALOADER.NUM_WORKERS = workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.ignore_not_honoured(cfg, set())
+        torch.utils.data.DataLoader([1], num_workers=workers)
+    assert any("worker processes" in str(warning.message) for warning in caught) == (workers == 5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_ignored_is_said_to_be_as_it_is_by_default(engine, outcome):
+    cfg = defaults(engine)
+    load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
+    told, value = outcome(engine, cfg, "MODEL.MASK_ON", True)
+    assert re.search("The .* engine cannot honour, and ignores: MODEL.MASK_ON True", told)
+    assert value is False
+    told, value = outcome(engine, cfg, "MODEL.RETINANET.NUM_CLASSES", 7)
+    assert "DyHeadFCOS does not read: MODEL.RETINANET.NUM_CLASSES 7" in told
+    assert value == 7
+    told, _ = outcome(engine, cfg, "MODEL.ANCHOR_GENERATOR.SIZES", [[32]])
+    assert "DyHeadFCOS does not read: MODEL.ANCHOR_GENERATOR.SIZES [[32]]" in told
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"INPUT.CROP.SIZE": [300, 300]},
+            r"INPUT.CROP.SIZE: expected parts of the image, at most 1, with INPUT.CROP.TYPE relative_range, got \[300",
+        ),
+        (
+            {"INPUT.CROP.TYPE": "absolute"},
+            r"INPUT.CROP.SIZE: expected pixels with INPUT.CROP.TYPE absolute, got \[0.9, 0.9\]",
+        ),
+        (
+            {"SOLVER.REFERENCE_WORLD_SIZE": 3},
+            "SOLVER.REFERENCE_WORLD_SIZE: expected a divisor of SOLVER.IMS_PER_BATCH, 4, got 3",
+        ),
+        (
+            {"SOLVER.REFERENCE_WORLD_SIZE": 1, "SOLVER.CHECKPOINT_PERIOD": 1},
+            "SOLVER.REFERENCE_WORLD_SIZE 1: the schedule cannot be scaled to 8 devices: "
+            "SOLVER.CHECKPOINT_PERIOD: expected a whole number, at least 1, got 0",
+        ),
+        (
+            {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads"},
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG: expected True with MODEL.ROI_HEADS.NAME CascadeROIHeads",
+        ),
+        (
+            {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": (0.6, 0.7)},
+            r"MODEL.ROI_BOX_CASCADE_HEAD.IOUS: expected MODEL.ROI_HEADS.IOU_THRESHOLDS, 0.5, first, got \(0.6, 0.7\)",
+        ),
+        (
+            {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": (0.5, 0.7)},
+            "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS: expected 2 lists, as many as IOUS, got",
+        ),
+        ({"MODEL.MASK_ON": True, "MODEL.ROI_MASK_HEAD.NUM_CONV": -1}, "MODEL.ROI_MASK_HEAD.NUM_CONV: expected"),
+        (
+            {"MODEL.KEYPOINT_ON": True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": ()},
+            "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS: exp",
+        ),
+    ],
+)
+def test_values_that_detectron2_would_stumble_over_are_refused(settings, message):
+    from dyhead.detectron2.config import check_values
+
+    cfg = defaults("detectron2")
+    load_config(cfg, QUICKSTART / "faster_rcnn_dyhead_R18_shapes.yaml")
+    check_values(cfg, processes=8)
+    for key, value in settings.items():
+        node, _, name = key.rpartition(".")
+        get(cfg, node)[name] = value
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check_values(cfg, processes=8)
+
+
+@pytest.mark.detectron2
+def test_masks_and_keypoints_need_annotations():
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from dyhead.detectron2.config import check_annotations
+
+    cfg = defaults("detectron2")
+    records = [{"file_name": "a.png", "annotations": [{"segmentation": [[0, 0, 4, 0, 4, 4]]}]}]
+    DatasetCatalog.register("with_masks", lambda: records)
+    DatasetCatalog.register("without_masks", lambda: [*records, {"file_name": "b.png", "annotations": [{}]}])
+    try:
+        check_annotations(cfg, ["with_masks", "without_masks"])
+        cfg.MODEL.MASK_ON = True
+        check_annotations(cfg, ["with_masks"])
+        with pytest.raises(ConfigError, match=r"^MODEL.MASK_ON: .*'without_masks' .*without a segmentation \(b.png\)"):
+            check_annotations(cfg, ["with_masks", "without_masks"])
+        cfg.MODEL.KEYPOINT_ON = True
+        with pytest.raises(ConfigError, match="^MODEL.KEYPOINT_ON: expected False, since dataset 'with_masks' has no"):
+            check_annotations(cfg, ["with_masks"])
+    finally:
+        for name in ("with_masks", "without_masks"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
