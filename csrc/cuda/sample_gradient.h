@@ -79,11 +79,11 @@ struct SampleGradient {
         return {block_index(), 0, 0, 0, 0, maps.run_end(0, kRun), 0};
       }
     }
-    DYHEAD_DEVICE int offset_group(const Maps<A>& maps) const { return begin / maps.offset_channels(); }
-    DYHEAD_DEVICE bool ends_offset_group(const Maps<A>& maps) const { return end % maps.offset_channels() == 0; }
+    DYHEAD_DEVICE int offset_group(const Maps<A>& maps) const { return begin / maps.offset_channels; }
+    DYHEAD_DEVICE bool ends_offset_group(const Maps<A>& maps) const { return end % maps.offset_channels == 0; }
     DYHEAD_DEVICE void next(const Maps<A>& maps) {
       if constexpr (kOrdered) {
-        if (++tap == maps.taps()) tap = 0, ++patch;
+        if (++tap == maps.taps) tap = 0, ++patch;
         return;
       }
       if (!ends_offset_group(maps)) {
@@ -91,7 +91,7 @@ struct SampleGradient {
         begin = end;
       } else if (++level < maps.levels) {
         run = offset_run;
-        begin -= begin % maps.offset_channels();
+        begin -= begin % maps.offset_channels;
       } else {
         level = 0;
         offset_run = ++run;
@@ -128,7 +128,7 @@ struct SampleGradient {
 
     Unit unit = Unit::first(params);
     const int64_t runs_and_levels = static_cast<int64_t>(params.runs) * maps.levels;
-    const int64_t units = maps.taps() * (kOrdered ? Patch<kPixels>::count(maps) : runs_and_levels);
+    const int64_t units = maps.taps * (kOrdered ? Patch<kPixels>::count(maps) : runs_and_levels);
     Slice ahead{unit, 0};
     int64_t slices_ahead = units * params.slices;
     const auto copy_ahead = [&](int stage) {
@@ -165,7 +165,7 @@ struct SampleGradient {
 #pragma unroll 1
     for (int64_t u = 0; u < units; ++u) {
       const auto patch = Patch<kPixels>::at(maps, unit.patch);
-      const int group = unit.begin / maps.group_channels();
+      const int group = unit.begin / maps.group_channels;
       Sums<A, kWarpRows / 16, kWarpColumns / 8> sums;
       sums.clear();
 #pragma unroll 1
@@ -193,7 +193,7 @@ struct SampleGradient {
       });
       sync_block();
 
-      const bool ends = kOrdered || unit.ends_offset_group(maps), starts = unit.begin % maps.offset_channels() == 0;
+      const bool ends = kOrdered || unit.ends_offset_group(maps), starts = unit.begin % maps.offset_channels == 0;
       if constexpr (kOrdered) {
         add_in_order(params, patch, unit, shared);
       } else {
@@ -229,7 +229,7 @@ struct SampleGradient {
     for (int i = thread_index(); i < slices * kPixels * kChunks; i += kThreads) {
       const int chunk = i % kChunks, row = i / kChunks % kPixels, slice = i / (kChunks * kPixels);
       const int pixel = patch.pixel(maps, row);
-      const int64_t from = static_cast<int64_t>(patch.n) * maps.pixels() + pixel;
+      const int64_t from = static_cast<int64_t>(patch.n) * maps.pixels + pixel;
       const int out = (first_slice + slice) * kRow<T> + chunk * kVector<T>;
       const bool valid = pixel >= 0 && out < params.gradient.group_stride;
       copy_async(shared.gradient[slice] + tile_offset(row, chunk),
@@ -265,9 +265,10 @@ struct SampleGradient {
     const Maps<A>& maps = params.maps;
     const int c = thread_index() % kLanes * kCount, valid = unit.end - unit.begin - c;
     const bool positions = params.offset != nullptr || params.mask != nullptr || params.level_weight != nullptr;
-    const int64_t image = patch.n * maps.image_stride(unit.level) + unit.begin + c;
-    const T* const features = static_cast<const T*>(maps.level[unit.level].features) + image;
-    A* const gradients = params.features[unit.level] == nullptr ? nullptr : params.features[unit.level] + image;
+    // Element of the channels of this lane in the image's first pixel.
+    const int64_t first = patch.n * maps.image_stride(unit.level) + unit.begin + c;
+    const T* const features = static_cast<const T*>(maps.level[unit.level].features) + first;
+    A* const gradients = params.features[unit.level] == nullptr ? nullptr : params.features[unit.level] + first;
 #pragma unroll 1
     for (int p = thread_index() / kLanes; p < kPixels; p += kThreads / kLanes) {
       const auto corners = shared.table.corner[p];
@@ -275,14 +276,19 @@ struct SampleGradient {
       const Vector vector = read_vector(&shared.samples[p][c]);
       std::memcpy(gradient, &vector, sizeof(vector));
       if (positions) {
+        // All four are under way before the first is used.
+        T value[4][kCount];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          load_channels<kVectors>(features, corners.at[i], maps.channels * static_cast<int>(sizeof(T)), valid,
+                                  value[i]);
+        }
         A product[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          T value[kCount];
-          load_channels<kVectors>(features, corners.at[i], maps.channels, valid, value);
           product[i] = A(0);
 #pragma unroll
-          for (int k = 0; k < kCount; ++k) product[i] += gradient[k] * static_cast<A>(value[k]);
+          for (int k = 0; k < kCount; ++k) product[i] += gradient[k] * static_cast<A>(value[i][k]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -339,10 +345,10 @@ struct SampleGradient {
     if (unit.level + 1 < maps.levels) return;
     if (pixel >= 0) {
       const int64_t begin =
-          plane(patch.n, maps.offset_groups, unit.offset_group(maps), maps.taps(), unit.tap, maps.pixels());
+          plane(patch.n, maps.offset_groups, unit.offset_group(maps), maps.taps, unit.tap, maps.pixels);
       if (params.offset != nullptr) {
         params.offset[2 * begin + pixel] = own.dy;
-        params.offset[2 * begin + maps.pixels() + pixel] = own.dx;
+        params.offset[2 * begin + maps.pixels + pixel] = own.dx;
       }
       if (params.mask != nullptr) params.mask[begin + pixel] = own.mask;
     }
