@@ -76,11 +76,13 @@ void weight_gradient_pass_of(const Device& device, const Inputs<T>& inputs, cons
   const int64_t tap_stride = static_cast<int64_t>(maps.out_channels) * maps.group_channels;
   const int64_t part_stride = tap_stride * maps.taps * maps.levels;
 
-  // Parts enough for some blocks on every multiprocessor, but not so many that writing them takes longer than
-  // computing.
-  constexpr int64_t blocks_per_processor = 8, least_slices = 4, most_elements = int64_t(1) << 26;
-  const int64_t wanted = std::min(blocks_of(device.processors() * blocks_per_processor, units),
-                                  std::min(blocks_of(slices, least_slices), most_elements / part_stride));
+  // Parts enough for some waves of blocks, but not so many that writing them takes longer than computing. A wave is
+  // what runs at a time: kMinBlocks blocks on every multiprocessor. Rounded down, because a few blocks in a last wave
+  // would take as long as a whole one.
+  constexpr int64_t most_waves = 8, least_slices = 4, most_elements = int64_t(1) << 26;
+  const int64_t wave = static_cast<int64_t>(device.processors()) * Kernel::kMinBlocks;
+  const int64_t wanted =
+      std::min(most_waves * wave / units, std::min(blocks_of(slices, least_slices), most_elements / part_stride));
   constexpr int64_t most_slices = 1 << 20;  // of a part, which counts its rows in 32 bits
   const int64_t part_slices = std::min(blocks_of(slices, std::max<int64_t>(wanted, 1)), most_slices);
   const int64_t parts = blocks_of(slices, part_slices);
