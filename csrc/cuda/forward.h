@@ -3,9 +3,11 @@
 // A block sums up a patch of output pixels by a block of a group's output channels, in registers, over all levels, taps
 // and slices of channels (128 bytes of a sample each). While tensor cores multiply one slice's samples, the same
 // threads gather the next slice's: before each quarter of a product they load four corners of one vector, after it they
-// interpolate and store it. So loads have the time of a quarter to arrive and take 16 registers, and there is one
-// synchronisation a slice. Producers of their own (warp specialisation) would need registers that the sums take: with
-// mma.sync a block of 128 x 256 sums holds half of all registers, and only sm_90 can hand registers on between warps.
+// interpolate and store it. So loads take 16 registers and have the time of a quarter to arrive, if the compiler issues
+// all of them before the product and waits for none before its end; tools/machine_code.py reads from the machine code
+// that it does. There is one synchronisation a slice. Producers of their own (warp specialisation) would need registers
+// that the sums take: with mma.sync a block of 128 x 256 sums holds half of all registers, and only sm_90 can hand
+// registers on between warps.
 //
 // Weights arrive by asynchronous copies, kStages - 1 slices ahead. The places of samples are found once per tap and
 // level, one place ahead of the gathering, and lie in shared memory for all slices.
@@ -173,11 +175,11 @@ struct Forward {
         valid = slice.end - slice.begin - chunk * kVector<T>;
       }
       const char* const samples = shared.samples[s % 2];
+      // Branches of their own for loading and for storing: without them the compiler moves both into the product.
 #pragma unroll kUnrolledSteps
       for (int step = 0; step < kSteps; ++step) {
         if (more) load(level_pixels + slice.begin, valid, shared.table[current], step);
         Multiply::add_rows(samples, warp_row, shared.weights[stage], warp_column, step, sums);
-        // The branch keeps the compiler from waiting for what was loaded before it has multiplied.
         if (more) store(shared.table[current], step, shared.samples[(s + 1) % 2]);
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;

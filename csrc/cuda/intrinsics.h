@@ -206,7 +206,7 @@ DYHEAD_DEVICE void atomic_add(A* to, A value) {
 // The same where no other thread of the launch touches `to`: in the order of the program, as every two operations of a
 // thread on one address are. A reduction nevertheless, because it need not wait for what is there.
 template <typename A>
-DYHEAD_DEVICE void owner_add(A* to, A value) {
+DYHEAD_DEVICE void owned_atomic_add(A* to, A value) {
   atomicAdd(to, value);
 }
 

@@ -255,8 +255,8 @@ struct SampleGradient {
     for (int p = 0; p < kPixels; ++p) {
       const int i = kind ^ shared.parity[p], corner = shared.table.corner[p].at[i];
       if (corner < 0) continue;
-      owner_add(gradient + static_cast<int64_t>(corner) * maps.channels,
-                shared.table.share[p].at[i] * shared.samples[p][c]);
+      owned_atomic_add(gradient + static_cast<int64_t>(corner) * maps.channels,
+                       shared.table.share[p].at[i] * shared.samples[p][c]);
     }
   }
 

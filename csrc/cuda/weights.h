@@ -1,5 +1,5 @@
-// Weights in the order in which a kernel multiplies with them: tiles that are images of what lies in shared memory, so
-// that a tile is copied as it is.
+// Weights in the order in which a kernel multiplies with them: in tiles as they lie in shared memory, so that a tile is
+// copied as it is.
 
 #pragma once
 

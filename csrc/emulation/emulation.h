@@ -158,7 +158,7 @@ inline void atomic_add(A* to, A value) {
   emulation::atomic_add(to, value);
 }
 template <typename A>
-inline void owner_add(A* to, A value) {
+inline void owned_atomic_add(A* to, A value) {
   emulation::check_owner(to);
   *to += value;
 }
