@@ -286,9 +286,11 @@ struct SampleGradient {
         A product[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+          A wide[kCount];
+          widen(value[i], wide);
           product[i] = A(0);
 #pragma unroll
-          for (int k = 0; k < kCount; ++k) product[i] += gradient[k] * static_cast<A>(value[i][k]);
+          for (int k = 0; k < kCount; ++k) product[i] += gradient[k] * wide[k];
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

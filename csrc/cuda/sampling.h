@@ -142,6 +142,23 @@ DYHEAD_DEVICE void load_channels(const T* from, int corner, int pixel_bytes, int
   }
 }
 
+// kCount values as the type of sums. bfloat16 by words: the compiler would shift the upper one of two twice.
+template <typename T, int kCount>
+DYHEAD_DEVICE void widen(const T (&value)[kCount], Accumulator<T> (&result)[kCount]) {
+  if constexpr (std::is_same_v<T, BFloat16> && kCount % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      uint32_t word;
+      std::memcpy(&word, value + i, sizeof(word));
+      const uint32_t wide[2] = {word << 16, word & 0xffff0000u};
+      std::memcpy(result + i, wide, sizeof(wide));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result[i] = static_cast<Accumulator<T>>(value[i]);
+  }
+}
+
 // One vector of channels of a sample on its way from global memory to a tile: loaded before a product, stored after it.
 template <typename T, bool kTensorCores, bool kVectors>
 struct Gather {
@@ -160,12 +177,14 @@ struct Gather {
   template <int kPixels>
   DYHEAD_DEVICE void store(const Table<A, kPixels>& table, int p, char* to) const {
     const auto shares = table.share[p];
-    A sum[kCount];
+    A wide[4][kCount], sum[kCount];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) widen(value[i], wide[i]);
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
       sum[c] = A(0);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[c] += shares.at[i] * static_cast<A>(value[i][c]);
+      for (int i = 0; i < 4; ++i) sum[c] += shares.at[i] * wide[i][c];
     }
     store_vector(to, Product<T, kTensorCores>::pack(sum));
   }
