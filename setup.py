@@ -11,7 +11,8 @@ Environment variables, as PyTorch's extensions have them:
     DYHEAD_CXX_FLAGS       more flags for the C++ compiler and linker, for example -fsanitize=address
 
 `python setup.py compile_cuda` compiles and links all of csrc/cuda into build/ and installs nothing: a check for
-machines that have an nvcc and no GPU. It prints what every kernel takes, and fails where one spills registers.
+machines that have an nvcc and no GPU. It prints what every kernel takes, and fails where one spills registers, or waits
+before a product for loads that should arrive while it multiplies (tools/machine_code.py).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 
 def find_cuda_home() -> str | None:
@@ -142,13 +144,15 @@ class CompileCuda(Build):
         """Replaces the extensions and the folder to build into."""
         if CUDA_HOME is None:
             sys.exit("compile_cuda: expected an nvcc on PATH or CUDA_HOME, found neither")
-        self.distribution.ext_modules = [cuda_extension("-Xptxas=-v")]
         self.build_lib, self.build_temp, self.inplace = "build/cuda", "build/cuda/objects", False
+        self.code = Path(self.build_temp, "code").absolute()
+        self.distribution.ext_modules = [cuda_extension("-Xptxas=-v", "--keep", f"--keep-dir={self.code}")]
         super().finalize_options()
 
     def run(self) -> None:
-        """Compiles everything anew and reads the compiler's report."""
+        """Compiles everything anew, and reads the compiler's report and the machine code."""
         shutil.rmtree(self.build_temp, ignore_errors=True)
+        self.code.mkdir(parents=True)
         with tempfile.TemporaryFile("w+") as log:
             try:
                 with redirected_output(log):
@@ -165,6 +169,12 @@ class CompileCuda(Build):
         spilling = [row for row in rows if row[4] != "0"]
         if spilling or not rows:
             sys.exit(f"compile_cuda: expected kernels without spills, got {len(spilling)} of {len(rows)} that spill")
+        waiting = runpy.run_path("tools/machine_code.py")["problems"](self.code)
+        shutil.rmtree(self.code)  # what a compiler keeps is large
+        if waiting:
+            sys.exit(
+                "compile_cuda: expected no product that waits for loads of the next samples, got\n" + "\n".join(waiting)
+            )
 
 
 @contextlib.contextmanager

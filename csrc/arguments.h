@@ -130,8 +130,9 @@ inline Problem check_arguments(const Arguments& arguments) {
   using namespace detail;
   const auto& [features, offset, weight, bias, mask, level_weight, aligned, scales, stride, padding, dilation] =
       arguments;
-  const auto feature_name = [aligned = aligned](size_t level) {
-    return aligned ? text("features[", level, "]") : std::string("input");
+  // Lambdas take `arguments`: a structured binding may be captured only since C++20, and not in every compiler of it.
+  const auto feature_name = [&arguments](size_t level) {
+    return arguments.aligned ? text("features[", level, "]") : std::string("input");
   };
   const int64_t hidden = aligned ? 0 : 1;
 
@@ -199,9 +200,9 @@ inline Problem check_arguments(const Arguments& arguments) {
   if (aligned) {
     if (height < 1 || width < 1) fail("offset", "an output grid of at least one pixel", shape_text(offset));
   } else {
-    const auto output_size = [&](int64_t size, int64_t kernel, int axis) {
-      const int64_t room = size + 2 * padding[axis] - dilation[axis] * (kernel - 1) - 1;
-      return room < 0 ? 0 : room / stride[axis] + 1;
+    const auto output_size = [&arguments](int64_t size, int64_t kernel, int axis) {
+      const int64_t room = size + 2 * arguments.padding[axis] - arguments.dilation[axis] * (kernel - 1) - 1;
+      return room < 0 ? 0 : room / arguments.stride[axis] + 1;
     };
     height = output_size(first.size(2), kernel_height, 0);
     width = output_size(first.size(3), kernel_width, 1);

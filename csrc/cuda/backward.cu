@@ -27,7 +27,7 @@ void sample_gradient_pass(const Device& device, const Inputs<T>& inputs, const O
   const ScalarType dtype = accumulation_dtype(problem.dtype);
   const Tensor& like = inputs.tensors[0];
 
-  const int slices = static_cast<int>(blocks_of(maps.group_out_channels(), kRow<T>));
+  const int slices = static_cast<int>(blocks_of(maps.group_out_channels, kRow<T>));
   const int runs = maps.runs(0, maps.channels, Kernel::kRun);
   const Tensor weights = pack_weights<typename Kernel::Pack>(device, inputs, like, slices, runs);
   typename Kernel::Params params{maps, gradient, static_cast<const char*>(weights.const_data_ptr()), slices, runs};
@@ -69,27 +69,29 @@ void weight_gradient_pass_of(const Device& device, const Inputs<T>& inputs, cons
   using Kernel = WeightGradient<T, kTensorCores, kVectors, kRunPanels>;
   using Sum = SumWeightGradient<T>;
   const auto& maps = inputs.maps;
-  const int blocks = static_cast<int>(blocks_of(maps.group_out_channels(), Kernel::kOuts));
+  const int blocks = static_cast<int>(blocks_of(maps.group_out_channels, Kernel::kOuts));
   const int runs = maps.runs(0, maps.channels, Kernel::kRun);
   const int64_t slices = Kernel::slices(maps);
-  const int64_t units = static_cast<int64_t>(blocks) * runs * maps.taps() * maps.levels;
-  const int64_t tap_stride = static_cast<int64_t>(maps.out_channels) * maps.group_channels();
-  const int64_t part_stride = tap_stride * maps.taps() * maps.levels;
+  const int64_t units = static_cast<int64_t>(blocks) * runs * maps.taps * maps.levels;
+  const int64_t tap_stride = static_cast<int64_t>(maps.out_channels) * maps.group_channels;
+  const int64_t part_stride = tap_stride * maps.taps * maps.levels;
 
-  // Parts enough for some blocks on every multiprocessor, but not so many that writing them takes longer than
-  // computing.
-  constexpr int64_t blocks_per_processor = 8, least_slices = 4, most_elements = int64_t(1) << 26;
-  const int64_t wanted = std::min(blocks_of(device.processors() * blocks_per_processor, units),
-                                  std::min(blocks_of(slices, least_slices), most_elements / part_stride));
+  // Parts enough for some waves of blocks, but not so many that writing them takes longer than computing. A wave is
+  // what runs at a time: kMinBlocks blocks on every multiprocessor. Rounded down, because a few blocks in a last wave
+  // would take as long as a whole one.
+  constexpr int64_t most_waves = 8, least_slices = 4, most_elements = int64_t(1) << 26;
+  const int64_t wave = static_cast<int64_t>(device.processors()) * Kernel::kMinBlocks;
+  const int64_t wanted =
+      std::min(most_waves * wave / units, std::min(blocks_of(slices, least_slices), most_elements / part_stride));
   constexpr int64_t most_slices = 1 << 20;  // of a part, which counts its rows in 32 bits
   const int64_t part_slices = std::min(blocks_of(slices, std::max<int64_t>(wanted, 1)), most_slices);
   const int64_t parts = blocks_of(slices, part_slices);
   const Tensor workspace_tensor = workspace(result, parts * part_stride, accumulation_dtype(result.scalar_type()));
   A* const data = static_cast<A*>(workspace_tensor.mutable_data_ptr());
   launch<Kernel>(device, parts * units, {maps, gradient, data, blocks, runs, part_slices});
-  launch<Sum>(device, blocks_of(part_stride, Sum::kThreads),
-              {data, static_cast<T*>(result.mutable_data_ptr()), part_stride, tap_stride, static_cast<int>(parts),
-               maps.taps()});
+  launch<Sum>(
+      device, blocks_of(part_stride, Sum::kThreads),
+      {data, static_cast<T*>(result.mutable_data_ptr()), part_stride, tap_stride, static_cast<int>(parts), maps.taps});
 }
 
 template <typename T, bool kTensorCores, bool kVectors>
@@ -98,7 +100,7 @@ void weight_gradient_pass(const Device& device, const Inputs<T>& inputs, const O
   if constexpr (kTensorCores && kVectors) {
     // Wide blocks read every operand from shared memory half as often, where it is large enough.
     const auto& maps = inputs.maps;
-    const int run = std::min(maps.group_channels(), maps.offset_channels());
+    const int run = std::min(maps.group_channels, maps.offset_channels);
     if (run > kRow<T> && WeightGradient<T, kTensorCores, kVectors, 2>::kSharedBytes <= device.shared_limit()) {
       return weight_gradient_pass_of<T, kTensorCores, kVectors, 2>(device, inputs, gradient, result);
     }

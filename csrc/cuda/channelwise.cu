@@ -25,8 +25,8 @@ void statistics(const Device& device, const Tensor& x, Tensor& result) {
   Moments<A>* const moments = static_cast<Moments<A>*>(memory.mutable_data_ptr());
   launch<Chunks>(device, Chunks::Part::blocks(batch, pixels, channels, 1),
                  {static_cast<const T*>(x.const_data_ptr()), moments, pixels, channels});
-  launch<Join>(device, blocks_of(batch * channels, Join::kThreads),
-               {moments, static_cast<A*>(result.mutable_data_ptr()), batch * channels, pixels, channels});
+  launch<Join>(device, ChunkSums::blocks(batch, channels),
+               {moments, static_cast<A*>(result.mutable_data_ptr()), pixels, channels});
 }
 
 // The arguments of affine_maximum, and what they point to.
@@ -73,16 +73,15 @@ void maximum_gradient(const Device& device, const AffineMaps<T>& maps, const Ten
   using A = Accumulator<T>;
   using Kernel = AffineMaximumGradient<T, kCount>;
   using Join = JoinSums<A>;
-  const int64_t size = maps.batch * 2 * (maps.terms + 1) * maps.channels;
-  const int64_t chunks = blocks_of(maps.pixels, kChunkPixels);
-  const Tensor memory = workspace(grad, size * chunks, gradients.slopes.scalar_type());
+  const int64_t columns = Join::columns(maps.channels, maps.terms), chunks = blocks_of(maps.pixels, kChunkPixels);
+  const Tensor memory = workspace(grad, maps.batch * columns * chunks, gradients.slopes.scalar_type());
   typename Kernel::Params params{
       maps, static_cast<const T*>(grad.const_data_ptr()), {}, static_cast<A*>(memory.mutable_data_ptr())};
   for (int term = 0; term < maps.terms; ++term) params.x[term] = static_cast<T*>(gradients.xs[term].mutable_data_ptr());
   launch<Kernel>(device, Kernel::Part::blocks(maps.batch, maps.pixels, maps.channels, maps.terms), params);
-  launch<Join>(device, blocks_of(size, Join::kThreads),
+  launch<Join>(device, ChunkSums::blocks(maps.batch, columns),
                {params.sums, static_cast<A*>(gradients.slopes.mutable_data_ptr()),
-                static_cast<A*>(gradients.intercepts.mutable_data_ptr()), size, chunks, maps.channels, maps.terms});
+                static_cast<A*>(gradients.intercepts.mutable_data_ptr()), chunks, maps.channels, maps.terms});
 }
 
 // Calls visit with a value of the maps' type and how many channels a thread takes.

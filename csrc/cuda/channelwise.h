@@ -71,6 +71,15 @@ struct Share {
     last = first + kChunkPixels < pixels ? first + kChunkPixels : pixels;
   }
 
+  // What the lines have of channel `i` of the block stands at place(i, line) of an array in shared memory with kCount
+  // elements of every thread; i may go on into a next such array.
+  DYHEAD_DEVICE int channel_of(int i) const { return channel - lane * kCount + i % kLanes * kCount + i / kLanes; }
+  static DYHEAD_DEVICE int place(int i, int line) { return i / kLanes * kThreads + line * kLanes + i % kLanes; }
+  // How many of a chunk's pixels a line takes.
+  static DYHEAD_DEVICE int pixels_of_line(int pixels, int line) {
+    return pixels > line ? (pixels - line - 1) / kLines + 1 : 0;
+  }
+
   static int64_t blocks(int64_t batch, int64_t pixels, int64_t channels, int64_t terms) {
     return blocks_of(channels, kChannels) * terms * blocks_of(pixels, kChunkPixels) * batch;
   }
@@ -124,53 +133,98 @@ struct ChunkMoments {
 #pragma unroll
       for (int c = 0; c < kCount; ++c) own[c].add(value[c], share);
     }
-    // The lines of a block, one after the other.
+    // The lines of a block, one after the other; a thread takes a channel.
     Moments<A>* const lines = reinterpret_cast<Moments<A>*>(shared_memory());
 #pragma unroll
     for (int c = 0; c < kCount; ++c) lines[c * kThreads + thread_index()] = own[c];
     sync_block();
-    if (part.line > 0 || !exists) return;
-    const int64_t pixels = part.last - part.first;
-    for (int line = 1; line < Part::kLines; ++line) {
-      const int more = pixels > line ? static_cast<int>((pixels - line - 1) / Part::kLines + 1) : 0;
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) {
-        own[c].join(lines[c * kThreads + line * Part::kLanes + part.lane], static_cast<A>(count), static_cast<A>(more));
+    const int pixels = static_cast<int>(part.last - part.first);
+    Moments<A>* const to = params.moments + (part.n * part.chunks + part.chunk) * params.channels;
+    for (int i = thread_index(); i < Part::kChannels; i += kThreads) {
+      const int channel = part.channel_of(i);
+      if (channel >= params.channels) continue;
+      Moments<A> all = lines[Part::place(i, 0)];
+      int before = Part::pixels_of_line(pixels, 0);
+      for (int line = 1; line < Part::kLines; ++line) {
+        const int more = Part::pixels_of_line(pixels, line);
+        all.join(lines[Part::place(i, line)], static_cast<A>(before), static_cast<A>(more));
+        before += more;
       }
-      count += more;
+      to[channel] = all;
     }
-    Moments<A>* const to = params.moments + (part.n * part.chunks + part.chunk) * params.channels + part.channel;
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) to[c] = own[c];
   }
 };
 
-// The moments of all chunks, as (N, 2, C) means and variances; a thread each.
+// Sums of columns over chunks. A block takes kLanes columns, kLines threads each: they take turns with the chunks, so
+// that loads are under way together, and then add up pairwise, always in the same order.
+struct ChunkSums {
+  static constexpr int kThreads = 256, kLanes = 8, kLines = kThreads / kLanes;
+  static constexpr int kSharedBytes = kThreads * static_cast<int>(sizeof(double));
+
+  int64_t n, column;  // the image, and this thread's column of it
+  int line;
+
+  DYHEAD_DEVICE explicit ChunkSums(int64_t columns) {
+    const int64_t blocks = (columns + kLanes - 1) / kLanes;
+    n = block_index() / blocks;
+    column = block_index() % blocks * kLanes + thread_index() % kLanes;
+    line = thread_index() / kLanes;
+  }
+
+  static int64_t blocks(int64_t batch, int64_t columns) { return batch * blocks_of(columns, kLanes); }
+
+  // The sum of term(chunk), for every thread of the column. All threads of the block take part.
+  template <typename Term>
+  DYHEAD_DEVICE double sum(int64_t chunks, const Term& term) const {
+    double* const sums = reinterpret_cast<double*>(shared_memory());
+    double own = 0;
+    for (int64_t chunk = line; chunk < chunks; chunk += kLines) own += term(chunk);
+    sums[thread_index()] = own;
+    for (int half = kLines / 2; half > 0; half /= 2) {
+      sync_block();
+      if (line < half) sums[thread_index()] += sums[thread_index() + half * kLanes];
+    }
+    sync_block();
+    const double result = sums[thread_index() % kLanes];
+    sync_block();  // before the next sum
+    return result;
+  }
+};
+
+// The moments of all chunks, as (N, 2, C) means and variances: first the mean of all, then the squares about it, in
+// double. Unlike joining chunk by chunk, neither has a chain of divisions.
 template <typename A>
 struct JoinMoments {
-  static constexpr int kThreads = 128, kMinBlocks = 1, kSharedBytes = 0;
+  static constexpr int kThreads = ChunkSums::kThreads, kMinBlocks = 1, kSharedBytes = ChunkSums::kSharedBytes;
 
   struct Params {
     const Moments<A>* moments;
     A* result;
-    int64_t size, pixels;
+    int64_t pixels;
     int channels;
   };
 
   static DYHEAD_DEVICE void run(const Params& params) {
-    const int64_t index = block_index() * kThreads + thread_index();
-    if (index >= params.size) return;
-    const int64_t n = index / params.channels, c = index % params.channels;
-    const int64_t chunks = (params.pixels + kChunkPixels - 1) / kChunkPixels;
-    Moments<double> all{0, 0};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Moments<A> one = params.moments[(n * chunks + chunk) * params.channels + c];
-      const int64_t before = chunk * kChunkPixels, left = params.pixels - before;
-      all.join({static_cast<double>(one.mean), static_cast<double>(one.squares)}, static_cast<double>(before),
-               static_cast<double>(left < kChunkPixels ? left : kChunkPixels));
-    }
-    params.result[n * 2 * params.channels + c] = static_cast<A>(all.mean);
-    params.result[(n * 2 + 1) * params.channels + c] = static_cast<A>(all.squares / static_cast<double>(params.pixels));
+    const ChunkSums sums(params.channels);
+    const bool exists = sums.column < params.channels;
+    const int64_t chunks = exists ? (params.pixels + kChunkPixels - 1) / kChunkPixels : 0;
+    const Moments<A>* const moments = params.moments + sums.n * chunks * params.channels + sums.column;
+    const auto pixels = [&](int64_t chunk) {
+      const int64_t left = params.pixels - chunk * kChunkPixels;
+      return static_cast<double>(left < kChunkPixels ? left : kChunkPixels);
+    };
+    const double mean = sums.sum(chunks, [&](int64_t chunk) {
+      return pixels(chunk) * static_cast<double>(moments[chunk * params.channels].mean);
+    }) / static_cast<double>(params.pixels);
+    const double squares = sums.sum(chunks, [&](int64_t chunk) {
+      const Moments<A> one = moments[chunk * params.channels];
+      const double difference = static_cast<double>(one.mean) - mean;
+      return static_cast<double>(one.squares) + pixels(chunk) * difference * difference;
+    });
+    if (sums.line > 0 || !exists) return;
+    params.result[sums.n * 2 * params.channels + sums.column] = static_cast<A>(mean);
+    params.result[(sums.n * 2 + 1) * params.channels + sums.column] =
+        static_cast<A>(squares / static_cast<double>(params.pixels));
   }
 };
 
@@ -292,48 +346,42 @@ struct AffineMaximumGradient {
       for (int c = 0; c < kCount; ++c) lines[(i * kCount + c) * kThreads + thread_index()] = sums[i][c];
     }
     sync_block();
-    if (part.line > 0 || !exists) return;
     A* const chunk = params.sums + (part.n * part.chunks + part.chunk) * 2 * (maps.terms + 1) * maps.channels;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i >= 2 && part.term > 0) continue;
-      A* const to =
-          chunk + (i % 2 * (maps.terms + 1) + (i < 2 ? part.term : maps.terms)) * maps.channels + part.channel;
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) {
-        A sum = sums[i][c];
-        for (int line = 1; line < Part::kLines; ++line) {
-          sum += lines[(i * kCount + c) * kThreads + line * Part::kLanes + part.lane];
-        }
-        to[c] = sum;
-      }
+    // A thread takes a sum of a channel; only the first term's blocks those of the intercepts.
+    for (int i = thread_index(); i < (part.term > 0 ? 2 : 4) * Part::kChannels; i += kThreads) {
+      const int channel = part.channel_of(i % Part::kChannels), kind = i / Part::kChannels;
+      if (channel >= maps.channels) continue;
+      A sum = lines[Part::place(i, 0)];
+      for (int line = 1; line < Part::kLines; ++line) sum += lines[Part::place(i, line)];
+      chunk[(kind % 2 * (maps.terms + 1) + (kind < 2 ? part.term : maps.terms)) * maps.channels + channel] = sum;
     }
   }
 };
 
-// The gradients of slopes (N, 2, terms, C) and intercepts (N, 2, C) from the chunks' sums; a thread each.
+// The gradients of slopes (N, 2, terms, C) and intercepts (N, 2, C) from the chunks' sums.
 template <typename A>
 struct JoinSums {
-  static constexpr int kThreads = 128, kMinBlocks = 1, kSharedBytes = 0;
+  static constexpr int kThreads = ChunkSums::kThreads, kMinBlocks = 1, kSharedBytes = ChunkSums::kSharedBytes;
 
   struct Params {
     const A* sums;
     A *slopes, *intercepts;
-    int64_t size, chunks;  // size: of all results
+    int64_t chunks;
     int channels, terms;
   };
 
+  static DYHEAD_HOST_DEVICE int64_t columns(int64_t channels, int64_t terms) { return 2 * (terms + 1) * channels; }
+
   static DYHEAD_DEVICE void run(const Params& params) {
-    const int64_t index = block_index() * kThreads + thread_index();
-    if (index >= params.size) return;
-    const int64_t chunk_stride = 2 * static_cast<int64_t>(params.terms + 1) * params.channels;
-    const int64_t n = index / chunk_stride, at = index % chunk_stride;
-    double sum = 0;
-    for (int64_t chunk = 0; chunk < params.chunks; ++chunk) {
-      sum += static_cast<double>(params.sums[(n * params.chunks + chunk) * chunk_stride + at]);
-    }
-    const int64_t c = at % params.channels, term = at / params.channels % (params.terms + 1);
-    const int64_t row = n * 2 + at / params.channels / (params.terms + 1);
+    const int64_t stride = columns(params.channels, params.terms);
+    const ChunkSums sums(stride);
+    const bool exists = sums.column < stride;
+    const A* const terms = params.sums + sums.n * params.chunks * stride + sums.column;
+    const double sum =
+        sums.sum(exists ? params.chunks : 0, [&](int64_t chunk) { return static_cast<double>(terms[chunk * stride]); });
+    if (sums.line > 0 || !exists) return;
+    const int64_t c = sums.column % params.channels, term = sums.column / params.channels % (params.terms + 1);
+    const int64_t row = sums.n * 2 + sums.column / params.channels / (params.terms + 1);
     A* const to = term < params.terms ? params.slopes + (row * params.terms + term) * params.channels + c
                                       : params.intercepts + row * params.channels + c;
     *to = static_cast<A>(sum);

@@ -12,11 +12,11 @@ void launch_forward(const Device& device, Inputs<T>& inputs, const Arguments& ar
                     bool channels_last) {
   using Kernel = Forward<T, kTensorCores, kVectors, kColumns>;
   const auto& maps = inputs.maps;
-  const int blocks = static_cast<int>(blocks_of(maps.group_out_channels(), kColumns));
+  const int blocks = static_cast<int>(blocks_of(maps.group_out_channels, kColumns));
   int runs = 0;
   for (int group = 0; group < maps.groups; ++group) {
-    const int begin = group * maps.group_channels();
-    runs = std::max(runs, maps.runs(begin, begin + maps.group_channels(), kRow<T>));
+    const int begin = group * maps.group_channels;
+    runs = std::max(runs, maps.runs(begin, begin + maps.group_channels, kRow<T>));
   }
   const Tensor weights = pack_weights<typename Kernel::Pack>(device, inputs, result, blocks, runs);
   const T* const bias = arguments.bias ? inputs.template keep<T>(as_contiguous(*arguments.bias)) : nullptr;
@@ -24,7 +24,7 @@ void launch_forward(const Device& device, Inputs<T>& inputs, const Arguments& ar
   launch<Kernel>(
       device, patches * maps.groups * blocks,
       {maps, static_cast<const char*>(weights.const_data_ptr()), bias, static_cast<T*>(result.mutable_data_ptr()),
-       blocks, runs, channels_last, maps.group_out_channels() % kVector<T> == 0});
+       blocks, runs, channels_last, maps.group_out_channels % kVector<T> == 0});
 }
 
 template <typename T, bool kTensorCores>
@@ -41,7 +41,7 @@ void run(const Device& device, const Arguments& arguments, const Problem& proble
       // Wide blocks gather every sample once; but not where they leave multiprocessors without work, or do not fit.
       using Wide = Forward<T, kTensorCores, true, 256>;
       const int64_t patches = inputs.maps.batch * Patch<Wide::kPixels>::count(inputs.maps);
-      if (inputs.maps.group_out_channels() > 128 && patches * inputs.maps.groups >= device.processors() &&
+      if (inputs.maps.group_out_channels > 128 && patches * inputs.maps.groups >= device.processors() &&
           Wide::kSharedBytes <= device.shared_limit()) {
         return launch_forward<T, kTensorCores, true, 256>(device, inputs, arguments, result, channels_last);
       }

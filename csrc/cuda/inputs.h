@@ -23,26 +23,33 @@ struct Inputs {
                    detail::text(levels, " levels"));
     }
     const auto small = [](const char* name, int64_t value) {
-      if (value > most)
-        detail::fail(name, "fewer than 2^31 images, channels and pixels of a map", std::to_string(value));
+      if (value > most) detail::fail(name, "fewer than 2^31 images and pixels of a map", std::to_string(value));
       return static_cast<int>(value);
     };
-    small("offset", problem.pixels());
+    const auto few = [](const char* name, int64_t channels) {
+      if (channels > most / static_cast<int64_t>(sizeof(double)))
+        detail::fail(name, "fewer than 2^28 channels", std::to_string(channels));
+      return static_cast<int>(channels);
+    };
+    maps.channels = few("features", problem.channels);
+    maps.out_channels = few("weight", problem.out_channels);
+    maps.pixels = small("offset", problem.pixels());
     maps.offset = keep<A>(as_contiguous(arguments.offset));
     maps.mask = arguments.mask ? keep<A>(as_contiguous(*arguments.mask)) : nullptr;
     maps.level_weight = arguments.level_weight ? keep<A>(as_contiguous(*arguments.level_weight)) : nullptr;
     maps.batch = small("features", problem.batch);
-    maps.channels = small("features", problem.channels);
-    maps.out_channels = small("weight", problem.out_channels);
     maps.groups = static_cast<int>(problem.groups);
     maps.offset_groups = static_cast<int>(problem.offset_groups);
     maps.kernel_height = static_cast<int>(problem.kernel_height);
     maps.kernel_width = static_cast<int>(problem.kernel_width);
-    small("weight", problem.taps());
+    maps.taps = small("weight", problem.taps());
+    maps.group_channels = maps.channels / maps.groups;
+    maps.group_out_channels = maps.out_channels / maps.groups;
+    maps.offset_channels = maps.channels / maps.offset_groups;
     maps.height = static_cast<int>(problem.height);
     maps.width = static_cast<int>(problem.width);
     maps.levels = static_cast<int>(levels);
-    vectors = maps.group_channels() % kVector<T> == 0 && maps.offset_channels() % kVector<T> == 0;
+    vectors = maps.group_channels % kVector<T> == 0 && maps.offset_channels % kVector<T> == 0;
     for (int64_t l = 0; l < levels; ++l) {
       const Level& level = problem.levels[l];
       small("features", level.height * level.width);

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../geometry.h"
@@ -55,6 +56,43 @@ DYHEAD_DEVICE Vector load_vector(const void* from) {
   return {{value.x, value.y, value.z, value.w}};
 }
 
+// The same for an E of 2, 4, 8 or 16 bytes that lies `offset` bytes behind `from`; where `valid` is false it is 0 and
+// nothing is read. In PTX, because after a load that the compiler predicates itself a move may stand, which waits for
+// the load; volatile, so that it stays ahead of the products that follow it.
+template <typename E>
+DYHEAD_DEVICE E load_if(bool valid, const void* from, int64_t offset) {
+  static_assert(sizeof(E) == 2 || sizeof(E) == 4 || sizeof(E) == 8 || sizeof(E) == 16);
+  const size_t address = __cvta_generic_to_global(from) + offset;
+  const int predicate = valid ? 1 : 0;
+  E result;
+  if constexpr (sizeof(E) == 2) {
+    uint16_t bits = 0;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.b16 %0, [%1]; }\n"
+                 : "+h"(bits)
+                 : "l"(address), "r"(predicate));
+    std::memcpy(&result, &bits, sizeof(bits));
+  } else if constexpr (sizeof(E) == 4) {
+    uint32_t bits = 0;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.b32 %0, [%1]; }\n"
+                 : "+r"(bits)
+                 : "l"(address), "r"(predicate));
+    std::memcpy(&result, &bits, sizeof(bits));
+  } else if constexpr (sizeof(E) == 8) {
+    uint32_t bits[2] = {0, 0};
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.v2.b32 {%0, %1}, [%2]; }\n"
+                 : "+r"(bits[0]), "+r"(bits[1])
+                 : "l"(address), "r"(predicate));
+    std::memcpy(&result, bits, sizeof(bits));
+  } else {
+    uint32_t bits[4] = {0, 0, 0, 0};
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }\n"
+                 : "+r"(bits[0]), "+r"(bits[1]), "+r"(bits[2]), "+r"(bits[3])
+                 : "l"(address), "r"(predicate));
+    std::memcpy(&result, bits, sizeof(bits));
+  }
+  return result;
+}
+
 // Reads memory that threads of this block have written.
 DYHEAD_DEVICE Vector read_vector(const void* from) {
   const uint4 value = *reinterpret_cast<const uint4*>(from);
@@ -66,10 +104,12 @@ DYHEAD_DEVICE void store_vector(void* to, const Vector& value) {
 
 // Asynchronous copies of a vector from global to shared memory. A copy has landed when its thread has waited for its
 // group; other threads see it after the block's next synchronisation. Where `valid` is false the vector is 0 and
-// nothing is read.
+// nothing is read. Both lie kOffset bytes behind what is named, which the
+// instruction adds by itself.
+template <int kOffset = 0>
 DYHEAD_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %3], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0), "n"(kOffset)
                : "memory");
 }
 DYHEAD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -166,7 +206,7 @@ DYHEAD_DEVICE void atomic_add(A* to, A value) {
 // The same where no other thread of the launch touches `to`: in the order of the program, as every two operations of a
 // thread on one address are. A reduction nevertheless, because it need not wait for what is there.
 template <typename A>
-DYHEAD_DEVICE void owner_add(A* to, A value) {
+DYHEAD_DEVICE void owned_atomic_add(A* to, A value) {
   atomicAdd(to, value);
 }
 

@@ -55,11 +55,11 @@ OutputGradient<T> pack_output_gradient(const Device& device, const Tensor& sourc
   using Pack = PackOutputGradient<T, kTensorCores>;
   constexpr bool rounds = kTensorCores && std::is_same_v<T, float>;
   const T* const data = static_cast<const T*>(source.const_data_ptr());
-  const int channels = maps.group_out_channels();
+  const int channels = maps.group_out_channels;
   const int group_stride = static_cast<int>(blocks_of(channels, kVector<T>)) * kVector<T>;
   const int64_t pixel_stride = static_cast<int64_t>(maps.groups) * group_stride;
   if (group_stride == channels && !rounds && is_aligned(data)) return {data, group_stride, pixel_stride};
-  const int64_t rows = static_cast<int64_t>(maps.batch) * maps.pixels();
+  const int64_t rows = static_cast<int64_t>(maps.batch) * maps.pixels;
   tensors.push_back(workspace(source, rows * pixel_stride, source.scalar_type()));
   T* const packed = static_cast<T*>(tensors.back().mutable_data_ptr());
   launch<Pack>(device, blocks_of(rows * pixel_stride / kVector<T>, Pack::kThreads),

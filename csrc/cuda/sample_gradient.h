@@ -59,49 +59,60 @@ struct SampleGradient {
   struct Unit {
     int64_t patch;  // of all images
     int tap, level, run, begin, end;
-    int offset_run;  // the first run of the offset group
+    int group, offset_group;      // of the run
+    int offset_run, first_group;  // the first run of the offset group, and its group
 
     static DYHEAD_DEVICE Unit first(const Params& params) {
       const Maps<A>& maps = params.maps;
+      Unit unit{};
       if constexpr (kOrdered) {
         const int64_t rest = block_index() / params.runs;
-        const int run = static_cast<int>(block_index() % params.runs);
-        int begin = 0;
-        for (int i = 0; i < run; ++i) begin = maps.run_end(begin, kRun);
-        return {rest / maps.levels * Patch<kPixels>::count(maps),
-                0,
-                static_cast<int>(rest % maps.levels),
-                run,
-                begin,
-                maps.run_end(begin, kRun),
-                0};
+        unit.run = static_cast<int>(block_index() % params.runs);
+        unit.level = static_cast<int>(rest % maps.levels);
+        unit.patch = rest / maps.levels * Patch<kPixels>::count(maps);
+        for (int i = 0; i < unit.run; ++i) unit.begin = maps.run_end(unit.begin, kRun);
+        unit.group = unit.begin / maps.group_channels;
+        unit.offset_group = unit.begin / maps.offset_channels;
       } else {
-        return {block_index(), 0, 0, 0, 0, maps.run_end(0, kRun), 0};
+        unit.patch = block_index();
       }
+      unit.find_end(maps);
+      return unit;
     }
-    DYHEAD_DEVICE int offset_group(const Maps<A>& maps) const { return begin / maps.offset_channels(); }
-    DYHEAD_DEVICE bool ends_offset_group(const Maps<A>& maps) const { return end % maps.offset_channels() == 0; }
+    DYHEAD_DEVICE void find_end(const Maps<A>& maps) {
+      const int group_end = (group + 1) * maps.group_channels, offset_end = (offset_group + 1) * maps.offset_channels;
+      const int limit = group_end < offset_end ? group_end : offset_end;
+      end = limit - begin < kRun ? limit : begin + kRun;
+    }
+    DYHEAD_DEVICE bool starts_offset_group(const Maps<A>& maps) const {
+      return begin == offset_group * maps.offset_channels;
+    }
+    DYHEAD_DEVICE bool ends_offset_group(const Maps<A>& maps) const {
+      return end == (offset_group + 1) * maps.offset_channels;
+    }
     DYHEAD_DEVICE void next(const Maps<A>& maps) {
       if constexpr (kOrdered) {
-        if (++tap == maps.taps()) tap = 0, ++patch;
+        if (++tap == maps.taps) tap = 0, ++patch;
         return;
       }
-      if (!ends_offset_group(maps)) {
-        ++run;
-        begin = end;
-      } else if (++level < maps.levels) {
+      const bool ends = ends_offset_group(maps);
+      if (ends && ++level < maps.levels) {
         run = offset_run;
-        begin -= begin % maps.offset_channels();
+        begin = offset_group * maps.offset_channels;
+        group = first_group;
       } else {
-        level = 0;
-        offset_run = ++run;
         begin = end;
-        if (begin == maps.channels) {
-          begin = run = offset_run = 0;
-          ++tap;
+        ++run;
+        if (begin == (group + 1) * maps.group_channels) ++group;
+        if (ends) {
+          level = 0;
+          ++offset_group;
+          if (begin == maps.channels) begin = run = group = offset_group = 0, ++tap;
+          offset_run = run;
+          first_group = group;
         }
       }
-      end = maps.run_end(begin, kRun);
+      find_end(maps);
     }
   };
 
@@ -109,14 +120,21 @@ struct SampleGradient {
   struct Slice {
     Unit unit;
     int slice;
+    const char* weights;
+
+    static DYHEAD_DEVICE Slice first(const Params& params, const Unit& unit) {
+      return {unit, 0, first_weights(params, unit)};
+    }
     DYHEAD_DEVICE void next(const Params& params) {
+      weights += Pack::kTileBytes;
       if (++slice < params.slices) return;
       slice = 0;
       unit.next(params.maps);
+      weights = first_weights(params, unit);
     }
-    DYHEAD_DEVICE const char* weights(const Params& params) const {
+    static DYHEAD_DEVICE const char* first_weights(const Params& params, const Unit& unit) {
       const int64_t tile = (static_cast<int64_t>(unit.tap) * params.maps.levels + unit.level) * params.runs + unit.run;
-      return params.weights + (tile * params.slices + slice) * Pack::kTileBytes;
+      return params.weights + tile * params.slices * Pack::kTileBytes;
     }
   };
 
@@ -128,12 +146,12 @@ struct SampleGradient {
 
     Unit unit = Unit::first(params);
     const int64_t runs_and_levels = static_cast<int64_t>(params.runs) * maps.levels;
-    const int64_t units = maps.taps() * (kOrdered ? Patch<kPixels>::count(maps) : runs_and_levels);
-    Slice ahead{unit, 0};
+    const int64_t units = maps.taps * (kOrdered ? Patch<kPixels>::count(maps) : runs_and_levels);
+    Slice ahead = Slice::first(params, unit);
     int64_t slices_ahead = units * params.slices;
     const auto copy_ahead = [&](int stage) {
       if (slices_ahead > 0) {
-        Pack::template copy_tile<kThreads>(ahead.weights(params), shared.weights[stage]);
+        Pack::template copy_tile<kThreads>(ahead.weights, shared.weights[stage]);
         if (--slices_ahead > 0) ahead.next(params);
       }
       commit_copies();
@@ -143,10 +161,10 @@ struct SampleGradient {
     Cell<A> cell;
     Reading<A> reading;
     int pixel = -1;
+    auto patch = Patch<kPixels>::at(maps, unit.patch);
     const auto fill_table = [&] {
-      const auto patch = Patch<kPixels>::at(maps, unit.patch);
       pixel = patch.pixel(maps, thread);
-      reading = read_offset(maps, patch.n, unit.offset_group(maps), unit.tap, pixel);
+      reading = read_offset(maps, patch.n, unit.offset_group, unit.tap, pixel);
       cell = locate_sample(maps, unit.level, unit.tap, pixel, reading);
       shared.table.set(thread, cell, reading.mask * maps.level_factor(patch.n, unit.level));
       if constexpr (kOrdered) shared.parity[thread] = parity_of(cell, maps.level[unit.level].width);
@@ -164,8 +182,7 @@ struct SampleGradient {
 
 #pragma unroll 1
     for (int64_t u = 0; u < units; ++u) {
-      const auto patch = Patch<kPixels>::at(maps, unit.patch);
-      const int group = unit.begin / maps.group_channels();
+      const int group = unit.group;
       Sums<A, kWarpRows / 16, kWarpColumns / 8> sums;
       sums.clear();
 #pragma unroll 1
@@ -193,7 +210,7 @@ struct SampleGradient {
       });
       sync_block();
 
-      const bool ends = kOrdered || unit.ends_offset_group(maps), starts = unit.begin % maps.offset_channels() == 0;
+      const bool ends = kOrdered || unit.ends_offset_group(maps), starts = unit.starts_offset_group(maps);
       if constexpr (kOrdered) {
         add_in_order(params, patch, unit, shared);
       } else {
@@ -201,6 +218,7 @@ struct SampleGradient {
       }
       const Unit done = unit;
       unit.next(maps);
+      if (kOrdered && unit.patch != done.patch) patch = Patch<kPixels>::at(maps, unit.patch);
       if (!ends) continue;
       sync_block();  // the products are complete, and nobody reads the table any more
       if (owner) {
@@ -229,7 +247,7 @@ struct SampleGradient {
     for (int i = thread_index(); i < slices * kPixels * kChunks; i += kThreads) {
       const int chunk = i % kChunks, row = i / kChunks % kPixels, slice = i / (kChunks * kPixels);
       const int pixel = patch.pixel(maps, row);
-      const int64_t from = static_cast<int64_t>(patch.n) * maps.pixels() + pixel;
+      const int64_t from = static_cast<int64_t>(patch.n) * maps.pixels + pixel;
       const int out = (first_slice + slice) * kRow<T> + chunk * kVector<T>;
       const bool valid = pixel >= 0 && out < params.gradient.group_stride;
       copy_async(shared.gradient[slice] + tile_offset(row, chunk),
@@ -255,8 +273,8 @@ struct SampleGradient {
     for (int p = 0; p < kPixels; ++p) {
       const int i = kind ^ shared.parity[p], corner = shared.table.corner[p].at[i];
       if (corner < 0) continue;
-      owner_add(gradient + static_cast<int64_t>(corner) * maps.channels,
-                shared.table.share[p].at[i] * shared.samples[p][c]);
+      owned_atomic_add(gradient + static_cast<int64_t>(corner) * maps.channels,
+                       shared.table.share[p].at[i] * shared.samples[p][c]);
     }
   }
 
@@ -265,9 +283,10 @@ struct SampleGradient {
     const Maps<A>& maps = params.maps;
     const int c = thread_index() % kLanes * kCount, valid = unit.end - unit.begin - c;
     const bool positions = params.offset != nullptr || params.mask != nullptr || params.level_weight != nullptr;
-    const int64_t image = patch.n * maps.image_stride(unit.level) + unit.begin + c;
-    const T* const features = static_cast<const T*>(maps.level[unit.level].features) + image;
-    A* const gradients = params.features[unit.level] == nullptr ? nullptr : params.features[unit.level] + image;
+    // Element of the channels of this lane in the image's first pixel.
+    const int64_t first = patch.n * maps.image_stride(unit.level) + unit.begin + c;
+    const T* const features = static_cast<const T*>(maps.level[unit.level].features) + first;
+    A* const gradients = params.features[unit.level] == nullptr ? nullptr : params.features[unit.level] + first;
 #pragma unroll 1
     for (int p = thread_index() / kLanes; p < kPixels; p += kThreads / kLanes) {
       const auto corners = shared.table.corner[p];
@@ -275,14 +294,21 @@ struct SampleGradient {
       const Vector vector = read_vector(&shared.samples[p][c]);
       std::memcpy(gradient, &vector, sizeof(vector));
       if (positions) {
+        // All four are under way before the first is used.
+        T value[4][kCount];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          load_channels<kVectors>(features, corners.at[i], maps.channels * static_cast<int>(sizeof(T)), valid,
+                                  value[i]);
+        }
         A product[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          T value[kCount];
-          load_channels<kVectors>(features, corners.at[i], maps.channels, valid, value);
+          A wide[kCount];
+          widen(value[i], wide);
           product[i] = A(0);
 #pragma unroll
-          for (int k = 0; k < kCount; ++k) product[i] += gradient[k] * static_cast<A>(value[k]);
+          for (int k = 0; k < kCount; ++k) product[i] += gradient[k] * wide[k];
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -338,11 +364,10 @@ struct SampleGradient {
     }
     if (unit.level + 1 < maps.levels) return;
     if (pixel >= 0) {
-      const int64_t begin =
-          plane(patch.n, maps.offset_groups, unit.offset_group(maps), maps.taps(), unit.tap, maps.pixels());
+      const int64_t begin = plane(patch.n, maps.offset_groups, unit.offset_group, maps.taps, unit.tap, maps.pixels);
       if (params.offset != nullptr) {
         params.offset[2 * begin + pixel] = own.dy;
-        params.offset[2 * begin + maps.pixels() + pixel] = own.dx;
+        params.offset[2 * begin + maps.pixels + pixel] = own.dx;
       }
       if (params.mask != nullptr) params.mask[begin + pixel] = own.mask;
     }

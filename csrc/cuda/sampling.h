@@ -10,8 +10,8 @@ namespace dyhead::cuda {
 
 constexpr int kMaxLevels = 32;  // as many as fit into a kernel's parameters
 
-// The operator's arguments as kernels read them: features with their channels last. Sizes are below 2^31, elements are
-// counted in 64 bits.
+// The operator's arguments as kernels read them: features with their channels last. Sizes, and the bytes of a pixel in
+// any type, are below 2^31; elements are counted in 64 bits.
 template <typename A>
 struct Maps {
   struct Level {
@@ -22,13 +22,9 @@ struct Maps {
 
   const A *offset, *mask, *level_weight;  // mask, level_weight: null where they are 1
   int batch, channels, out_channels, groups, offset_groups, kernel_height, kernel_width, height, width, levels;
+  // Products and quotients of these, so that threads need not divide.
+  int taps, pixels, group_channels, group_out_channels, offset_channels;
   Level level[kMaxLevels];
-
-  DYHEAD_HOST_DEVICE int taps() const { return kernel_height * kernel_width; }
-  DYHEAD_HOST_DEVICE int pixels() const { return height * width; }
-  DYHEAD_HOST_DEVICE int group_channels() const { return channels / groups; }
-  DYHEAD_HOST_DEVICE int group_out_channels() const { return out_channels / groups; }
-  DYHEAD_HOST_DEVICE int offset_channels() const { return channels / offset_groups; }
 
   DYHEAD_HOST_DEVICE int64_t image_stride(int l) const {
     return static_cast<int64_t>(level[l].height) * level[l].width * channels;
@@ -36,7 +32,7 @@ struct Maps {
   // The end of the run of at most `most` channels from `begin` on that have the same groups.
   DYHEAD_HOST_DEVICE int run_end(int begin, int most) const {
     const int limit = most < channels - begin ? begin + most : channels;
-    return dyhead::run_end(begin, limit, group_channels(), offset_channels());
+    return dyhead::run_end(begin, limit, group_channels, offset_channels);
   }
   // The number of such runs in channels [begin, end).
   DYHEAD_HOST_DEVICE int runs(int begin, int end, int most) const {
@@ -85,9 +81,9 @@ struct Reading {
 template <typename A>
 DYHEAD_DEVICE Reading<A> read_offset(const Maps<A>& maps, int n, int offset_group, int tap, int pixel) {
   if (pixel < 0) return {A(0), A(0), A(0)};
-  const int64_t begin = plane(n, maps.offset_groups, offset_group, maps.taps(), tap, maps.pixels());
+  const int64_t begin = plane(n, maps.offset_groups, offset_group, maps.taps, tap, maps.pixels);
   const A* const dy = maps.offset + 2 * begin + pixel;
-  return {dy[0], dy[maps.pixels()], maps.mask == nullptr ? A(1) : maps.mask[begin + pixel]};
+  return {dy[0], dy[maps.pixels], maps.mask == nullptr ? A(1) : maps.mask[begin + pixel]};
 }
 
 template <typename A>
@@ -126,25 +122,40 @@ struct Table {
   }
 };
 
-// kCount channels of a corner, of which the first `valid` exist; 0 for the others and for a corner outside. kVectors:
-// the channels that exist are whole vectors on their boundaries, so one load fetches up to 16 bytes.
+// kCount channels of a corner, of which the first `valid` exist; 0 for the others and for a corner outside. `from`:
+// those of the map's first pixel. kVectors: the channels that exist are whole vectors on their boundaries, so one load
+// fetches up to 16 bytes.
 template <bool kVectors, int kCount, typename T>
-DYHEAD_DEVICE void load_channels(const T* image, int corner, int pixel_stride, int valid, T (&result)[kCount]) {
+DYHEAD_DEVICE void load_channels(const T* from, int corner, int pixel_bytes, int valid, T (&result)[kCount]) {
+  const int64_t offset = static_cast<int64_t>(corner) * pixel_bytes;
   if constexpr (kVectors && kCount * sizeof(T) == sizeof(Vector)) {
-    Vector vector{{0, 0, 0, 0}};
-    if (corner >= 0 && valid > 0) vector = load_vector(image + static_cast<int64_t>(corner) * pixel_stride);
+    const Vector vector = load_if<Vector>(corner >= 0 && valid > 0, from, offset);
     std::memcpy(result, &vector, sizeof(vector));
   } else if constexpr (kVectors && kCount * sizeof(T) == sizeof(Vector) / 2) {
-    uint64_t half = 0;
-    if (corner >= 0 && valid > 0) {
-      half = *reinterpret_cast<const uint64_t*>(image + static_cast<int64_t>(corner) * pixel_stride);
-    }
+    const uint64_t half = load_if<uint64_t>(corner >= 0 && valid > 0, from, offset);
     std::memcpy(result, &half, sizeof(half));
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      result[i] = corner >= 0 && i < valid ? image[static_cast<int64_t>(corner) * pixel_stride + i] : T(0);
+      result[i] = load_if<T>(corner >= 0 && i < valid, from, offset + i * static_cast<int>(sizeof(T)));
     }
+  }
+}
+
+// kCount values as the type of sums. bfloat16 by words: the compiler would shift the upper one of two twice.
+template <typename T, int kCount>
+DYHEAD_DEVICE void widen(const T (&value)[kCount], Accumulator<T> (&result)[kCount]) {
+  if constexpr (std::is_same_v<T, BFloat16> && kCount % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      uint32_t word;
+      std::memcpy(&word, value + i, sizeof(word));
+      const uint32_t wide[2] = {word << 16, word & 0xffff0000u};
+      std::memcpy(result + i, wide, sizeof(wide));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result[i] = static_cast<Accumulator<T>>(value[i]);
   }
 }
 
@@ -157,21 +168,23 @@ struct Gather {
   T value[4][kCount];
 
   template <int kPixels>
-  DYHEAD_DEVICE void load(const Table<A, kPixels>& table, int p, const T* image, int pixel_stride, int valid) {
+  DYHEAD_DEVICE void load(const Table<A, kPixels>& table, int p, const T* from, int pixel_bytes, int valid) {
     const auto corners = table.corner[p];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_channels<kVectors>(image, corners.at[i], pixel_stride, valid, value[i]);
+    for (int i = 0; i < 4; ++i) load_channels<kVectors>(from, corners.at[i], pixel_bytes, valid, value[i]);
   }
 
   template <int kPixels>
   DYHEAD_DEVICE void store(const Table<A, kPixels>& table, int p, char* to) const {
     const auto shares = table.share[p];
-    A sum[kCount];
+    A wide[4][kCount], sum[kCount];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) widen(value[i], wide[i]);
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
       sum[c] = A(0);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[c] += shares.at[i] * static_cast<A>(value[i][c]);
+      for (int i = 0; i < 4; ++i) sum[c] += shares.at[i] * wide[i][c];
     }
     store_vector(to, Product<T, kTensorCores>::pack(sum));
   }

@@ -32,12 +32,12 @@ struct WeightGradient {
     char gradient[2][kPanels * kTileBytes];
     char samples[2][kRunPanels * kTileBytes];
     Table<A, kPanelRows> table[2];
-    int image[2][kPanelRows];
+    int64_t first_pixel[2][kPanelRows];  // element of the level's features that begins the row's image
   };
   static constexpr int kSharedBytes = static_cast<int>(sizeof(Shared));
 
   static int64_t slices(const Maps<A>& maps) {
-    return blocks_of(static_cast<int64_t>(maps.batch) * maps.pixels(), kPanelRows);
+    return blocks_of(static_cast<int64_t>(maps.batch) * maps.pixels, kPanelRows);
   }
 
   static DYHEAD_DEVICE void run(const Params& params) {
@@ -51,14 +51,14 @@ struct WeightGradient {
       return result;
     };
     // Blocks that follow each other read the same pixels.
-    const int block = take(params.blocks), run = take(params.runs), tap = take(maps.taps()), level = take(maps.levels);
+    const int block = take(params.blocks), run = take(params.runs), tap = take(maps.taps), level = take(maps.levels);
     int begin = 0;
     for (int i = 0; i < run; ++i) begin = maps.run_end(begin, kRun);
-    const int end = maps.run_end(begin, kRun), group = begin / maps.group_channels();
-    const int offset_group = begin / maps.offset_channels();
+    const int end = maps.run_end(begin, kRun), group = begin / maps.group_channels;
+    const int offset_group = begin / maps.offset_channels;
 
     const int64_t first = rest * params.part_slices * kPanelRows;
-    const int64_t left = static_cast<int64_t>(maps.batch) * maps.pixels() - first;
+    const int64_t left = static_cast<int64_t>(maps.batch) * maps.pixels - first;
     const int slices = left < params.part_slices * kPanelRows ? static_cast<int>((left + kPanelRows - 1) / kPanelRows)
                                                               : static_cast<int>(params.part_slices);
     const int rows = left < slices * kPanelRows ? static_cast<int>(left) : slices * kPanelRows;
@@ -83,19 +83,18 @@ struct WeightGradient {
     // The tables' owners, a row each: pixels of all images in one sequence. What a table is made of is read a slice
     // ahead of it, and tables are made before the product, when few registers are taken.
     const bool owner = thread < kPanelRows;
-    int n = static_cast<int>((first + thread) / maps.pixels()),
-        pixel = static_cast<int>((first + thread) % maps.pixels());
+    int n = static_cast<int>((first + thread) / maps.pixels), pixel = static_cast<int>((first + thread) % maps.pixels);
     Reading<A> reading{A(0), A(0), A(0)};
     const auto read = [&](int slice) {
       if (slice > 0) pixel += kPanelRows;
-      for (; pixel >= maps.pixels(); pixel -= maps.pixels()) ++n;
+      for (; pixel >= maps.pixels; pixel -= maps.pixels) ++n;
       if (slice * kPanelRows + thread < rows) reading = read_offset(maps, n, offset_group, tap, pixel);
     };
     const auto fill_table = [&](int slice) {
-      const int place = slice * kPanelRows + thread < rows ? pixel : -1, image = place < 0 ? 0 : n;
-      const Cell<A> cell = locate_sample(maps, level, tap, place, reading);
-      shared.table[slice % 2].set(thread, cell, place < 0 ? A(0) : reading.mask * maps.level_factor(image, level));
-      shared.image[slice % 2][thread] = image;
+      const bool exists = slice * kPanelRows + thread < rows;
+      const Cell<A> cell = locate_sample(maps, level, tap, exists ? pixel : -1, reading);
+      shared.table[slice % 2].set(thread, cell, exists ? reading.mask * maps.level_factor(n, level) : A(0));
+      shared.first_pixel[slice % 2][thread] = exists ? n * maps.image_stride(level) : 0;
     };
     // A thread gathers kParts vectors a slice, of two rows, while as many parts of a product run.
     constexpr int kParts = 2 * kRunPanels;
@@ -105,9 +104,8 @@ struct WeightGradient {
     Gather<T, kTensorCores, kVectors> gather;
     const auto load = [&](int slice, int part) {
       const int row = thread / kChunks + part % 2 * (kThreads / kChunks), channel = part / 2 * kRow<T>;
-      const int64_t image = shared.image[slice % 2][row] * maps.image_stride(level);
-      gather.load(shared.table[slice % 2], row, features + image + channel, maps.channels,
-                  end - begin - chunk * kVector<T> - channel);
+      gather.load(shared.table[slice % 2], row, features + shared.first_pixel[slice % 2][row] + channel,
+                  maps.channels * static_cast<int>(sizeof(T)), end - begin - chunk * kVector<T> - channel);
     };
     const auto store = [&](int slice, int part) {
       const int row = thread / kChunks + part % 2 * (kThreads / kChunks);
@@ -160,8 +158,8 @@ struct WeightGradient {
     }
     wait_for_copies<0>();
 
-    const int64_t matrix = (rest * maps.levels + level) * maps.taps() + tap;
-    const int group_channels = maps.group_channels(), outs = maps.group_out_channels();
+    const int64_t matrix = (rest * maps.levels + level) * maps.taps + tap;
+    const int group_channels = maps.group_channels, outs = maps.group_out_channels;
     A* const part = params.parts + matrix * maps.out_channels * group_channels;
     sums.visit_pairs([&](int row, int column, A value0, A value1) {
       const int out = block * kOuts + warp_out + row, channel = begin + warp_channel + column;

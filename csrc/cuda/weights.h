@@ -1,7 +1,9 @@
-// Weights in the order in which a kernel multiplies with them: tiles that are images of what lies in shared memory, so
-// that a tile is copied as it is.
+// Weights in the order in which a kernel multiplies with them: in tiles as they lie in shared memory, so that a tile is
+// copied as it is.
 
 #pragma once
+
+#include <utility>
 
 #include "sampling.h"
 
@@ -27,17 +29,17 @@ struct PackWeights {
   };
 
   static int64_t tiles(const Maps<A>& maps, int blocks, int runs) {
-    return static_cast<int64_t>(kForward ? maps.groups : 1) * maps.levels * maps.taps() * blocks * runs;
+    return static_cast<int64_t>(kForward ? maps.groups : 1) * maps.levels * maps.taps * blocks * runs;
   }
 
   // Starts to copy a tile into shared memory, by all threads of a block that multiplies with it.
   template <int kBlockThreads>
   static DYHEAD_DEVICE void copy_tile(const char* tile, char* to) {
-#pragma unroll
-    for (int i = 0; i < kTileBytes / static_cast<int>(sizeof(Vector)) / kBlockThreads; ++i) {
-      const int at = (i * kBlockThreads + thread_index()) * static_cast<int>(sizeof(Vector));
-      copy_async(to + at, tile + at, true);
-    }
+    constexpr int kBytes = kBlockThreads * static_cast<int>(sizeof(Vector));
+    const int at = thread_index() * static_cast<int>(sizeof(Vector));
+    [&]<int... kCopy>(std::integer_sequence<int, kCopy...>) {
+      (copy_async<kCopy * kBytes>(to + at, tile + at, true), ...);
+    }(std::make_integer_sequence<int, kTileBytes / kBytes>());
   }
 
   static DYHEAD_DEVICE void run(const Params& params) {
@@ -55,28 +57,28 @@ struct PackWeights {
     int level, tap, begin, end, out;
     bool exists = true;
     if constexpr (kForward) {
-      const int stream = maps.levels * maps.taps() * params.runs;
+      const int stream = maps.levels * maps.taps * params.runs;
       int at = take(stream);
-      const int block = take(params.blocks), group = take(maps.groups), first = group * maps.group_channels();
+      const int block = take(params.blocks), group = take(maps.groups), first = group * maps.group_channels;
       // A group with fewer runs than others leaves the end of its stream unused.
-      const int runs = maps.runs(first, first + maps.group_channels(), kRun);
-      exists = at < maps.levels * maps.taps() * runs;
+      const int runs = maps.runs(first, first + maps.group_channels, kRun);
+      exists = at < maps.levels * maps.taps * runs;
       if (!exists) at = 0;
       begin = first;
       for (int i = at % runs; i > 0; --i) begin = maps.run_end(begin, kRun);
-      tap = at / runs % maps.taps();
-      level = at / runs / maps.taps();
+      tap = at / runs % maps.taps;
+      level = at / runs / maps.taps;
       end = maps.run_end(begin, kRun);
-      out = group * maps.group_out_channels() + block * kRows + row;
-      exists = exists && block * kRows + row < maps.group_out_channels();
+      out = group * maps.group_out_channels + block * kRows + row;
+      exists = exists && block * kRows + row < maps.group_out_channels;
     } else {
       const int slice = take(params.blocks), run = take(params.runs);
       level = take(maps.levels);
-      tap = take(maps.taps());
+      tap = take(maps.taps);
       begin = 0;
       for (int i = run; i > 0; --i) begin = maps.run_end(begin, kRun);
       end = maps.run_end(begin, kRun);
-      out = begin / maps.group_channels() * maps.group_out_channels() + slice * kRow<T>;
+      out = begin / maps.group_channels * maps.group_out_channels + slice * kRow<T>;
       exists = begin + row < end;
     }
     A value[kVector<T>];
@@ -84,13 +86,12 @@ struct PackWeights {
     for (int i = 0; i < kVector<T>; ++i) {
       const int depth = chunk * kVector<T> + i;
       const int channel = kForward ? begin + depth : begin + row, o = kForward ? out : out + depth;
-      const bool inside =
-          kForward ? channel < end : o < (begin / maps.group_channels() + 1) * maps.group_out_channels();
+      const bool inside = kForward ? channel < end : o < (begin / maps.group_channels + 1) * maps.group_out_channels;
       value[i] = A(0);
       if (exists && inside) {
-        const int64_t at = (static_cast<int64_t>(level) * maps.out_channels + o) * maps.group_channels() +
-                           channel % maps.group_channels();
-        value[i] = static_cast<A>(params.weight[at * maps.taps() + tap]);
+        const int64_t at =
+            (static_cast<int64_t>(level) * maps.out_channels + o) * maps.group_channels + channel % maps.group_channels;
+        value[i] = static_cast<A>(params.weight[at * maps.taps + tap]);
       }
     }
     store_vector(params.packed + tile * kTileBytes + tile_offset(row, chunk), Product<T, kTensorCores>::pack(value));

@@ -105,7 +105,7 @@ struct Block {
   std::string problem;
 };
 Block* block = nullptr;
-std::unordered_map<const void*, std::pair<int64_t, int>> owners;  // of what a launch adds to without atomics
+std::unordered_map<const void*, std::pair<int64_t, int>> owners;  // of what threads of a launch own
 
 }  // namespace
 

@@ -74,13 +74,24 @@ inline Vector load_vector(const void* from) {
   emulation::read(&result, from, sizeof(result));
   return result;
 }
+template <typename E>
+inline E load_if(bool valid, const void* from, int64_t offset) {
+  E result{};
+  if (!valid) return result;
+  emulation::check_alignment(static_cast<const char*>(from) + offset, sizeof(E));
+  emulation::read(&result, static_cast<const char*>(from) + offset, sizeof(E));
+  return result;
+}
 inline Vector read_vector(const void* from) { return load_vector(from); }
 inline void store_vector(void* to, const Vector& value) {
   emulation::check_alignment(to);
   emulation::write(to, &value, sizeof(value));
 }
 
-inline void copy_async(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, valid); }
+template <int kOffset = 0>
+inline void copy_async(void* shared, const void* global, bool valid) {
+  emulation::copy_async(static_cast<char*>(shared) + kOffset, static_cast<const char*>(global) + kOffset, valid);
+}
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kPending>
 inline void wait_for_copies() {
@@ -147,7 +158,7 @@ inline void atomic_add(A* to, A value) {
   emulation::atomic_add(to, value);
 }
 template <typename A>
-inline void owner_add(A* to, A value) {
+inline void owned_atomic_add(A* to, A value) {
   emulation::check_owner(to);
   *to += value;
 }

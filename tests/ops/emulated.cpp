@@ -1,10 +1,14 @@
-// The CUDA operators on CPU tensors, run by csrc/emulation: torch.ops.dyhead_emulated. And kernels with races, which
-// csrc/emulation/races.h has to find.
+// The CUDA operators on CPU tensors, run by csrc/emulation: torch.ops.dyhead_emulated. What tests set of the emulated
+// device and see of its launches. And kernels with races, which csrc/emulation/races.h has to find.
 
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+#include <vector>
+
 #include "../../csrc/cuda/implementation.h"
 #include "../../csrc/cuda/intrinsics.h"
+#include "../../csrc/emulation/device.h"
 #include "../../csrc/operators.h"
 
 namespace dyhead::cuda {
@@ -70,12 +74,26 @@ void hand_on(Tensor out, std::string kind) {
   });
 }
 
+void set_device(int64_t processors, int64_t shared_limit) {
+  emulation::machine.processors = static_cast<int>(processors);
+  emulation::machine.shared_limit = static_cast<int>(shared_limit);
+}
+
+// Of all launches since the last call: blocks, bytes of shared memory.
+std::vector<int64_t> take_launches() { return std::exchange(emulation::machine.launches, {}); }
+
 }  // namespace
 }  // namespace dyhead::cuda
 
 STABLE_TORCH_LIBRARY(dyhead_emulated, library) {
   dyhead::define_operators(library);
   library.def("hand_on(Tensor(a!) out, str kind) -> ()");
+  library.def("set_device(int processors, int shared_limit) -> ()");
+  library.def("take_launches() -> int[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(dyhead_emulated, CompositeExplicitAutograd, library) {
+  library.impl("set_device", TORCH_BOX(&dyhead::cuda::set_device));
+  library.impl("take_launches", TORCH_BOX(&dyhead::cuda::take_launches));
 }
 STABLE_TORCH_LIBRARY_IMPL(dyhead_emulated, CPU, library) {
   dyhead::Operators<dyhead::cuda::Implementation>::implement(library);

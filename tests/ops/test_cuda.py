@@ -184,6 +184,60 @@ def test_many_levels_are_refused_by_name(place, make_case):
     check_case(make_case(size=(2, 2), levels=((2, 2),) * 32, kernel=(1, 1)), place, "float64")
 
 
+def test_many_channels_are_refused_by_name(place):
+    """The bytes of a pixel are counted in 32 bits."""
+    one = torch.zeros(1, 1, 1, 1, device=place.device)
+    weight = one[None].expand(1, 1, 2**28, 1, 1)
+    with pytest.raises(RuntimeError, match=r"features: expected fewer than 2\^28 channels, got 268435456"):
+        place.operators.pyramid_deform_conv2d(
+            [one.expand(1, 2**28, 1, 1)], one.expand(1, 2, 1, 1), weight, None, None, None, True, None, [1, 1], [0, 0],
+            [1, 1], False,
+        )  # fmt: skip
+
+
+@pytest.fixture(name="emulated")
+def emulated_fixture():
+    """The emulation, whose device a test may set."""
+    place = machine("emulation")
+    place.operators.take_launches()
+    yield place
+    place.operators.set_device(4, 227 << 10)
+
+
+def take_launches(place):
+    """Blocks and bytes of shared memory of every launch since the last call."""
+    numbers = place.operators.take_launches()
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_kernels_fit_the_shared_memory_of_smaller_devices(precision, emulated, make_case):
+    """A block may have 99 KB at compute capability 8.6 and 8.9, 163 KB at 8.0 and 227 KB at 9.0."""
+    dtype, allow_tf32 = PRECISIONS[precision]
+    case = make_case(
+        channels=72, out_channels=136, kernel=(1, 1), batch=1, size=(17, 20), levels=((9, 10),), dtype=dtype
+    )
+    launches, results = {}, {}
+    for limit in (227, 163, 99):
+        emulated.operators.set_device(4, limit << 10)
+        check_case(case, emulated, precision)
+        launches[limit] = take_launches(emulated)
+        results[limit] = emulated.forward(case, allow_tf32=allow_tf32)
+        emulated.operators.take_launches()
+    assert launches[163] == launches[227]
+    assert max(shared for _, shared in launches[163]) > 99 << 10
+    assert max(shared for _, shared in launches[99]) <= 99 << 10
+    assert torch.equal(results[99], results[227])
+
+
+def test_blocks_of_the_weight_gradient_fill_whole_waves(emulated, make_case):
+    """Eight waves of a block on each of 4 multiprocessors hold 3 parts of 9 blocks; a fourth makes a ninth wave."""
+    case = make_case(channels=8, out_channels=8, batch=1, size=(32, 32), levels=((32, 32),), dtype=torch.bfloat16)
+    emulated.backward(case, needs=(False, False, True, False, False, False))
+    blocks, _ = max(take_launches(emulated), key=lambda launch: launch[1])
+    assert blocks == 27
+
+
 def test_tf32_rounds_to_nearest(place, make_case):
     """Operands that were cut instead would make every sum of positive terms too small, by some 2^-11."""
     case = make_case(channels=64, out_channels=32, size=(9, 17), levels=((9, 17),), dtype=torch.float32, spread=0.2)
@@ -197,8 +251,13 @@ def test_tf32_rounds_to_nearest(place, make_case):
             assert abs((got.double().sum() / best.sum()).item() - 1) < 1e-4, name
 
 
-# Half types, whose vectors are longest, on channels that fill vectors and others.
-WIDE_MAPS = [{"count": 3, "channels": 264, "size": (9, 30)}, {"count": 2, "channels": 16, "size": (1, 1), "batch": 3}]
+# Half types, whose vectors are longest, on channels that fill vectors and others; more chunks than threads that join
+# them.
+WIDE_MAPS = [
+    {"count": 3, "channels": 264, "size": (9, 30)},
+    {"count": 2, "channels": 16, "size": (1, 1), "batch": 3},
+    {"count": 1, "channels": 2, "size": (65, 70), "batch": 1},
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
