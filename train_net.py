@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--config-file is required" + (", before the first KEY VALUE" if args.opts else ""))
     engine = choose_engine(args.engine)
     print(f"Engine: {engine}" + (" (--engine chooses)" if args.engine == "auto" else ""), flush=True)
+    logging.raiseExceptions = False  # a log.txt that a full disk does not take neither ends a run nor buries its words
     try:
         if engine == "detectron2":
             if not importlib.util.find_spec("detectron2"):

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -33,7 +34,7 @@ def claimed(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
 
     Raises:
         ConfigError: the folder cannot be made or written to; another run is in it; it holds a run, and this one is
-            a training that does not go on from there.
+            a training that does not go on from there, or cannot tell from what.
     """
     if args.machine_rank > 0:
         yield
@@ -47,8 +48,8 @@ def claimed(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
         raise ConfigError(f"OUTPUT_DIR {output_dir}: cannot be written to ({error})") from error
     with file, disk_faults_named(output_dir):
         try:
-            if not (args.resume or args.eval_only):
-                _check_empty(output_dir)
+            if not args.eval_only:
+                _check_content(output_dir, resumed=args.resume)
             yield
         finally:
             # While the lock is held: whoever opens the file from now on makes a new one.
@@ -114,13 +115,21 @@ def _locked(path: str) -> Any:
         file.close()  # its run removed it between our opening and our locking it
 
 
-def _check_empty(output_dir: str) -> None:
-    for name in ("last_checkpoint", "metrics.json"):
-        if os.path.exists(os.path.join(output_dir, name)):
-            raise ConfigError(
-                f"OUTPUT_DIR {output_dir} holds a run already ({name}): continue it with --resume, or set another "
-                "OUTPUT_DIR"
-            )
+def _check_content(output_dir: str, *, resumed: bool) -> None:
+    """That a new training finds no other one's files, and a resumed one the name of the checkpoint to go on from."""
+    note = "last_checkpoint"
+    found = [name for name in (note, "metrics.json") if os.path.lexists(os.path.join(output_dir, name))]
+    checkpoints = sorted(name for name in os.listdir(output_dir) if re.fullmatch(r"model_(\d+|final)\.pth", name))
+    if not resumed and (found or checkpoints):
+        raise ConfigError(
+            f"OUTPUT_DIR {output_dir} holds a run already ({[*found, *checkpoints][0]}): continue it with --resume, or "
+            "set another OUTPUT_DIR"
+        )
+    if resumed and checkpoints and note not in found:
+        raise ConfigError(
+            f"--resume: OUTPUT_DIR {output_dir} holds checkpoints ({checkpoints[-1]}), but no {note} that names the "
+            f"one to go on from: write its name into {note}"
+        )
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

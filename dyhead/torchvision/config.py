@@ -48,11 +48,6 @@ def get_cfg() -> CfgNode:
     return add_dyhead_config(CfgNode(defaults))  # of a copy
 
 
-def dump(cfg: CfgNode) -> str:
-    """The configuration as YAML that ``load_config`` reads."""
-    return yaml.safe_dump(_plain(cfg))
-
-
 def not_honoured_keys() -> set[str]:
     """Full names of the keys of Detectron2 that this engine knows but cannot honour."""
     defaults, patterns = _detectron2()

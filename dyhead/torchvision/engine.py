@@ -23,7 +23,7 @@ import dyhead
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.evaluation.expected import check_expectations
-from dyhead.evaluation.results import Evaluated
+from dyhead.evaluation.results import Evaluated, report_losses
 from dyhead.preflight import check_run
 from dyhead.runs.optimizer import build_optimizer, resumed_state
 from dyhead.runs.output_dir import claimed, write_config
@@ -34,7 +34,7 @@ from dyhead.torchvision.data import load_splits, load_train
 from dyhead.torchvision.detectors import build_model
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import log_to_file, start_logging, stop_logging
-from dyhead.torchvision.report import report_losses, report_results
+from dyhead.torchvision.report import report_results
 from dyhead.torchvision.training import Autocast, train
 
 _log = logging.getLogger(__name__)
@@ -141,6 +141,8 @@ def _process(
     if fabric.is_global_zero:
         start_logging()
         log_to_file(cfg.OUTPUT_DIR)
+    else:
+        logging.getLogger("dyhead").addHandler(logging.NullHandler())  # what all find is told once
     data.register_from_config(cfg.DATASETS.REGISTER)
     return reporting(errors, cfg.OUTPUT_DIR, lambda: _run(fabric, cfg, args))
 

@@ -9,10 +9,8 @@ import torchvision
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dyhead.evaluation.results import Evaluated, report_evaluation, report_losses
+from dyhead.evaluation.results import Evaluated, report_evaluation
 from dyhead.torchvision.data import EvaluationImages
-
-__all__ = ["report_losses", "report_results"]
 
 
 def report_results(cfg: CfgNode, model: nn.Module, results: Sequence[Evaluated]) -> None:

@@ -49,7 +49,7 @@ def test_an_error_and_a_lock_left_behind_free_the_folder(cfg):
         pass
 
 
-@pytest.mark.parametrize("name", ["last_checkpoint", "metrics.json"])
+@pytest.mark.parametrize("name", ["last_checkpoint", "metrics.json", "model_final.pth", "model_0000019.pth"])
 def test_a_run_is_not_overwritten(cfg, name):
     os.makedirs(cfg.OUTPUT_DIR)
     with open(os.path.join(cfg.OUTPUT_DIR, name), "w"):
@@ -57,9 +57,16 @@ def test_a_run_is_not_overwritten(cfg, name):
     message = rf"holds a run already \({name}\).*--resume.*another OUTPUT_DIR"
     with pytest.raises(ConfigError, match=message), claimed(cfg, arguments()):
         pytest.fail("went on")
-    for flags in ({"resume": True}, {"eval_only": True}):
-        with claimed(cfg, arguments(**flags)):
-            pass
+    with claimed(cfg, arguments(eval_only=True)):
+        pass
+    if name.startswith("model"):
+        message = rf"--resume: .* holds checkpoints \({name}\), but no last_checkpoint"
+        with pytest.raises(ConfigError, match=message), claimed(cfg, arguments(resume=True)):
+            pytest.fail("went on")
+    with open(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"), "w"):
+        pass
+    with claimed(cfg, arguments(resume=True)):
+        pass
 
 
 def test_folders_that_cannot_be_written_to_are_named(cfg, tmp_path):

@@ -13,7 +13,7 @@ from dyhead.config import OPTIONS, ConfigError, add_dyhead_config, get
 from dyhead.detection import DETECTORS
 from dyhead.options import leaves as option_leaves
 from dyhead.torchvision import build_model, get_cfg, setup
-from dyhead.torchvision.config import check_values, dump, not_honoured_keys
+from dyhead.torchvision.config import check_values, not_honoured_keys
 
 
 def leaves(cfg, prefix=""):
@@ -44,12 +44,12 @@ def test_every_pattern_of_keys_that_are_not_honoured_fits_a_key():
 
 def test_a_written_configuration_reads_back_the_same(tiny, configured, command, tmp_path, caplog):
     cfg = configured(tiny, "retinanet")
-    text = dump(cfg)
+    text = cfg.dump()
     assert "&id" not in text  # no YAML anchors, which people do not read
     (tmp_path / "config.yaml").write_text(text)
     args = command({})
     args.config_file = tmp_path / "config.yaml"
-    assert dump(setup(args)) == text
+    assert setup(args).dump() == text
     assert "cannot honour" not in caplog.text
 
 
