@@ -31,6 +31,9 @@ _NOT_NEGATIVE = _NUMBER & at_least(0)
 _LEVELS = _STRINGS & at_least_one("level")
 _BOX_WEIGHTS = of_type(tuple[float, float, float, float]) & each(above(0))
 
+#: Detectron2's SOLVER.STEPS.
+DEFAULT_STEPS = (30000,)
+
 #: NumPy takes no larger one.
 MAX_SEED = 2**32 - 1
 

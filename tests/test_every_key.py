@@ -128,16 +128,6 @@ def test_a_key_that_has_its_default_is_not_named(engine, detector, outcome):
         assert "does not read" not in told
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_default_steps_after_the_end_are_dropped_and_others_stay(engine, outcome):
-    module, cfg = importlib.import_module(f"dyhead.{engine}.config"), defaults(engine)
-    load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
-    for steps, max_iter, expected in (((30000,), 100, ()), ((30000,), 40000, (30000,)), ((50, 200), 100, (50, 200))):
-        cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = steps, max_iter
-        module.ignore_not_honoured(cfg, {"SOLVER.STEPS"})
-        assert cfg.SOLVER.STEPS == expected
-
-
 @pytest.mark.parametrize("workers", [4, 5])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pytorch_warns_only_of_workers_that_were_asked_for(engine, workers, monkeypatch):

@@ -22,7 +22,7 @@ from dyhead.config import ConfigError
 from dyhead.data.coco import area, is_crowd
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper
-from dyhead.detectron2.solver import build_optimizer
+from dyhead.detectron2.solver import build_lr_scheduler, build_optimizer
 
 
 class Trainer(DefaultTrainer):
@@ -93,6 +93,11 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See :func:`dyhead.detectron2.solver.build_optimizer`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """See :func:`dyhead.detectron2.solver.build_lr_scheduler`."""
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

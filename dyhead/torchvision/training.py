@@ -16,11 +16,12 @@ from torch import nn
 
 from dyhead.config import ConfigError
 from dyhead.data import CocoSplit
+from dyhead.schedule import learning_rate_factor
 from dyhead.torchvision.checkpoint import portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
 from dyhead.torchvision.evaluation import Evaluated, evaluate
 from dyhead.torchvision.logs import TrainingLog
-from dyhead.torchvision.solver import build_optimizer, clip_gradients, learning_rate_factor
+from dyhead.torchvision.solver import build_optimizer, clip_gradients
 
 _SAMPLING = 2  # random numbers of the model, apart from those of the data
 

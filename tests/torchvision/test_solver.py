@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dyhead.config import ConfigError
-from dyhead.torchvision.solver import build_optimizer, clip_gradients, learning_rate_factor
+from dyhead.schedule import learning_rate_factor
+from dyhead.torchvision.solver import build_optimizer, clip_gradients
 
 SCHEDULE = {
     "SOLVER.MAX_ITER": 100,
@@ -131,3 +132,32 @@ def test_kinds_of_clipping(tiny, configured, enabled, kind, expected):
     clip_gradients(cfg, [a, b])
     assert a.grad.tolist() == pytest.approx(expected[0], rel=1e-4)
     assert b.grad.tolist() == pytest.approx(expected[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [((30000,), False), ((100,), True), ((60, 100), True), ((60,), False)])
+def test_steps_after_the_end_are_named_unless_they_are_the_default(tiny, configured, caplog, steps, warned):
+    learning_rate_factor(configured(tiny | SCHEDULE | {"SOLVER.STEPS": steps}))
+    assert ("from SOLVER.MAX_ITER 100 on have no effect" in caplog.text) == warned
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"])
+@pytest.mark.parametrize(("max_iter", "warmup"), [(1, 0), (1, 1), (2, 1000), (4, 4), (4, 1)])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_both_engines_run_a_schedule_to_its_end(tiny, configured, name, max_iter, warmup, rescale):
+    """Detectron2's own schedules divide by zero, leave their lists or refuse a step at the end in some of these."""
+    from dyhead.detectron2.solver import build_lr_scheduler
+
+    settings = {"SOLVER.LR_SCHEDULER_NAME": name, "SOLVER.MAX_ITER": max_iter, "SOLVER.WARMUP_ITERS": warmup}
+    steps = {"SOLVER.STEPS": (max_iter,), "SOLVER.NUM_DECAYS": 1, "SOLVER.RESCALE_INTERVAL": rescale}
+    cfg = configured(tiny | SCHEDULE | settings | steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(max_iter):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    factor = learning_rate_factor(cfg)
+    assert rates == pytest.approx([2.0 * factor(i) for i in range(max_iter)])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
