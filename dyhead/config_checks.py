@@ -92,7 +92,9 @@ CHECKS: dict[str, Check] = {
 #: Of backbones with a ResNet, which have it in their builders' names.
 RESNET_CHECKS: dict[str, Check] = {
     "MODEL.RESNETS.DEPTH": one_of(18, 34, 50, 101, 152),
-    "MODEL.RESNETS.OUT_FEATURES": _STRINGS & at_least_one("stage"),
+    "MODEL.RESNETS.OUT_FEATURES": _STRINGS
+    & at_least_one("stage")
+    & each(one_of("stem", "res2", "res3", "res4", "res5")),
     "MODEL.RESNETS.NUM_GROUPS": _COUNT,
     "MODEL.RESNETS.WIDTH_PER_GROUP": _COUNT,
     "MODEL.RESNETS.STRIDE_IN_1X1": _FLAG,

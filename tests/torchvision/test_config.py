@@ -155,7 +155,8 @@ def test_devices_that_are_not_there_are_refused(tiny, command, flags, options, m
 
 def test_every_key_that_is_said_to_be_honoured_is_read_somewhere(configured, tiny):
     """A key that is said to be honoured and that nothing reads would be ignored in silence."""
-    source = "\n".join(path.read_text() for path in Path(package.__file__).parent.glob("*.py"))
+    folder = Path(package.__file__).parent
+    source = "\n".join(path.read_text() for path in (*folder.glob("*.py"), folder.parent / "schedule.py"))
     cfg = get_cfg()
     # Options are read as a whole, by the dataclasses that declare them.
     options = {f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in option_leaves(options)}
