@@ -103,8 +103,6 @@ def ignore_keys(
 
 def _quiet_defaults(cfg: CfgNode, defaults: CfgNode) -> None:
     """Nobody asked for a value that is the default: nothing shall warn of it."""
-    if cfg.SOLVER.STEPS == defaults.SOLVER.STEPS:
-        cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
     if cfg.DATALOADER.NUM_WORKERS == defaults.DATALOADER.NUM_WORKERS:  # on fewer processors PyTorch warns
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
@@ -148,6 +146,9 @@ def _check_together(cfg: CfgNode) -> None:
         expect(cfg, "INPUT.MIN_SIZE_TRAIN", len(sizes) == 2 and sizes[0] <= sizes[1], "the lowest and the highest size")
     base = solver.BASE_LR
     expect(cfg, "SOLVER.BASE_LR_END", solver.BASE_LR_END <= base, f"at most SOLVER.BASE_LR, {base}")
+    if solver.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
+        most = f"at most SOLVER.MAX_ITER, {solver.MAX_ITER}"
+        expect(cfg, "SOLVER.NUM_DECAYS", solver.NUM_DECAYS <= solver.MAX_ITER, most)
     if solver.OPTIMIZER == "SGD" and solver.NESTEROV:
         expect(cfg, "SOLVER.MOMENTUM", solver.MOMENTUM > 0, "above 0 with SOLVER.NESTEROV True")
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:

@@ -33,6 +33,9 @@ _NOT_NEGATIVE = _NUMBER & at_least(0)
 _LEVELS = _STRINGS & at_least_one("level")
 _BOX_WEIGHTS = of_type(tuple[float, float, float, float]) & each(above(0))
 
+#: Detectron2's SOLVER.STEPS.
+DEFAULT_STEPS = (30000,)
+
 #: NumPy takes no larger one.
 MAX_SEED = 2**32 - 1
 
@@ -103,7 +106,9 @@ CHECKS: dict[str, Check] = {
 #: Of backbones with a ResNet, which have it in their builders' names.
 RESNET_CHECKS: dict[str, Check] = {
     "MODEL.RESNETS.DEPTH": one_of(18, 34, 50, 101, 152),
-    "MODEL.RESNETS.OUT_FEATURES": _STRINGS & at_least_one("stage"),
+    "MODEL.RESNETS.OUT_FEATURES": _STRINGS
+    & at_least_one("stage")
+    & each(one_of("stem", "res2", "res3", "res4", "res5")),
     "MODEL.RESNETS.NUM_GROUPS": _COUNT,
     "MODEL.RESNETS.WIDTH_PER_GROUP": _COUNT,
     "MODEL.RESNETS.STRIDE_IN_1X1": _FLAG,

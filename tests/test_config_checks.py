@@ -216,6 +216,11 @@ def test_options_of_other_detectors_are_not_checked(detector):
         ),
         (
             "DyHeadFCOS",
+            {"SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "SOLVER.MAX_ITER": 2},
+            "SOLVER.NUM_DECAYS: expected at most SOLVER.MAX_ITER, 2, got 3",
+        ),
+        (
+            "DyHeadFCOS",
             {"INPUT.MIN_SIZE_TRAIN_SAMPLING": "range", "INPUT.MIN_SIZE_TRAIN": (640, 800, 900)},
             r"INPUT.MIN_SIZE_TRAIN: expected the lowest and the highest size, got \(640, 800, 900\)",
         ),

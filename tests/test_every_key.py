@@ -128,16 +128,6 @@ def test_a_key_that_has_its_default_is_not_named(engine, detector, outcome):
         assert "does not read" not in told
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_default_steps_after_the_end_are_dropped_and_others_stay(engine, outcome):
-    module, cfg = importlib.import_module(f"dyhead.{engine}.config"), defaults(engine)
-    load_config(cfg, QUICKSTART / "fcos_dyhead_R18_shapes.yaml")
-    for steps, max_iter, expected in (((30000,), 100, ()), ((30000,), 40000, (30000,)), ((50, 200), 100, (50, 200))):
-        cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = steps, max_iter
-        module.ignore_not_honoured(cfg, {"SOLVER.STEPS"})
-        assert cfg.SOLVER.STEPS == expected
-
-
 @pytest.mark.parametrize("workers", [4, 5])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pytorch_warns_only_of_workers_that_were_asked_for(engine, workers, monkeypatch):
@@ -199,6 +189,14 @@ def test_what_is_ignored_is_said_to_be_as_it_is_by_default(engine, outcome):
             {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": (0.5, 0.7)},
             "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS: expected 2 lists, as many as IOUS, got",
         ),
+        (
+            {"MODEL.FPN.IN_FEATURES": ["res1"]},
+            r"MODEL.FPN.IN_FEATURES: expected some of MODEL.RESNETS.OUT_FEATURES, \['res2', .*\], got \['res1'\]",
+        ),
+        (
+            {"MODEL.RESNETS.OUT_FEATURES": ["res6"]},
+            "MODEL.RESNETS.OUT_FEATURES: expected .* each one of 'stem', 'res2', 'res3', 'res4', 'res5', got",
+        ),
         ({"MODEL.MASK_ON": True, "MODEL.ROI_MASK_HEAD.NUM_CONV": -1}, "MODEL.ROI_MASK_HEAD.NUM_CONV: expected"),
         (
             {"MODEL.KEYPOINT_ON": True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": ()},
@@ -242,3 +240,14 @@ def test_masks_and_keypoints_need_annotations():
         for name in ("with_masks", "without_masks"):
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("key", ["MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"])
+def test_levels_of_two_stage_detectors_are_those_of_the_backbone(key):
+    from dyhead.detectron2 import Trainer
+
+    cfg = defaults("detectron2")
+    load_config(cfg, QUICKSTART / "faster_rcnn_dyhead_R18_shapes.yaml", ["MODEL.DEVICE", "cpu", key, "['p9']"])
+    with pytest.raises(ConfigError, match=rf"^{key}: expected some of the levels p2, p3, p4, p5, p6, got \['p9'\]$"):
+        Trainer.build_model(cfg)

@@ -153,6 +153,7 @@ def check_values(cfg: CfgNode, processes: int = 1) -> None:
     expect(cfg, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME in backbones, f"one of {', '.join(backbones)}")
     for key, check in detectron2_checks(cfg).items():
         expect(cfg, key, check.fits(get(cfg, key)), check.text)
+    _check_stages(cfg)
     _check_crop(cfg)
     _check_cascade(cfg)
     _check_scaled(cfg, processes)
@@ -171,6 +172,13 @@ def check_annotations(cfg: CfgNode, names: Iterable[str]) -> None:
                     f"MODEL.MASK_ON: expected False, since dataset {name!r} has objects without a segmentation "
                     f"({record['file_name']}), got True"
                 )
+
+
+def _check_stages(cfg: CfgNode) -> None:
+    if "resnet_fpn" in cfg.MODEL.BACKBONE.NAME:
+        there = cfg.MODEL.RESNETS.OUT_FEATURES
+        fits = set(cfg.MODEL.FPN.IN_FEATURES) <= set(there)
+        expect(cfg, "MODEL.FPN.IN_FEATURES", fits, f"some of MODEL.RESNETS.OUT_FEATURES, {there}")
 
 
 def _check_crop(cfg: CfgNode) -> None:

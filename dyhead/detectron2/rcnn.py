@@ -7,6 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_proposal_generator, build_roi_heads
 
+from dyhead.config import expect, get
 from dyhead.detectron2.backbone import build_backbone
 
 
@@ -19,9 +20,15 @@ class DyHeadRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The keyword arguments that the config stands for."""
+        """The keyword arguments that the config stands for.
+
+        Raises:
+            ConfigError: levels that the backbone does not have.
+        """
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
+        for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):
+            expect(cfg, key, set(get(cfg, key)) <= set(shapes), f"some of the levels {', '.join(shapes)}")
         return {
             "backbone": backbone,
             "proposal_generator": build_proposal_generator(cfg, shapes),

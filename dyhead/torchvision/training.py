@@ -17,11 +17,11 @@ from dyhead.data import CocoSplit
 from dyhead.evaluation.results import Evaluated
 from dyhead.runs.divergence import check_finite
 from dyhead.runs.interruption import Interrupted, Interruption
+from dyhead.runs.schedule import learning_rate_factor
 from dyhead.torchvision.checkpoint import load_states, portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
-from dyhead.torchvision.solver import learning_rate_factor
 
 _SAMPLING = 2  # random numbers of the model, apart from those of the data
 

@@ -1,4 +1,4 @@
-"""The learning rate's schedule, as Detectron2 defines it."""
+"""The learning rate schedules of Detectron2, for both engines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from fvcore.common import param_scheduler as schedules
 from fvcore.common.config import CfgNode
 
 from dyhead.config import ConfigError
+from dyhead.config_checks import DEFAULT_STEPS
 
 _log = logging.getLogger(__name__)
+
+_END = 1 - 1e-5  # of the training, as far as fvcore's steps of equal length go: they have no value where it has ended
 
 
 def learning_rate_factor(cfg: CfgNode) -> Callable[[int], float]:
@@ -30,16 +33,17 @@ def learning_rate_factor(cfg: CfgNode) -> Callable[[int], float]:
     return lambda iteration: schedule(iteration / solver.MAX_ITER)
 
 
-def _schedule(cfg: CfgNode) -> schedules.ParamScheduler:
+def _schedule(cfg: CfgNode) -> Callable[[float], float]:
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         return schedules.CosineParamScheduler(1, solver.BASE_LR_END / solver.BASE_LR)
     if solver.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
-        return schedules.StepWithFixedGammaParamScheduler(
+        steps_of_equal_length = schedules.StepWithFixedGammaParamScheduler(
             base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=solver.MAX_ITER
         )
+        return lambda where: steps_of_equal_length(min(where, _END))
     steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
-    if len(steps) < len(solver.STEPS):
+    if len(steps) < len(solver.STEPS) and tuple(solver.STEPS) != DEFAULT_STEPS:
         _log.warning("SOLVER.STEPS %s: those from SOLVER.MAX_ITER %d on have no effect", solver.STEPS, solver.MAX_ITER)
     if not steps:
         return schedules.LinearParamScheduler(1, 1)
@@ -47,7 +51,7 @@ def _schedule(cfg: CfgNode) -> schedules.ParamScheduler:
     return schedules.MultiStepParamScheduler(values, milestones=steps, num_updates=solver.MAX_ITER)
 
 
-def _warmed_up(cfg: CfgNode, schedule: schedules.ParamScheduler) -> schedules.ParamScheduler:
+def _warmed_up(cfg: CfgNode, schedule: Callable[[float], float]) -> Callable[[float], float]:
     solver = cfg.SOLVER
     length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
     if length <= 0:
