@@ -22,8 +22,8 @@ from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import report_losses
-from dyhead.preflight import check_run
 from dyhead.runs.output_dir import claimed, write_config
+from dyhead.runs.preflight import check_run
 from dyhead.runs.processes import launched, reporting
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with a warning.
 
     Raises:
-        ConfigError: the config cannot be read or used, see also :func:`dyhead.preflight.check_run`.
+        ConfigError: the config cannot be read or used, see also :func:`dyhead.runs.preflight.check_run`.
     """
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)

@@ -24,9 +24,9 @@ from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, load_config
 from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import Evaluated, report_losses
-from dyhead.preflight import check_run
 from dyhead.runs.optimizer import build_optimizer, resumed_state
 from dyhead.runs.output_dir import claimed, write_config
+from dyhead.runs.preflight import check_run
 from dyhead.runs.processes import launched, reporting
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
 from dyhead.torchvision.config import check_values, get_cfg, ignore_not_honoured

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from dyhead.config import ConfigError
-from dyhead.preflight import check_run
+from dyhead.runs.preflight import check_run
 from dyhead.torchvision import get_cfg
 
 

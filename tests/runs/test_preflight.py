@@ -7,7 +7,7 @@ import re
 import pytest
 
 from dyhead.config import ConfigError, check_config, load_config
-from dyhead.preflight import check_run
+from dyhead.runs.preflight import check_run
 from dyhead.torchvision import get_cfg
 
 
