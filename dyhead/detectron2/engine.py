@@ -39,8 +39,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)
     check_values(cfg, args.num_gpus * args.num_machines)
-    ignore_not_honoured(cfg, given)
     check_run(cfg, args)
+    ignore_not_honoured(cfg, given)
     _check_links(cfg, args)
     cfg.freeze()
     return cfg
