@@ -1,5 +1,6 @@
 """Config files and overrides: what was written is what is set, and everything else is an error that says where."""
 
+import random
 import re
 from pathlib import Path
 
@@ -227,6 +228,8 @@ def test_anchors_and_merged_mappings_mean_what_they_do_in_yaml(cfg, write):
     head = cfg.MODEL.ROI_BOX_HEAD
     assert (head.SMOOTH_L1_BETA, head.BBOX_REG_LOSS_WEIGHT, cfg.MODEL.RPN.BBOX_REG_LOSS_WEIGHT) == (0.5, 3.0, 2.0)
     assert (cfg.MODEL.FCOS.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CLASSES) == (7, 7)
+    load_config(cfg, write("MODEL: {FCOS: {<<: [{NORM: a}, {NORM: b}]}}"))
+    assert cfg.MODEL.FCOS.NORM == "a"
     with pytest.raises(ConfigError, match="line 1: <<: expected a mapping"):
         load_config(cfg, write("SOLVER: {<<: 3}"))
 
@@ -367,6 +370,43 @@ def test_the_home_folder_stands_for_its_sign_in_every_path(cfg, write, tmp_path,
     assert cfg.OUTPUT_DIR == f"{tmp_path}/run"
     assert cfg.MODEL.WEIGHTS == f"{tmp_path}/a.pth"
     assert cfg.DATASETS.REGISTER == [["~a", f"{tmp_path}/a.json", f"{tmp_path}/images"]]
+
+
+PIECES = ["null", "", "~", "1e400", "0x" + 5000 * "f", "-1", "1_000", "010", "1:30", "yes", "2020-01-01", "[", "]",
+          "{", "}", "()", "(1,)", "&a", "*a", "<<: *a", "!!str", "!!python/name:os.system", "---", "\t", "\ufeff", "\0",
+          "\x85", "'", '"',
+          '"\\ud800"', "|", "#", "? ", ": ", "- ", ",", "@", "\n", "_BASE_: x", "nan", ".inf", "1j", "b'x'", 300 * "(",
+          600 * "[", 3000 * "1+", "{1: 2}", "١", 5000 * "1", "[1, [2, (3,)], None]", "%YAML 9.9\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_text_whatever_gives_anything_but_a_config_error_that_says_where(write, seed):
+    rng, keys = random.Random(seed), sorted(key_names(get_cfg()))
+    errors = []
+    text = (ROOT / "configs/faster_rcnn_R50.yaml").read_text().replace('_BASE_: "base_R50.yaml"', "")
+    for _ in range(40):
+        content, words = "{}", []
+        if rng.random() < 0.6:
+            content = list(text)
+            for _ in range(rng.choice([1, 2, 5])):
+                place = rng.randrange(len(content))
+                content[place : place + rng.choice([0, 1, 20])] = rng.choice(PIECES)
+            content = "".join(content)
+        else:
+            words = [rng.choice(keys), rng.choice(PIECES)]
+        try:
+            load_config(get_cfg(), write(content), words)
+        except ConfigError as error:
+            errors.append(str(error))
+    assert len(errors) > 20
+    assert [error for error in errors if not re.search(r"config\.yaml|^overrides: |/x: no such file", error)] == []
+
+
+def key_names(tree, prefix=""):
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from key_names(value, f"{prefix}{name}.")
 
 
 @pytest.mark.detectron2

@@ -208,8 +208,9 @@ def test_values_that_detectron2_would_stumble_over_are_refused(settings, message
     from dyhead.detectron2.config import check_values
 
     cfg = defaults("detectron2")
-    load_config(cfg, QUICKSTART / "faster_rcnn_dyhead_R18_shapes.yaml")
+    load_config(cfg, QUICKSTART / "faster_rcnn_dyhead_R18_shapes.yaml", ["SOLVER.REFERENCE_WORLD_SIZE", "2"])
     check_values(cfg, processes=8)
+    check_values(cfg, processes=0)  # which check_run refuses
     for key, value in settings.items():
         node, _, name = key.rpartition(".")
         get(cfg, node)[name] = value

@@ -203,7 +203,7 @@ def _check_cascade(cfg: CfgNode) -> None:
 
 def _check_scaled(cfg: CfgNode, processes: int) -> None:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if reference in (0, processes):
+    if reference in (0, processes) or processes < 1:  # so few are refused elsewhere
         return
     batch = cfg.SOLVER.IMS_PER_BATCH
     expect(cfg, "SOLVER.REFERENCE_WORLD_SIZE", batch % reference == 0, f"a divisor of SOLVER.IMS_PER_BATCH, {batch}")

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from dyhead.config import ConfigError, add_dyhead_config, load_config
+from dyhead.config_files import Scalar, resolve
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
 from dyhead.detectron2.datasets import check_classes, check_trainable, register_datasets
@@ -41,8 +42,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = add_dyhead_config(get_cfg())
     given = load_config(cfg, args.config_file, args.opts)
     check_values(cfg, args.num_gpus * args.num_machines)
-    ignore_not_honoured(cfg, given)
     check_run(cfg, args)
+    ignore_not_honoured(cfg, given)
+    if resolve(Scalar(cfg.OUTPUT_DIR), text=False, is_list=False) != cfg.OUTPUT_DIR:
+        # Detectron2 writes it as YAML and reads it back, where 1e3 would be a number.
+        cfg.OUTPUT_DIR = os.path.join(os.curdir, cfg.OUTPUT_DIR)
     _check_links(cfg, args)
     cfg.freeze()
     return cfg

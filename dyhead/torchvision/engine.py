@@ -55,8 +55,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     given = load_config(cfg, args.config_file, args.opts)
     check_values(cfg)
-    ignore_not_honoured(cfg, given)
     check_run(cfg, args)
+    ignore_not_honoured(cfg, given)
     cfg.freeze()
     return cfg
 

@@ -281,6 +281,14 @@ def test_keys_that_are_not_read_are_named(arguments, caplog):
     assert "The Detectron2 engine cannot honour, and ignores: TEST.AUG.ENABLED True" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["1e3", "2026_11_25", "0x10", "1e-4", "run"])
+def test_a_folder_with_a_number_for_a_name_is_text_to_detectron2(arguments, name):
+    from detectron2.engine.defaults import _try_get_key  # what its default_setup makes the folder from
+
+    cfg = setup(arguments({"OUTPUT_DIR": name}))
+    assert os.path.normpath(_try_get_key(cfg, "OUTPUT_DIR")) == os.path.normpath(cfg.OUTPUT_DIR) == name
+
+
 def test_no_detections_are_zero_ap(blocks, arguments, tmp_path, tiny_cfg):
     cfg = tiny_cfg()
     Checkpointer(build_model(cfg), str(tmp_path)).save("fresh")
