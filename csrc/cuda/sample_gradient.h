@@ -59,8 +59,8 @@ struct SampleGradient {
   struct Unit {
     int64_t patch;  // of all images
     int tap, level, run, begin, end;
-    int group, offset_group;      // of the run
-    int offset_run, first_group;  // the first run of the offset group, and its group
+    int group, offset_group;  // of the run
+    int offset_run;           // the first run of the offset group
 
     static DYHEAD_DEVICE Unit first(const Params& params) {
       const Maps<A>& maps = params.maps;
@@ -99,7 +99,7 @@ struct SampleGradient {
       if (ends && ++level < maps.levels) {
         run = offset_run;
         begin = offset_group * maps.offset_channels;
-        group = first_group;
+        group = begin / maps.group_channels;
       } else {
         begin = end;
         ++run;
@@ -109,7 +109,6 @@ struct SampleGradient {
           ++offset_group;
           if (begin == maps.channels) begin = run = group = offset_group = 0, ++tap;
           offset_run = run;
-          first_group = group;
         }
       }
       find_end(maps);
@@ -145,10 +144,12 @@ struct SampleGradient {
     const bool owner = thread < kPixels;  // of a pixel of the patch
 
     Unit unit = Unit::first(params);
-    const int64_t runs_and_levels = static_cast<int64_t>(params.runs) * maps.levels;
-    const int64_t units = maps.taps * (kOrdered ? Patch<kPixels>::count(maps) : runs_and_levels);
+    // Without order a unit's slices are tiles of weights, which lie in memory: 32 bits count them.
+    using Count = std::conditional_t<kOrdered, int64_t, int>;
+    const Count units =
+        maps.taps * (kOrdered ? static_cast<Count>(Patch<kPixels>::count(maps)) : params.runs * maps.levels);
     Slice ahead = Slice::first(params, unit);
-    int64_t slices_ahead = units * params.slices;
+    Count slices_ahead = units * params.slices;
     const auto copy_ahead = [&](int stage) {
       if (slices_ahead > 0) {
         Pack::template copy_tile<kThreads>(ahead.weights, shared.weights[stage]);
@@ -181,14 +182,14 @@ struct SampleGradient {
     const int warp_row = warp % 2 * kWarpRows, warp_column = warp / 2 * kWarpColumns;
 
 #pragma unroll 1
-    for (int64_t u = 0; u < units; ++u) {
+    for (Count u = 0; u < units; ++u) {
       const int group = unit.group;
       Sums<A, kWarpRows / 16, kWarpColumns / 8> sums;
       sums.clear();
 #pragma unroll 1
       for (int slice = 0; slice < params.slices; ++slice) {
         const int panel = slice / kPanel;
-        if (loaded_patch != unit.patch || loaded_group != group || loaded_panel != panel) {
+        if ((kOrdered && loaded_patch != unit.patch) || loaded_group != group || loaded_panel != panel) {
           loaded_patch = unit.patch, loaded_group = group, loaded_panel = panel;
           sync_block();  // nobody reads the last one any more
           load_panel(params, patch, group, panel * kPanel, shared);
@@ -216,15 +217,13 @@ struct SampleGradient {
       } else {
         scatter(params, patch, unit, starts, shared);
       }
-      const Unit done = unit;
-      unit.next(maps);
-      if (kOrdered && unit.patch != done.patch) patch = Patch<kPixels>::at(maps, unit.patch);
-      if (!ends) continue;
-      sync_block();  // the products are complete, and nobody reads the table any more
-      if (owner) {
-        if constexpr (!kOrdered) add_positions(params, patch, done, cell, reading.mask, pixel, own, shared);
-        if (u + 1 < units) fill_table();
+      if (ends) sync_block();  // the products are complete, and nobody reads the table any more
+      if constexpr (!kOrdered) {
+        if (ends && owner) add_positions(params, patch, unit, cell, reading.mask, pixel, own, shared);
       }
+      unit.next(maps);
+      if (kOrdered && unit.tap == 0) patch = Patch<kPixels>::at(maps, unit.patch);
+      if (ends && owner && u + 1 < units) fill_table();
     }
     wait_for_copies<0>();
 
