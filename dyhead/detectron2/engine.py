@@ -44,6 +44,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_values(cfg, args.num_gpus * args.num_machines)
     check_run(cfg, args)
     ignore_not_honoured(cfg, given)
+    if "${" in cfg.OUTPUT_DIR:
+        raise ConfigError(f"OUTPUT_DIR: Detectron2 expects a folder without ${{ in its name, got {cfg.OUTPUT_DIR!r}")
     if resolve(Scalar(cfg.OUTPUT_DIR), text=False, is_list=False) != cfg.OUTPUT_DIR:
         # Detectron2 writes it as YAML and reads it back, where 1e3 would be a number.
         cfg.OUTPUT_DIR = os.path.join(os.curdir, cfg.OUTPUT_DIR)

@@ -256,6 +256,7 @@ def test_two_processes_share_a_batch(arguments, tmp_path):
         ({}, {"num_gpus": 3}, ConfigError, "IMS_PER_BATCH: expected a multiple of the 3 devices, got 2"),
         ({}, {"num_gpus": 0}, ConfigError, "--num-gpus"),
         ({}, {"machine_rank": 1}, ConfigError, "--machine-rank: expected 0 to 0, got 1"),
+        ({"OUTPUT_DIR": "a${b}"}, {}, ConfigError, r"OUTPUT_DIR: .* without \$\{ in its name, got 'a\$\{b\}'"),
         ({"MODEL.DEVICE": "gpu"}, {}, ConfigError, "MODEL.DEVICE: expected cpu, .*got 'gpu'"),
         ({"DATASETS.TRAIN": ()}, {}, ConfigError, "DATASETS.TRAIN: expected at least one dataset"),
         ({"SOLVER.OPTIMIZER": "LION"}, {"num_gpus": 2}, ConfigError, "SOLVER.OPTIMIZER: expected .*'LION'"),
