@@ -6,6 +6,7 @@ Autocast is off around it.
 """
 
 from dyhead.detection.criteria.matches import Matches, match
+from dyhead.detection.criteria.quality import QualityCriterion
 from dyhead.detection.criteria.standard import standard
 
-__all__ = ["Matches", "match", "standard"]
+__all__ = ["Matches", "QualityCriterion", "match", "standard"]
