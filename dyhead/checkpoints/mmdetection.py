@@ -51,8 +51,8 @@ def _dense(state: Mapping[str, Tensor]) -> list[Row]:
         for part, name in (("conv", "conv"), ("(?:gn|bn)", "norm"))
     ]
     rows += [
-        Row(r"bbox_head\.(?:atss_cls|conv_cls)\.(.+)", r"detector.head.logits.\1"),
-        Row(r"bbox_head\.(?:atss_reg|conv_reg)\.(.+)", r"detector.head.deltas.\1"),
+        Row(r"bbox_head\.(?:atss_cls|gfl_cls|conv_cls)\.(.+)", r"detector.head.logits.\1"),
+        Row(r"bbox_head\.(?:atss_reg|gfl_reg|conv_reg)\.(.+)", r"detector.head.deltas.\1"),
         Row(r"bbox_head\.(?:atss_centerness|conv_centerness)\.(.+)", r"detector.head.quality.\1"),
         Row(r"bbox_head\.scales\.(\d+)\.scale", r"detector.head.delta_scale[\1]"),
     ]
@@ -81,7 +81,7 @@ MMDETECTION_DETECTOR = Source(
     r"^(neck|bbox_head|roi_head)\.|^dyhead_blocks\.\d+\.",
     _rows,
     unless=r"\.dyhead_tower\.",
-    dropped=(COUNTERS,),
+    dropped=(COUNTERS, (r"bbox_head\.integral\.project", "the whole numbers from 0 to MODEL.GFL.REG_MAX")),
     left_over=((r"bbox_head\.retina_(cls|reg)\..+", "the order of so many anchors at a place is not known"),),
     zero_biases=True,
 )

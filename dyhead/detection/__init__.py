@@ -1,15 +1,15 @@
 """Dense detectors in plain tensors, without an engine: from a pyramid to losses and to detections.
 
 A detector is put together from parts: a head (what is predicted), anchors or points (where), a box form (what the
-numbers mean), an assigner (which place is which object's), a classification loss and a score. Both engines run the same
-detectors through thin adapters; a detector is one file here.
+numbers mean), an assigner (which place is which object's), a classification loss, a criterion (what all of it costs)
+and a score. Both engines run the same detectors through thin adapters; a detector is one file here.
 
 Shapes in this package: N images, M objects of an image, R places (anchors of all cells of all levels), A anchors of a
 cell, K classes, P positive places. Boxes are (x0, y0, x1, y1) in pixels of the image as the network sees it. Places run
 from the finest level to the coarsest, row by row, cell by cell, anchor by anchor.
 """
 
-from dyhead.detection import atss, fcos, retinanet  # registers them
+from dyhead.detection import atss, fcos, gfl, retinanet  # registers them
 from dyhead.detection.anchors import Anchors, Places
 from dyhead.detection.detector import DenseDetector, Detections, Predictions, Targets
 from dyhead.detection.heads import DenseHead
@@ -27,6 +27,7 @@ __all__ = [
     "Targets",
     "atss",
     "fcos",
+    "gfl",
     "register_detector",
     "retinanet",
 ]

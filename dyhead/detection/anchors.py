@@ -32,10 +32,10 @@ class Places(NamedTuple):
         """(R, 2) as x, y."""
         return (self.anchors[:, :2] + self.anchors[:, 2:]) / 2
 
-    def by_level(self, values: Sequence[float]) -> Tensor:
-        """One number per level as one per place, (R,)."""
+    def by_level(self, values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+        """One number per level as one per place, (R,); X numbers likewise, (R, X)."""
         counts = torch.tensor(self.counts, device=self.anchors.device)
-        return torch.repeat_interleave(self.anchors.new_tensor(values), counts)
+        return torch.repeat_interleave(self.anchors.new_tensor(values), counts, dim=0)
 
 
 def _positive(values: Sequence) -> bool:
@@ -47,7 +47,7 @@ _POSITIVE = Check("numbers above 0, at least one in each list", _positive)
 
 @dataclass(frozen=True)
 class AnchorOptions:
-    """The anchors at every cell of RetinaNet, ATSS and the two-stage detectors' proposals."""
+    """The anchors at every cell of RetinaNet, ATSS, GFL and the two-stage detectors' proposals."""
 
     sizes: tuple[tuple[float, ...], ...] | tuple[float, ...] = option(
         ((32, 64, 128, 256, 512),),

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from dyhead.detection.anchors import Anchors, Places
-from dyhead.detection.assigners import IGNORED
-from dyhead.detection.normalizer import LossNormalizer, mean_over_devices
-from dyhead.detection.quality import centerness
+from dyhead.detection.criteria import standard
+from dyhead.detection.normalizer import LossNormalizer
 from dyhead.detection.scores import Score
 from dyhead.options import above, at_least, option
 
@@ -26,7 +25,7 @@ class Predictions(NamedTuple):
 
     Attributes:
         logits: (N, R, K).
-        boxes: raw box numbers (N, R, 4).
+        boxes: raw box numbers (N, R, X), as many as the box form has a place.
         quality: logits (N, R), or None.
         shapes: (height, width) of every level in its own pixels.
     """
@@ -60,6 +59,15 @@ class BoxForm(Protocol):
 
     def loss(self, numbers: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
         """What predictions cost, (P,)."""
+
+
+class Criterion(Protocol):
+    """See :mod:`dyhead.detection.criteria`."""
+
+    def __call__(
+        self, detector: DenseDetector, predictions: Predictions, targets: Sequence[Targets]
+    ) -> dict[str, Tensor]:
+        """Scalars by name."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ class DenseDetector(nn.Module):
         normalizer: what losses are divided by.
         box_loss: how the box losses are summed up.
         inference: how predictions become detections.
-        loss_names: of the class, box and quality loss.
+        loss_names: of the losses, in the criterion's order; the standard one has the class, box and quality loss.
+        criterion: what predictions cost.
 
     Raises:
         ValueError: a score or box losses that need a quality, but a head that predicts none.
@@ -136,7 +145,8 @@ class DenseDetector(nn.Module):
         *,
         box_loss: BoxLoss = BoxLoss(),
         inference: Inference = Inference(),
-        loss_names: tuple[str, str, str] = ("loss_cls", "loss_box_reg", "loss_quality"),
+        loss_names: tuple[str, ...] = ("loss_cls", "loss_box_reg", "loss_quality"),
+        criterion: Criterion = standard,
     ) -> None:
         super().__init__()
         if score.score != "class" and head.quality is None:
@@ -154,6 +164,7 @@ class DenseDetector(nn.Module):
         self.box_loss = box_loss
         self.inference = inference
         self.loss_names = loss_names
+        self.criterion = criterion
         self._nan_told = False
 
     def forward(self, pyramid: Mapping[str, Tensor]) -> Predictions:
@@ -176,36 +187,7 @@ class DenseDetector(nn.Module):
         """
         # Autocast would take products of coordinates to half precision.
         with torch.autocast(predictions.logits.device.type, enabled=False):
-            return self._losses(predictions, targets)
-
-    def _losses(self, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:
-        logits, numbers, quality, _ = predictions
-        places = self.places(predictions)
-        assigned = self.assign(places, targets)
-        positive = assigned >= 0
-        owners = [own[own >= 0] for own in assigned]
-        boxes = torch.cat([t.boxes[own] for t, own in zip(targets, owners, strict=True)]).to(logits.dtype)
-        labels = torch.cat([t.labels[own] for t, own in zip(targets, owners, strict=True)])
-        divisor = self.loss_normalizer(positive.sum(dim=1)).to(logits.dtype)
-
-        truth = torch.zeros_like(logits)
-        truth[positive, labels] = 1
-        costs = assigned != IGNORED
-        names = self.loss_names
-        losses = {names[0]: self.class_loss(logits[costs], truth[costs]) / divisor}
-
-        anchors = places.anchors.expand(len(logits), -1, -1)[positive]
-        box_losses = self.box_form.loss(numbers[positive], anchors, boxes)
-        box_divisor = divisor
-        if quality is not None:
-            good = centerness((anchors[:, :2] + anchors[:, 2:]) / 2, boxes)
-            quality_losses = nn.functional.binary_cross_entropy_with_logits(quality[positive], good, reduction="sum")
-            losses[names[2]] = quality_losses / divisor
-            if self.box_loss.by_centerness:
-                box_losses = box_losses * good
-                box_divisor = mean_over_devices(good.sum()).clamp(min=self.box_loss.smallest_sum)
-        losses[names[1]] = self.box_loss.weight * box_losses.sum() / box_divisor
-        return losses
+            return self.criterion(self, predictions, targets)
 
     def detections(self, predictions: Predictions, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """What is found in each image; what is NaN is nothing, of which a warning tells once.

@@ -37,7 +37,7 @@ class LossNormalizer(nn.Module):
         """A scalar from the number of positives of each image, (N,). A moving average moves on."""
         if self.kind == "positives_per_image":
             positives = positives.clamp(min=1)
-        count = mean_over_devices(positives.sum().float()).clamp(min=1)
+        count = divisor_of(positives.sum().float(), 1)
         if self.kind != "moving_average":
             return count
         self.average.copy_(_MOMENTUM * self.average + (1 - _MOMENTUM) * count)
@@ -50,6 +50,11 @@ class LossNormalizer(nn.Module):
         else:
             state_dict.pop(f"{prefix}average", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def divisor_of(total: Tensor, smallest: float) -> Tensor:
+    """A sum over this process's images as what losses are divided by: its mean over devices, at least ``smallest``."""
+    return mean_over_devices(total).clamp(min=smallest)
 
 
 def mean_over_devices(value: Tensor) -> Tensor:

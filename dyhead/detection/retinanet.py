@@ -46,4 +46,5 @@ class RetinaNetOptions(DenseOptions):
             score=Score("class"),
             normalizer=LossNormalizer(self.loss_normalizer, initial=100),
             inference=self.inference(detections_per_image),
+            loss_names=("loss_cls", "loss_box_reg"),
         )

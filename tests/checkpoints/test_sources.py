@@ -298,6 +298,20 @@ def test_towers_of_mmdetection(check_account):
     assert conversion.state["detector.head.box_tower.0.conv.bias"].tolist() == [0, 0, 0]
 
 
+def test_gfl_of_mmdetection(check_account):
+    state = {f"bbox_head.gfl_{name}.{part}": torch.rand(2) for name in ("cls", "reg") for part in ("weight", "bias")}
+    state |= {"bbox_head.scales.1.scale": torch.tensor(1.5), "bbox_head.scales.0.scale": torch.tensor(0.5)}
+    state["bbox_head.integral.project"] = torch.linspace(0, 16, 17)
+    conversion = convert(state)
+    check_account(state, conversion)
+    assert not conversion.left_over
+    assert list(conversion.dropped) == ["bbox_head.integral.project"]
+    assert conversion.state["detector.head.delta_scale"].tolist() == [0.5, 1.5]
+    for theirs, ours in {"gfl_cls": "logits", "gfl_reg": "deltas"}.items():
+        for part in ("weight", "bias"):
+            assert torch.equal(conversion.state[f"detector.head.{ours}.{part}"], state[f"bbox_head.{theirs}.{part}"])
+
+
 def test_mmdetections_two_stage_names(check_account):
     pairs = {
         "rpn_head.rpn_conv.weight": "proposal_generator.rpn_head.conv.weight",

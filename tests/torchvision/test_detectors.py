@@ -45,8 +45,7 @@ def test_losses_are_finite_and_reach_every_parameter(tiny, configured, detector)
     if detector == "faster_rcnn":
         assert set(losses) == TWO_STAGE_LOSSES
     else:
-        names = model.detector.loss_names
-        assert set(losses) == set(names if model.detector.head.quality is not None else names[:2])
+        assert set(losses) == set(model.detector.loss_names)
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

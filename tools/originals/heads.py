@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from dyhead.detection import DenseDetector, Predictions, Targets
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.assigners import BACKGROUND, CenterAssigner
 from dyhead.detection.atss import ATSSOptions
-from dyhead.detection.boxes import Deltas, Distances
+from dyhead.detection.boxes import Deltas, Distances, Distribution
 from dyhead.detection.detector import BoxLoss
 from dyhead.detection.fcos import FCOSOptions
+from dyhead.detection.gfl import GFLOptions
 from dyhead.detection.retinanet import RetinaNetOptions
 from dyhead.detection.scores import Score
 from tools.originals.rows import Row, largest, relative
@@ -79,11 +81,16 @@ def _retinanet() -> DenseDetector:
     return options.build(_CHANNELS, _STRIDES, anchors=AnchorOptions(sizes, ((0.5, 1.0, 2.0),), offset=0.0))
 
 
+def _gfl() -> DenseDetector:
+    return GFLOptions(**_COMMON, norm="GN").build(_CHANNELS, _STRIDES)
+
+
 #: The detector that each head's record is of.
 HEADS: dict[str, Callable[[], DenseDetector]] = {
     "atss": _atss,
     "fcos_plain": lambda: _fcos(0.5, "class", CenterAssigner(0.0, closed_ranges=True), Distances("exp", "iou")),
     "fcos_improved": lambda: _fcos(0.6, "box", CenterAssigner(1.5, closed_ranges=True), Distances("relu", "giou")),
+    "gfl": _gfl,
     "retinanet": _retinanet,
 }
 
@@ -125,6 +132,17 @@ def compare(name: str, record: Record, arrays: Arrays) -> Iterator[Row]:
     yield Row(name, "detections: boxes, pixels", boxes, _PIXELS)
 
 
+@dataclass(frozen=True)
+class _Recorded(Distribution):
+    """Of other distances than 0 to n: mmdetection stores these, and a record makes up all that is stored."""
+
+    recorded: torch.Tensor | None = None
+
+    def distances(self, numbers: torch.Tensor) -> torch.Tensor:
+        """See :class:`dyhead.detection.boxes.Distribution`."""
+        return self.recorded
+
+
 class Head:
     """A detector with the weights, features and objects of a record.
 
@@ -142,6 +160,8 @@ class Head:
             if layer.norm is not None:
                 layer.norm.num_groups = _GROUPS
         conversion = convert({f"bbox_head.{key}": value for key, value in values.items()})
+        if (project := values.get("integral.project")) is not None:
+            self.detector.box_form = _Recorded(len(project) - 1, recorded=project)
         if conversion.left_over:
             raise ValueError(f"{name}: expected keys that are converted, got {conversion.left_over}")
         self.renamed = {
@@ -201,7 +221,7 @@ class Head:
         losses = self.detector.losses(predictions, targets)
         sum(losses.values()).backward()
         mine = torch.stack([loss.detach() for loss in map(losses.get, self.detector.loss_names) if loss is not None])
-        names = ("loss_cls", "loss_bbox", "loss_centerness")
+        names = ("loss_cls", "loss_bbox", "loss_centerness", "loss_dfl")
         return relative(mine, torch.tensor([expected[name] for name in names if name in expected], dtype=mine.dtype))
 
     def gradients(self, expected: Mapping[str, Any]) -> float:

@@ -1,9 +1,10 @@
-"""Box forms: what the four numbers of a prediction mean, how they become a box, and what they cost.
+"""Box forms: what the numbers of a prediction mean, how they become a box, and what they cost.
 
 A box form has ``per_place`` numbers a place; ``decode(numbers, anchors)`` and ``loss(numbers, anchors, boxes)``.
 """
 
 from dyhead.detection.boxes.deltas import Deltas
 from dyhead.detection.boxes.distances import Distances
+from dyhead.detection.boxes.distribution import Distribution
 
-__all__ = ["Deltas", "Distances"]
+__all__ = ["Deltas", "Distances", "Distribution"]

@@ -103,8 +103,8 @@ class DenseHead(nn.Module):
         """Predictions of each level (N, C, H, W), in float32 at least: decoding and losses are exact under autocast.
 
         Returns:
-            Class logits (N, A*K, H, W), anchor by anchor; raw box numbers (N, A*4, H, W); quality logits (N, A, H, W),
-            or None: each a list over levels.
+            Class logits (N, A*K, H, W), anchor by anchor; raw box numbers (N, A*X, H, W), X being ``box_numbers``;
+            quality logits (N, A, H, W), or None: each a list over levels.
 
         Raises:
             ValueError: not ``num_levels`` levels, where they differ in a factor or a norm.

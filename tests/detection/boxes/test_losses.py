@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dyhead.detection.boxes.losses import OVERLAP_LOSSES
+from dyhead.detection.boxes.losses import iou as paired_iou
 from tests.detection.objects import iou, make_boxes
 
 
@@ -80,3 +81,17 @@ def test_gradients_are_those_of_the_loss(kind):
         assert boxes.grad.isfinite().all()
     else:
         assert torch.autograd.gradcheck(loss, (boxes,))
+
+
+def test_the_iou_of_pairs_by_loops():
+    a, b = make_boxes(200, 40, 40, seed=1), make_boxes(200, 40, 40, seed=2)
+    b[:10] = a[:10]
+    want = [iou(*pair) for pair in zip(a.tolist(), b.tolist(), strict=True)]
+    assert paired_iou(a, b).tolist() == pytest.approx(want)
+    assert 20 < sum(share == 0 for share in want) < 180
+
+
+def test_the_iou_of_empty_boxes_is_0():
+    empty, box = torch.tensor([[3.0, 3.0, 3.0, 3.0]]), torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    assert paired_iou(empty, box) == paired_iou(empty, empty) == 0
+    assert paired_iou(empty[:0], box[:0]).shape == (0,)

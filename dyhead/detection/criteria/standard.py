@@ -1,0 +1,45 @@
+"""The criterion of FCOS, RetinaNet and ATSS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dyhead.detection.criteria.matches import match
+from dyhead.detection.normalizer import divisor_of
+from dyhead.detection.quality import centerness
+
+if TYPE_CHECKING:
+    from dyhead.detection.detector import DenseDetector, Predictions, Targets
+
+
+def standard(detector: DenseDetector, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:
+    """Every place has a class or none, positive places a box, and a centerness where the head predicts a quality.
+
+    See :mod:`dyhead.detection.criteria`. The losses are those of the classes, of the boxes, and of the quality if there
+    is one.
+    """
+    logits, numbers, quality, _ = predictions
+    positive, counted, anchors, boxes, labels = match(detector, predictions, targets)
+    divisor = detector.loss_normalizer(positive.sum(dim=1)).to(logits.dtype)
+
+    truth = torch.zeros_like(logits)
+    truth[positive, labels] = 1
+    names = detector.loss_names
+    losses = {names[0]: detector.class_loss(logits[counted], truth[counted]) / divisor}
+
+    box_losses = detector.box_form.loss(numbers[positive], anchors, boxes)
+    box_divisor = divisor
+    if quality is not None:
+        good = centerness((anchors[:, :2] + anchors[:, 2:]) / 2, boxes)
+        quality_losses = F.binary_cross_entropy_with_logits(quality[positive], good, reduction="sum")
+        losses[names[2]] = quality_losses / divisor
+        if detector.box_loss.by_centerness:
+            box_losses = box_losses * good
+            box_divisor = divisor_of(good.sum(), detector.box_loss.smallest_sum)
+    losses[names[1]] = detector.box_loss.weight * box_losses.sum() / box_divisor
+    return losses
