@@ -1,8 +1,14 @@
-"""Classification losses: logits and targets to a number. Each is chosen by its name, ``CLASS_LOSS``."""
+"""Classification losses: logits and targets to a number. Each is chosen by its name, ``CLASS_LOSS``.
 
+Criteria divide what they return by the loss normalizer, unless the loss has an attribute ``normalized`` that is true:
+it is divided by what it should be then (:func:`dyhead.detection.normalizer.divided`).
+"""
+
+from dyhead.detection.losses.ap import APLoss
+from dyhead.detection.losses.dr import DRLoss
 from dyhead.detection.losses.focal import FocalLoss
 
 #: By the name that the configuration has for them.
-CLASS_LOSSES: dict[str, type] = {"focal": FocalLoss}
+CLASS_LOSSES: dict[str, type] = {"focal": FocalLoss, "ap": APLoss, "dr": DRLoss}
 
-__all__ = ["CLASS_LOSSES", "FocalLoss"]
+__all__ = ["CLASS_LOSSES", "APLoss", "DRLoss", "FocalLoss"]
