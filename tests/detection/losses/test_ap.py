@@ -154,6 +154,11 @@ def test_a_million_negatives_are_counted_right_in_float32():
     assert torch.equal(gradient[:, 1:], gradient[0, 1].expand(1000, 1000))
 
 
+def test_float32_is_ranked_in_float64():
+    logits, targets = scattered(5000, 4, 0.01)
+    assert torch.equal(update(logits.float(), targets)[1], update(logits.float().double(), targets)[1].float())
+
+
 @pytest.mark.parametrize("where", [0, 1])
 def test_nan_is_not_hidden(where):
     logits, targets = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0]])
