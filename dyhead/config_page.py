@@ -38,8 +38,8 @@ starts; a wrong one is an error that names the key, what was expected and what c
 _SHARED = """\
 ## One-stage detectors
 
-The keys that stand in all of {nodes}. A default that differs in one of them is
-given as well.
+The keys that stand in {nodes}. A default that differs in one of them, and a
+node that lacks a key, are given as well.
 """
 
 _CHECKED = """\
@@ -102,7 +102,9 @@ def _shared_section(detectron2: set[str]) -> str:
     for leaf in leaves(DenseOptions):
         default = _code(leaf.default)
         for node, others in defaults.items():
-            if others[leaf.key] != leaf.default:
+            if leaf.key not in others:
+                default += f"; not in `{node}`"
+            elif others[leaf.key] != leaf.default:
                 default += f"; `{node}`: {_code(others[leaf.key])}"
         rows.append((f"`{leaf.key}`{_mark(_DENSE, leaf.key, detectron2)}", default, _values(leaf), leaf.doc))
     return f"{_SHARED.format(nodes=', '.join(f'`{node}`' for node in _DENSE))}\n{_table(_HEADER, rows)}"

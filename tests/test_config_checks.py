@@ -20,6 +20,7 @@ CONFIGS = {
     for name, stem in {
         "DyHeadATSS": "atss",
         "DyHeadFCOS": "fcos",
+        "DyHeadNoisyAnchors": "noisyanchors",
         "DyHeadRetinaNet": "retinanet",
         "DyHeadRCNN": "faster_rcnn",
     }.items()

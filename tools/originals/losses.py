@@ -6,6 +6,7 @@ which is a scheme for RetinaNet, also the positive anchors, their labels and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from dyhead.detection.anchors import Anchors
+from dyhead.detection import Predictions, Targets
+from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.assigners import TopIoUAssigner
-from dyhead.detection.boxes import Deltas
+from dyhead.detection.boxes.losses import iou
+from dyhead.detection.criteria import NoisyAnchorsCriterion
+from dyhead.detection.criteria.noisy_anchors import Cleanliness
 from dyhead.detection.losses import APLoss, DRLoss
-from dyhead.detection.noisy_anchors import Cleanliness, reweigh, soft_focal_loss
+from dyhead.detection.noisy_anchors import NoisyAnchorsOptions
 from tools.originals.heads import read
 from tools.originals.rows import Row, largest, relative
 from tools.originals.values import tensors
@@ -28,7 +32,7 @@ Record = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
 
 _ROUNDING = 1e-12
-_FLOAT32 = 1e-5  # the original of Noisy Anchors has its anchors in float32
+_FLOAT32, _GRADIENTS = 1e-5, 1e-7  # the original of Noisy Anchors has its anchors in float32
 
 
 def rows(folder: Path) -> Iterator[Row]:
@@ -86,59 +90,62 @@ def _same(
 
 
 def _noisy_anchors(record: Record, arrays: Arrays) -> Iterator[Row]:
-    name = "noisy_anchors"
-    sizes = [[4 * s * 2 ** (octave / 3) for octave in range(3)] for s in record["strides"]]
-    anchors = Anchors(sizes, [[0.5, 1.0, 2.0]], record["strides"], 0.0)
-    places = anchors([tuple(size) for size in record["sizes"]], dtype=torch.float64, device="cpu")
+    name, strides, top = "noisy_anchors", record["strides"], record["top"]
+    sizes = tuple(tuple(4 * s * 2 ** (octave / 3) for octave in range(3)) for s in strides)
+    options = NoisyAnchorsOptions(
+        num_classes=record["classes"],
+        assigner=TopIoUAssigner(top),
+        criterion=NoisyAnchorsCriterion(Cleanliness(record["alpha"])),
+    )
+    detector = options.build(8, strides, anchors=AnchorOptions(sizes, ((0.5, 1.0, 2.0),), 0.0)).double()
     outputs = {key: value.double() for key, value in tensors(record).items()}
-    levels = range(len(record["strides"]))
+    per_cell = detector.anchors.per_cell
 
     def by_place(kind: str, images: int) -> Tensor:
-        rows = [outputs[f"{kind}.{i}"][:images].permute(0, 2, 3, 1).flatten(1) for i in levels]
-        return torch.cat(rows, dim=1).unflatten(1, (len(places.anchors), -1)).clone().requires_grad_()
+        levels = [outputs[f"{kind}.{i}"][:images].permute(0, 2, 3, 1).flatten(1) for i in range(len(strides))]
+        places = sum(math.prod(size) for size in record["sizes"]) * per_cell
+        return torch.cat(levels, dim=1).view(images, places, -1).requires_grad_()
 
-    cleanliness, form = Cleanliness(record["alpha"]), Deltas()
     for case, expected in record["cases"].items():
         pictures = expected["pictures"]
+        targets = [
+            Targets(torch.tensor(each["boxes"], dtype=torch.float64).view(-1, 4), torch.tensor(each["labels"]).long())
+            for each in pictures
+        ]
         logits, deltas = by_place("class", len(pictures)), by_place("box", len(pictures))
-        labels, weights = torch.zeros_like(logits), torch.ones_like(logits[..., 0])
-        positives, truth = [], []
-        for i, picture in enumerate(pictures):
-            boxes = torch.tensor(picture["boxes"], dtype=torch.float64).view(-1, 4)
-            owner = TopIoUAssigner(record["top"])(places, boxes)
-            positive = torch.nonzero(owner >= 0)[:, 0]
-            positives.append(positive)
-            truth.append(boxes[owner[positive]])
+        predictions = Predictions(logits, deltas, None, [tuple(size) for size in record["sizes"]])
+        anchors = detector.places(predictions).anchors
+        assigned = detector.assign(detector.places(predictions), targets)
+        positives = [torch.nonzero(owner >= 0)[:, 0] for owner in assigned]
+        for i, (owner, (boxes, labels)) in enumerate(zip(assigned, targets, strict=True)):
             want = torch.from_numpy(arrays[f"{case}.positive.{i}"]).long()
-            yield Row(name, f"{case} {i}: positives", largest(positive, want), 0)
+            yield Row(name, f"{case} {i}: positives", largest(positives[i], want), 0)
             if not len(boxes):
                 continue
             # The original takes its means over what the objects chose, some anchors of it more than once.
-            chosen = box_iou(boxes, places.anchors).topk(record["top"], dim=1).indices.flatten()
-            label = torch.tensor(picture["labels"])[owner[chosen]]
-            decoded = form.decode(deltas[i, chosen], places.anchors[chosen])
-            iou = box_iou(decoded, boxes).gather(1, owner[chosen, None])[:, 0]
-            confidence = logits[i, chosen, label].sigmoid()
-            labels[i, chosen, label] = cleanliness.labels(iou, confidence)
-            weights[i, chosen] = cleanliness.weights(iou, confidence)
-            soft = torch.from_numpy(arrays[f"{case}.soft_label.{i}"])
-            yield Row(name, f"{case} {i}: labels", largest(labels[i, positive].amax(dim=1), soft), _FLOAT32)
-            weight = torch.from_numpy(arrays[f"{case}.weight.{i}"])
-            yield Row(name, f"{case} {i}: weights", relative(weights[i, positive], weight), _FLOAT32)
-        of_class = reweigh(soft_focal_loss(logits, labels), weights[..., None]).sum() / expected["normaliser_after"]
-        of_boxes = torch.cat(
-            [form.loss(deltas[i, own], places.anchors[own], truth[i]) for i, own in enumerate(positives)]
-        )
-        weight = torch.cat([weights[i, own] for i, own in enumerate(positives)])
-        of_box = reweigh(of_boxes, weight).sum() / expected["normaliser_after"]
-        (of_class + of_box).backward()
-        losses = torch.stack([of_class.detach(), of_box.detach()])
-        want = torch.tensor([expected["losses"][key] for key in ("loss_cls", "loss_box_reg")])
-        yield Row(name, f"{case}: losses", relative(losses, want), _FLOAT32)
+            chosen = box_iou(boxes, anchors).topk(top, dim=1).indices.flatten()
+            overlap = iou(detector.box_form.decode(deltas[i, chosen], anchors[chosen]), boxes[owner[chosen]])
+            parts = overlap, logits[i, chosen, labels[owner[chosen]]].sigmoid()
+            cleanliness = detector.criterion.cleanliness
+            for kind, got in (("soft_label", cleanliness.labels(*parts)), ("weight", cleanliness.weights(*parts))):
+                by_anchor = torch.zeros(len(anchors), dtype=torch.float64)
+                by_anchor[chosen] = got
+                want = torch.from_numpy(arrays[f"{case}.{kind}.{i}"])
+                yield Row(name, f"{case} {i}: {kind}s", relative(by_anchor[positives[i]], want), _FLOAT32)
+        losses = detector.losses(predictions, targets)
+        if expected["anchors_chosen_more_than_once"]:
+            continue  # the criterion counts each once
+        sum(losses.values()).backward()
+        # In the original's average a batch without positives counts as 0, in ours as 1.
+        average = detector.loss_normalizer.average / expected["normaliser_after"]
+        got = torch.stack([loss.detach() for loss in losses.values()]) * average
+        want = torch.tensor([expected["losses"][key] for key in losses])
+        yield Row(name, f"{case}: losses", relative(got, want), _FLOAT32)
         for kind, gradient in (("class", logits.grad), ("box", deltas.grad)):
             got = torch.cat([gradient[i, own] for i, own in enumerate(positives)])
             stored = [arrays[f"{case}.gradient_{kind}_at_positive.{i}"] for i in range(len(pictures))]
-            yield Row(name, f"{case}: {kind} gradients", largest(got, torch.from_numpy(np.concatenate(stored))), 1e-6)
+            want = torch.from_numpy(np.concatenate(stored))
+            yield Row(name, f"{case}: {kind} gradients", largest(got, want), _GRADIENTS)
 
 
 #: The comparison of each record.

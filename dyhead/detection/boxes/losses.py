@@ -9,16 +9,21 @@ from torch import Tensor
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 _SMALLEST_IOU = 1e-6
+_SMALLEST_AREA = 1e-6  # square pixels
 _SMALLEST_SIDE = 1e-3  # pixels
 
 
 def log_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """``-log IoU`` (Yu et al., "UnitBox", 2016), for an IoU of at least 1e-6; (P,) from boxes (P, 4)."""
+    return -iou(boxes, targets).clamp(min=_SMALLEST_IOU).log()
+
+
+def iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Of each box with its target, (P,) from boxes (P, 4); 0 where both are empty."""
     low, high = torch.max(boxes[:, :2], targets[:, :2]), torch.min(boxes[:, 2:], targets[:, 2:])
     overlap = (high - low).clamp(min=0).prod(dim=1)
     areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, targets)]
-    iou = overlap / (areas[0] + areas[1] - overlap).clamp(min=_SMALLEST_IOU)
-    return -iou.clamp(min=_SMALLEST_IOU).log()
+    return overlap / (areas[0] + areas[1] - overlap).clamp(min=_SMALLEST_AREA)
 
 
 def complete_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Autocast is off around it.
 """
 
 from dyhead.detection.criteria.matches import Matches, match
+from dyhead.detection.criteria.noisy_anchors import NoisyAnchorsCriterion
 from dyhead.detection.criteria.standard import standard
 
-__all__ = ["Matches", "match", "standard"]
+__all__ = ["Matches", "NoisyAnchorsCriterion", "match", "standard"]

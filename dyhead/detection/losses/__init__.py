@@ -1,4 +1,4 @@
-"""Classification losses: logits and targets to a number. Each is chosen by its name, ``CLASS_LOSS``.
+"""Classification losses: logits and targets to a number. ``CLASS_LOSS`` chooses among those of targets 0 or 1.
 
 Criteria divide what they return by the loss normalizer, unless the loss has an attribute ``normalized`` that is true:
 it is divided by what it should be then (:func:`dyhead.detection.normalizer.divided`).
@@ -7,8 +7,9 @@ it is divided by what it should be then (:func:`dyhead.detection.normalizer.divi
 from dyhead.detection.losses.ap import APLoss
 from dyhead.detection.losses.dr import DRLoss
 from dyhead.detection.losses.focal import FocalLoss
+from dyhead.detection.losses.soft_focal import SoftFocalLoss
 
-#: By the name that the configuration has for them.
+#: Losses of targets 0 or 1 by the name that the configuration has for them.
 CLASS_LOSSES: dict[str, type] = {"focal": FocalLoss, "ap": APLoss, "dr": DRLoss}
 
-__all__ = ["CLASS_LOSSES", "APLoss", "DRLoss", "FocalLoss"]
+__all__ = ["CLASS_LOSSES", "APLoss", "DRLoss", "FocalLoss", "SoftFocalLoss"]

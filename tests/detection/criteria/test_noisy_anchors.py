@@ -1,9 +1,11 @@
-import math
-
 import pytest
 import torch
 
-from dyhead.detection.noisy_anchors import Cleanliness, reweigh, soft_focal_loss
+from dyhead.detection import Predictions, Targets
+from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.criteria.noisy_anchors import Cleanliness, reweigh
+from dyhead.detection.noisy_anchors import NoisyAnchorsOptions
+from tests.detection.objects import iou, make_boxes
 
 
 def tensor(*values):
@@ -90,26 +92,6 @@ def test_nothing_is_differentiated_through_them():
     assert not Cleanliness().weights(iou, confidence).requires_grad
 
 
-@pytest.mark.parametrize(("alpha", "gamma"), [(0.5, 2.0), (0.25, 1.5), (0.5, 0.0)])
-def test_soft_focal_loss_by_loops(alpha, gamma):
-    torch.manual_seed(0)
-    logits, labels = 3 * torch.randn(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64).round(decimals=1)
-    want = []
-    for logit, y in zip(logits.flatten().tolist(), labels.flatten().tolist(), strict=True):
-        p = 1 / (1 + math.exp(-logit))
-        of_object = -alpha * y * (1 - p) ** gamma * math.log(p)
-        want.append(of_object - (1 - alpha) * (1 - y) * p**gamma * math.log(1 - p))
-    torch.testing.assert_close(soft_focal_loss(logits, labels, alpha, gamma), tensor(*want).view(5, 4))
-    assert torch.autograd.gradcheck(lambda x: soft_focal_loss(x, labels, alpha, gamma), logits.requires_grad_())
-
-
-def test_soft_focal_loss_of_huge_logits_is_finite():
-    logits = torch.tensor([-1000.0, -90.0, 90.0, 1000.0], requires_grad=True)
-    for label in (0.0, 0.5, 1.0):
-        (gradient,) = torch.autograd.grad(soft_focal_loss(logits, torch.full_like(logits, label)).sum(), logits)
-        assert gradient.isfinite().all()
-
-
 def test_reweighing_keeps_the_sum_and_not_the_gradient():
     # 1 + 3 = 4; weighed 2 + 3 = 5: the factor is 4/5, the gradients of the values are 2 and 1 times it.
     losses = tensor(1.0, 3.0).requires_grad_()
@@ -126,3 +108,77 @@ def test_reweighing_nothing_gives_no_nan(losses):
     assert weighed.sum() == 0
     weighed.sum().backward()
     assert losses.grad.isfinite().all()
+
+
+SHAPES, ANCHORS = [(6, 8), (3, 4)], AnchorOptions(((24.0, 32.0), (48.0, 64.0)), ((0.5, 1.0),), 0.5)
+
+
+def make_case(*counts):
+    options = NoisyAnchorsOptions(num_classes=3, in_features=("p3", "p4"), loss_normalizer="positives")
+    detector = options.build(4, [8, 16], anchors=ANCHORS).double()
+    generator = torch.Generator().manual_seed(0)
+    places = sum(h * w for h, w in SHAPES) * detector.anchors.per_cell
+    logits, deltas = (
+        torch.randn(len(counts), places, numbers, generator=generator, dtype=torch.float64).requires_grad_()
+        for numbers in (3, 4)
+    )
+    boxes = [make_boxes(count, 48, 64, seed=i, smallest=12) for i, count in enumerate(counts)]
+    targets = [Targets(box, torch.arange(len(box)) % 3) for box in boxes]
+    return detector, Predictions(logits, 0.3 * deltas, None, SHAPES), targets, (logits, deltas)
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
+def test_losses_and_gradients_by_loops(counts):
+    detector, predictions, targets, leaves = make_case(*counts)
+    anchors = detector.places(predictions).anchors
+    assigned = detector.assign(detector.places(predictions), targets).tolist()
+    of_class, of_box = [], []  # (loss, weight) of each place and class, and of each positive place
+    for image, target in enumerate(targets):
+        positives = [place for place, owner in enumerate(assigned[image]) if owner >= 0]
+        overlap, sure = [], []
+        for place in positives:
+            owner = assigned[image][place]
+            decoded = detector.box_form.decode(predictions.boxes[image, [place]], anchors[[place]])[0]
+            overlap.append(iou(decoded.tolist(), target.boxes[owner].tolist()))
+            sure.append(predictions.logits[image, place, target.labels[owner]].sigmoid().item())
+        labels = dict(zip(positives, Cleanliness().labels(tensor(*overlap), tensor(*sure)).tolist(), strict=True))
+        weights = dict(zip(positives, Cleanliness().weights(tensor(*overlap), tensor(*sure)).tolist(), strict=True))
+        for place, owner in enumerate(assigned[image]):
+            for k in range(3):
+                y = labels[place] if owner >= 0 and target.labels[owner] == k else 0.0
+                p = predictions.logits[image, place, k].sigmoid()
+                loss = -0.5 * (y * (1 - p) ** 2 * p.log() + (1 - y) * p**2 * (1 - p).log())
+                of_class.append((loss, weights.get(place, 1.0)))
+            if owner >= 0:
+                loss = detector.box_form.loss(
+                    predictions.boxes[image, [place]], anchors[[place]], target.boxes[[owner]]
+                )
+                of_box.append((loss[0], weights[place]))
+
+    divisor, values, surrogate = max(len(of_box), 1), [], 0.0
+    for losses in (of_class, of_box):
+        plain = sum(loss.item() for loss, _ in losses)
+        weighed = sum(loss.item() * weight for loss, weight in losses)
+        values.append(plain / divisor)
+        surrogate = surrogate + sum(loss * weight * plain / weighed for loss, weight in losses) / divisor
+    want = torch.autograd.grad(surrogate, leaves, retain_graph=True, allow_unused=True)
+
+    losses = detector.losses(predictions, targets)
+    assert [losses["loss_cls"].item(), losses["loss_box_reg"].item()] == pytest.approx(values)
+    got = torch.autograd.grad(sum(losses.values()), leaves)
+    for gradient, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if expected is None else expected)
+
+
+def test_boxes_equal_to_their_objects_have_finite_gradients():
+    # Deltas that decode to the objects themselves: IoUs of 1, in whose weights the authors' code divides by 0.
+    detector, predictions, targets, _ = make_case(1)
+    positive = detector.assign(detector.places(predictions), targets)[0] >= 0
+    anchors = detector.places(predictions).anchors[positive]
+    numbers = predictions.boxes.detach().clone()
+    numbers[0, positive] = detector.box_form.encode(targets[0].boxes.expand(len(anchors), -1), anchors)
+    predictions = predictions._replace(boxes=numbers.requires_grad_())
+    losses = detector.losses(predictions, targets)
+    sum(losses.values()).backward()
+    assert losses["loss_box_reg"].item() == pytest.approx(0.0, abs=1e-12)
+    assert numbers.grad.isfinite().all()
