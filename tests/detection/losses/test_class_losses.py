@@ -1,13 +1,18 @@
 """What every classification loss keeps to, alone and in every dense detector."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from dyhead.config import load_config
 from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.losses import CLASS_LOSSES, APLoss, DRLoss
 from dyhead.options import leaves
+from dyhead.torchvision import get_cfg
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 #: The detectors that take any of them.
 TAKES_ANY = [name for name, entry in DETECTORS.items() if "CLASS_LOSS" in {leaf.key for leaf in leaves(entry.options)}]
 STRIDES = {"p3": 8, "p4": 16}
@@ -131,6 +136,18 @@ def test_only_what_is_not_normalized_is_divided_by_the_normalizer(loss):
     if loss not in (APLoss, DRLoss):
         want = want / (0.9 * 100 + 0.1 * (assigned >= 0).sum())
     torch.testing.assert_close(detector.losses(predictions, targets)["loss_cls"], want)
+
+
+@pytest.mark.parametrize("file", ["retinanet{}_R50", "quickstart/retinanet{}_R18_shapes"])
+@pytest.mark.parametrize("neck", ["", "_dyhead"])
+@pytest.mark.parametrize("name", sorted(set(CLASS_LOSSES) - {"focal"}))
+def test_each_has_its_retinanet(name, neck, file):
+    cfg = get_cfg()
+    load_config(cfg, CONFIGS / f"{file.format(f'_{name}{neck}')}.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "DyHeadRetinaNet"
+    assert cfg.MODEL.RETINANET.CLASS_LOSS == name
+    assert cfg.MODEL.NECKS == (["DyHead"] if neck else [])
+    assert f"_{name}{neck}_" in cfg.OUTPUT_DIR
 
 
 def test_names():
