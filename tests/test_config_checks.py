@@ -21,6 +21,7 @@ CONFIGS = {
         "DyHeadATSS": "atss",
         "DyHeadFCOS": "fcos",
         "DyHeadGFL": "gfl",
+        "DyHeadNoisyAnchors": "noisyanchors",
         "DyHeadRetinaNet": "retinanet",
         "DyHeadRCNN": "faster_rcnn",
     }.items()

@@ -43,7 +43,9 @@ def test_the_page_lists_every_key_with_its_meaning():
 
 def test_the_page_says_what_detectors_have_for_themselves_and_which_keys_are_detectron2s():
     sections = rows_by_section()
-    assert "| `0`; `MODEL.RETINANET`: `4` |" in sections["One-stage detectors"]["NUM_CONVS"]
+    assert "; `MODEL.RETINANET`: `4` |" in sections["One-stage detectors"]["NUM_CONVS"]
+    assert "; not in `MODEL.NOISYANCHORS` |" in sections["One-stage detectors"]["CLASS_LOSS"]
+    assert "SOFT_FOCAL_LOSS_ALPHA" in sections["MODEL.NOISYANCHORS"]
     assert sections["One-stage detectors"]["NUM_CONVS"].startswith("| `NUM_CONVS` (D2: `MODEL.RETINANET`) |")
     assert sections["One-stage detectors"]["CLIP_BOXES"].startswith("| `CLIP_BOXES` |")
     assert sections["MODEL.RETINANET"]["IOU_LABELS"].startswith("| `IOU_LABELS` (D2) | `[0, -1, 1]` |")

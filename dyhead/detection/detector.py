@@ -109,7 +109,7 @@ class DenseDetector(nn.Module):
         anchors: at every cell.
         box_form: what the head's box numbers mean.
         assigner: which place is which object's.
-        class_loss: the sum over places and classes, from logits and targets.
+        class_loss: from logits and targets; see :mod:`dyhead.detection.losses`.
         score: at test time.
         normalizer: what losses are divided by.
         box_loss: how the box losses are summed up.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,12 @@ class LossNormalizer(nn.Module):
         else:
             state_dict.pop(f"{prefix}average", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def divided(class_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
+    """A classification loss of logits and targets, divided by ``divisor`` unless the loss is ``normalized`` already."""
+    loss = class_loss(logits, targets)
+    return loss if getattr(class_loss, "normalized", False) else loss / divisor
 
 
 def divisor_of(total: Tensor, smallest: float) -> Tensor:

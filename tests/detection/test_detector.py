@@ -21,6 +21,7 @@ LEVELS = ("p3", "p4", "p5")
 HEIGHT, WIDTH = 48, 64
 ANCHORS = {
     "DyHeadRetinaNet": AnchorOptions(tuple((3 * s, 4 * s) for s in STRIDES), ((0.5, 1.0, 2.0),), 0.0),
+    "DyHeadNoisyAnchors": AnchorOptions(tuple((3 * s, 4 * s) for s in STRIDES), ((0.5, 1.0, 2.0),), 0.0),
     "DyHeadATSS": AnchorOptions(tuple((4 * s,) for s in STRIDES), ((1.0,),), 0.5),
     "DyHeadGFL": AnchorOptions(tuple((4 * s,) for s in STRIDES), ((1.0,),), 0.5),
 }

@@ -1,10 +1,13 @@
-"""Weights, features and objects of mmdetection's heads give its assignments, losses, gradients and detections."""
+"""Weights, features and objects of mmdetection's heads give its assignments, losses, gradients and detections.
+
+Logits and targets of records of classification losses give the losses and gradients of their authors' code.
+"""
 
 from pathlib import Path
 
 import pytest
 
-from tools.originals import heads
+from tools.originals import heads, losses
 from tools.originals.rows import table
 
 RECORDS = Path(__file__).parent / "originals"
@@ -17,4 +20,11 @@ def test_computes_what_mmdetection_does(name):
     rows = list(heads.compare(name, *heads.read(RECORDS / f"{name}.json")))
     otherwise = {"A losses", "A gradients"} if name == "retinanet" else set()
     assert [row.stage for row in rows] == [stage for stage in STAGES if stage not in otherwise] + DETECTIONS
+    assert all(row.passes for row in rows), table(rows)
+
+
+@pytest.mark.parametrize(("name", "count"), [("ap_loss", 8), ("dr_loss", 8), ("noisy_anchors", 17)])
+def test_computes_what_the_authors_of_a_loss_do(name, count):
+    rows = list(losses.compare(name, *heads.read(RECORDS / f"{name}.json")))
+    assert len(rows) == count
     assert all(row.passes for row in rows), table(rows)

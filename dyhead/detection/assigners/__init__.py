@@ -8,5 +8,6 @@ from dyhead.detection.assigners.atss import ATSSAssigner
 from dyhead.detection.assigners.center import CenterAssigner
 from dyhead.detection.assigners.labels import BACKGROUND, IGNORED
 from dyhead.detection.assigners.max_iou import MaxIoUAssigner
+from dyhead.detection.assigners.top_iou import TopIoUAssigner
 
-__all__ = ["BACKGROUND", "IGNORED", "ATSSAssigner", "CenterAssigner", "MaxIoUAssigner"]
+__all__ = ["BACKGROUND", "IGNORED", "ATSSAssigner", "CenterAssigner", "MaxIoUAssigner", "TopIoUAssigner"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,21 +53,37 @@ class MaxIoUAssigner:
         anchors = places.anchors
         if not len(boxes):
             return torch.full((len(anchors),), _MEANING[self.iou_labels[0]], device=anchors.device)
-        best = anchors.new_full((len(anchors),), -1.0)
-        owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        wanted = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
-        step = max(_CHUNK // max(len(anchors), 1), 1)
-        for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
-            iou = box_iou(boxes[first : first + step], anchors)
-            largest = iou.amax(dim=1, keepdim=True)
-            largest[largest == 0] = torch.inf  # of an object that overlaps no anchor all would tie
-            wanted |= (iou == largest).any(dim=0)
-            value, index = iou.max(dim=0)
-            owner = torch.where(value > best, index + first, owner)
-            best = torch.maximum(value, best)
+        best, owner, wanted = by_overlap(anchors, boxes, _best_of_each)
         number = torch.bucketize(best, best.new_tensor(self.iou_thresholds), right=True)
         label = torch.tensor(self.iou_labels, device=anchors.device)[number]
         assigned = torch.full_like(owner, BACKGROUND)
         assigned[label == -1] = IGNORED
         positive = (label == 1) | wanted
         return torch.where(positive, owner, assigned)
+
+
+def _best_of_each(iou: Tensor) -> Tensor:
+    largest = iou.amax(dim=1, keepdim=True)
+    largest[largest == 0] = torch.inf  # of an object that overlaps no anchor all would tie
+    return (iou == largest).any(dim=0)
+
+
+def by_overlap(anchors: Tensor, boxes: Tensor, wanted: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each anchor its largest IoU, the object that it is with, and whether an object wants the anchor; (R,) each.
+
+    Args:
+        anchors: (R, 4).
+        boxes: of the objects, (M, 4).
+        wanted: from IoUs (some of M, R) to which anchors one of these objects wants, (R,).
+    """
+    best = anchors.new_full((len(anchors),), -1.0)
+    owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+    by_some = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    step = max(_CHUNK // max(len(anchors), 1), 1)
+    for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
+        iou = box_iou(boxes[first : first + step], anchors)
+        by_some |= wanted(iou)
+        value, index = iou.max(dim=0)
+        owner = torch.where(value > best, index + first, owner)
+        best = torch.maximum(value, best)
+    return best, owner, by_some

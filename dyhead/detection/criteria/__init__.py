@@ -6,7 +6,8 @@ Autocast is off around it.
 """
 
 from dyhead.detection.criteria.matches import Matches, match
+from dyhead.detection.criteria.noisy_anchors import NoisyAnchorsCriterion
 from dyhead.detection.criteria.quality import QualityCriterion
 from dyhead.detection.criteria.standard import standard
 
-__all__ = ["Matches", "QualityCriterion", "match", "standard"]
+__all__ = ["Matches", "NoisyAnchorsCriterion", "QualityCriterion", "match", "standard"]

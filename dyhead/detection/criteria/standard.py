@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dyhead.detection.criteria.matches import match
-from dyhead.detection.normalizer import divisor_of
+from dyhead.detection.normalizer import divided, divisor_of
 from dyhead.detection.quality import centerness
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def standard(detector: DenseDetector, predictions: Predictions, targets: Sequenc
     truth = torch.zeros_like(logits)
     truth[positive, labels] = 1
     names = detector.loss_names
-    losses = {names[0]: detector.class_loss(logits[counted], truth[counted]) / divisor}
+    losses = {names[0]: divided(detector.class_loss, logits[counted], truth[counted], divisor)}
 
     box_losses = detector.box_form.loss(numbers[positive], anchors, boxes)
     box_divisor = divisor
