@@ -107,7 +107,7 @@ def _torchvision(state: Mapping[str, Tensor]) -> list[Row]:
 
 CANONICAL = Source(
     "dyhead",
-    r"^(backbone\.(backbone|dyhead)|detector)\.",
+    r"^(backbone\.(backbone|dyhead|sepc)|detector)\.",
     lambda state: [],
     unless=rf"^backbone\.(body|fpn|dyhead_tower)\.|^head\.(predictor\.)?({_PREDICTORS})",
     remainder=None,
