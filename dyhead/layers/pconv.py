@@ -87,8 +87,8 @@ class SampledPConv(PyramidModule):
 
         out_m = ReLU(norm( bias + sum_l sum_k  w_{l-m,k} . F_l(p_k + dp_k) ))
 
-    in the geometry of :func:`dyhead.ops.pyramid_deform_conv2d`. It is not the function of :class:`PConv`, and weights
-    of one mean nothing in the other:
+    in the geometry of :func:`dyhead.ops.pyramid_deform_conv2d`. It is in no paper. It is not the function of
+    :class:`PConv`, and weights of one mean nothing in the other:
 
     * The coarser level is read, bilinearly, at the taps of the output's own grid, which are half of its pixels apart;
       PConv convolves it on its own grid, whose taps lie twice as far apart in the image, and resizes the result.
