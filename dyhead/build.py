@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from dyhead.config import ConfigError, check_options, options_of
-from dyhead.detection import DenseDetector, Registered
+from dyhead.detection import DETECTORS, DenseDetector, Registered
 from dyhead.necks import NECKS, Stack
 
 
@@ -15,15 +16,27 @@ def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequ
     """Necks by name, in their order, for levels of so many channels and these strides, in pixels.
 
     Raises:
-        ConfigError: ``MODEL.NECKS`` is not sound, or options do not fit.
+        ConfigError: ``MODEL.NECKS`` is not sound, or options do not fit each other, or what follows.
     """
     check_options(cfg, "MODEL")
     options = {name: options_of(cfg, NECKS[name].node) for name in names}
+    follows = [*names[1:], cfg.MODEL.META_ARCHITECTURE] if names else []
+    for name, reader in zip(names, follows, strict=True):
+        if reader not in DETECTORS:  # these say for themselves, once their heads are built
+            _check_reader(options[name], NECKS[name].node, reader, takes_task_levels=False)
     try:
         necks = {name.lower(): option.build(channels) for name, option in options.items()}
     except ValueError as error:
         raise ConfigError(f"MODEL.NECKS {list(names)} cannot be built as configured: {error}") from error
     return Stack(necks, [option.size_divisibility(strides) for option in options.values()])
+
+
+def _check_reader(options: Any, node: str, reader: str, takes_task_levels: bool) -> None:
+    if getattr(options, "task_levels", False) and not takes_task_levels:
+        raise ConfigError(
+            f"{node}.TASK_CONVS: expected 'none' before {reader}, which reads one pyramid for classes and boxes, got "
+            f"{options.task_convs!r}"
+        )
 
 
 def necks_with_dyhead(cfg: CfgNode) -> list[str]:
@@ -52,7 +65,7 @@ def build_detector(cfg: CfgNode, detector: Registered, channels: int, strides: M
             f"{node}.IN_FEATURES: expected some of the levels {', '.join(strides)}, got {', '.join(unknown)}"
         )
     try:
-        return options.build(
+        built = options.build(
             channels,
             [strides[name] for name in options.in_features],
             anchors=options_of(cfg, "MODEL.ANCHOR_GENERATOR"),
@@ -60,3 +73,8 @@ def build_detector(cfg: CfgNode, detector: Registered, channels: int, strides: M
         )
     except ValueError as error:
         raise ConfigError(f"{node} cannot be built as configured: {error}") from error
+    for name in cfg.MODEL.NECKS[-1:]:
+        neck = NECKS[name].node
+        takes_task_levels = getattr(built.head, "takes_task_levels", False)
+        _check_reader(options_of(cfg, neck), neck, cfg.MODEL.META_ARCHITECTURE, takes_task_levels)
+    return built

@@ -123,7 +123,7 @@ def test_every_detector_has_a_shipped_configuration_that_is_legal():
         ("MODEL.FPN.OUT_CHANNELS", [0, -64], [1]),
         ("MODEL.FPN.IN_FEATURES", [[], [3]], [["res5"]]),
         ("MODEL.RESNETS.DEPTH", [20, "50"], [18, 152]),
-        ("MODEL.NECKS", [["SEPC"], ["DyHead", "DyHead"], "DyHead"], [[], ["DyHead"]]),
+        ("MODEL.NECKS", [["FPN"], ["DyHead", "DyHead"], "DyHead"], [[], ["DyHead"], ["DyHead", "SEPC"]]),
         ("MODEL.DYHEAD.NUM_BLOCKS", [-1, True], [0]),
         ("MODEL.DYHEAD.WINDOW", [0, 1.5], [1, None]),
         ("MODEL.DYHEAD.SCALE_AWARE", [0, "True"], [False]),

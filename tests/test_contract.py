@@ -23,12 +23,15 @@ from dyhead.torchvision.checkpoint import load_weights, portable_state
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
 NAMES = [*DENSE, "faster_rcnn"]
+# Quickstarts by detector and neck.
+WITH_NECKS = [*((name, neck) for name in NAMES for neck in ("", "_dyhead")), ("atss", "_sepc")]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
 OPTIONS = {
     "MODEL.DEVICE": "cpu",
     "MODEL.FPN.OUT_CHANNELS": 64,  # GroupNorm of 32 groups has no variance on one pixel of 32 channels
     "MODEL.DYHEAD.NUM_BLOCKS": 1,
+    "MODEL.SEPC.NUM_BLOCKS": 1,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 100000,
@@ -126,13 +129,13 @@ def configured(cfg, file, options):
 
 
 def build(engine, name, neck="_dyhead", **options):
-    """A detector whose numbers are far from where training starts."""
+    """A detector whose numbers are far from where training starts, a neck's offsets among them."""
     torch.manual_seed(0)
     adapter = ADAPTERS[engine](CONFIGS / f"{name}{neck}_R18_shapes.yaml", options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in adapter.model.named_parameters():
-            if "backbone" not in key:
+            if "backbone" not in key or key.startswith("backbone.sepc."):
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return adapter
 
@@ -161,13 +164,28 @@ def test_every_detector_has_its_files():
                 load_config(cfg, folder / f"{name}{neck}_{size}.yaml")
                 assert cfg.MODEL.META_ARCHITECTURE == DENSE.get(name, TWO_STAGE)
                 assert cfg.MODEL.NECKS == (["DyHead"] if neck else [])
+    for file in (CONFIGS / "atss_sepc_R18_shapes.yaml", CONFIGS.parent / "atss_sepc_R50.yaml"):
+        cfg = get_cfg()
+        load_config(cfg, file)
+        assert (cfg.MODEL.NECKS, cfg.MODEL.ATSS.NUM_CONVS) == (["SEPC"], 0)
 
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_both_engines_give_the_same_losses_gradients_and_boxes(name, case, tmp_path):
-    ours, theirs = build("torchvision", name), build("detectron2", name)
+    assert_engines_agree(name, "_dyhead", case, tmp_path)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("case", ["objects", "none at all", "levels of one pixel"])
+def test_both_engines_agree_behind_another_neck(case, tmp_path):
+    assert_engines_agree("atss", "_sepc", case, tmp_path)
+
+
+def assert_engines_agree(name, neck, case, tmp_path):
+    """The same losses, gradients and boxes, and statistics after a step."""
+    ours, theirs = build("torchvision", name, neck), build("detectron2", name, neck)
     ours.save(tmp_path / "w.pth")
     theirs.load(tmp_path / "w.pth")
     images, targets = inputs(case)
@@ -180,12 +198,16 @@ def test_both_engines_give_the_same_losses_gradients_and_boxes(name, case, tmp_p
         sum(of.values()).backward()
         norms.append(sorted(float(p.grad.norm()) for p in adapter.model.parameters() if p.grad is not None))
     assert norms[0] == pytest.approx(norms[1], rel=1e-3, abs=1e-6)
+    statistics = [
+        sorted(float(b.norm()) for key, b in adapter.model.named_buffers() if "running" in key)
+        for adapter in (ours, theirs)
+    ]
+    assert statistics[0] == pytest.approx(statistics[1], rel=1e-5)
     assert_same_detections(name, ours.detections(images), theirs.detections(images))
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("neck", ["", "_dyhead"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "neck"), WITH_NECKS)
 @pytest.mark.parametrize("writer", ADAPTERS)
 def test_a_checkpoint_of_one_engine_gives_the_same_detections_in_the_other(writer, name, neck, tmp_path):
     reader = next(engine for engine in ADAPTERS if engine != writer)
@@ -198,8 +220,7 @@ def test_a_checkpoint_of_one_engine_gives_the_same_detections_in_the_other(write
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", ["objects", "none at all"])
-@pytest.mark.parametrize("neck", ["", "_dyhead"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "neck"), WITH_NECKS)
 def test_gradients_reach_every_parameter(engine, name, neck, case):
     adapter = build(engine, name, neck)
     losses = adapter.losses(*inputs(case))
@@ -209,10 +230,10 @@ def test_gradients_reach_every_parameter(engine, name, neck, case):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_autocast_gives_nearly_the_same_losses(engine, name):
-    exact = build(engine, name).losses(*inputs("objects"))  # a model of its own: a normalizer may remember
-    adapter = build(engine, name)
+@pytest.mark.parametrize(("name", "neck"), [(name, neck) for name, neck in WITH_NECKS if neck])
+def test_bfloat16_autocast_gives_nearly_the_same_losses(engine, name, neck):
+    exact = build(engine, name, neck).losses(*inputs("objects"))  # a model of its own: a normalizer may remember
+    adapter = build(engine, name, neck)
     with torch.autocast("cpu", torch.bfloat16):
         losses = adapter.losses(*inputs("objects"))
     assert all(loss.dtype == torch.float32 for loss in losses.values())

@@ -106,21 +106,25 @@ def test_detectors_with_anchors_read_each_option_of_theirs(watch):
     assert {field for _, field in declared(anchors)} <= {field for _, field in seen}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_blocks", 1),
-        ("block", "released"),
-        ("window", None),
-        ("scale_aware", False),
-        ("spatial_aware", False),
-        ("task_aware", False),
-        ("offset_groups", 2),
-        ("norm_groups", 4),
-    ],
-)
-def test_each_option_of_dyhead_changes_what_it_computes(name, value):
-    options = NECKS["DyHead"].options
+# Another value of each option of each neck.
+CHANGES = {
+    "DyHead": {
+        "num_blocks": 1,
+        "block": "released",
+        "window": None,
+        "scale_aware": False,
+        "spatial_aware": False,
+        "task_aware": False,
+        "offset_groups": 2,
+        "norm_groups": 4,
+    },
+    "SEPC": {"num_blocks": 1, "conv": "plain", "task_convs": "plain", "norm": "", "task_padding": 0},
+}
+
+
+@pytest.mark.parametrize(("neck", "name"), [(neck, name) for neck, changes in CHANGES.items() for name in changes])
+def test_each_option_of_a_neck_changes_what_it_computes(neck, name):
+    options = NECKS[neck].options
 
     def outcome(**changed):
         torch.manual_seed(0)
@@ -129,16 +133,18 @@ def test_each_option_of_dyhead_changes_what_it_computes(name, value):
         for parameter in head.parameters():
             torch.nn.init.normal_(parameter, std=0.5)  # offsets start at 0
         pyramid = {f"p{i}": torch.randn(1, 16, 32 // 2**i, 32 // 2**i) for i in range(4)}
-        return torch.cat([level.flatten() for level in head(pyramid).values()])
+        levels = [level if isinstance(level, tuple) else (level,) for level in head(pyramid).values()]
+        return torch.cat([x.flatten() for level in levels for x in level])
 
-    assert torch.equal(outcome(), outcome())
-    assert not torch.allclose(outcome(), outcome(**{name: value}))
+    usual, other = outcome(), outcome(**{name: CHANGES[neck][name]})
+    assert torch.equal(usual, outcome())
+    assert usual.shape != other.shape or not torch.allclose(usual, other)
 
 
-def test_that_covers_every_option_of_dyhead():
-    (mark,) = (m for m in test_each_option_of_dyhead_changes_what_it_computes.pytestmark if m.name == "parametrize")
-    assert {name for name, _ in mark.args[1]} == {f.name for f in dataclasses.fields(NECKS["DyHead"].options)}
-    assert set(NECKS) == {"DyHead"}  # another neck needs a test like it
+def test_that_covers_every_option_of_every_neck():
+    assert {neck: set(changes) for neck, changes in CHANGES.items()} == {
+        name: {field.name for field in dataclasses.fields(neck.options)} for name, neck in NECKS.items()
+    }
 
 
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])

@@ -2,7 +2,7 @@
 
     python tools/compare_with_originals.py FOLDER
 
-FOLDER holds ``oracles``, records of single heads, ``oracles/seeds``, of classification losses, and ``published``, of
+FOLDER holds ``oracles``, records of single heads, ``oracles/seeds``, of research code, and ``published``, of
 whole recipes: NAME.json and NAME.npz each. Prints a table; the exit code is 1 if a difference is over its tolerance.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.originals import heads, losses, recipes
+from tools.originals import heads, losses, recipes, sepc
 from tools.originals.rows import Row, table
 
 #: What is compared: functions of the folder that yield rows.
-COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (heads.rows, losses.rows, recipes.rows)
+COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (heads.rows, losses.rows, recipes.rows, sepc.rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

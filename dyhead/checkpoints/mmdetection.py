@@ -34,6 +34,7 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
         ),
         Row(_NECK + r"fpn_convs\.(\d+)\.(conv|bn|gn)\.(.+)", output),
         *block_rows(rf"(?:{_NECK})?dyhead_blocks\.", MMDETECTION),
+        *_sepc(),
         *_dense(state),
         Row(r"rpn_head\.rpn_conv\.(weight|bias)", _RPN + r"conv.\1"),
         Row(r"rpn_head\.rpn_cls\.(.+)", _RPN + r"objectness_logits.\1"),
@@ -41,6 +42,26 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
         Row(r"roi_head\.bbox_head\.shared_fcs\.(\d+)\.(.+)", lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}"),
         Row(r"roi_head\.bbox_head\.fc_cls\.(.+)", r"roi_heads.box_predictor.cls_score.\1"),
         Row(r"roi_head\.bbox_head\.fc_reg\.(.+)", r"roi_heads.box_predictor.bbox_pred.\1"),
+    ]
+
+
+def _sepc() -> list[Row]:
+    """SEPC of jshilong/SEPC, whose three convolutions of a block are on the coarser, the same and the finer level."""
+
+    def inside_conv(match: re.Match) -> str:
+        kind = ("coarser", "same", "finer")[int(match[2])]
+        return f"backbone.sepc.blocks.{match[1]}.{kind}.{'offset.' if match[3] else ''}{match[4]}"
+
+    block = _NECK + r"Pconvs\.(\d+)\."
+    tasks = {"c": "class", "l": "box"}
+    return [
+        Row(block + r"Pconv\.([012])\.(conv_offset\.)?(weight|bias)", inside_conv),
+        Row(block + r"bn\.(.+)", r"backbone.sepc.blocks.\1.norm.\2"),
+        Row(
+            _NECK + r"([cl])conv\.(conv_offset\.)?(weight|bias)",
+            lambda m: f"backbone.sepc.{tasks[m[1]]}_conv.{'offset.' if m[2] else ''}{m[3]}",
+        ),
+        Row(_NECK + r"([cl])bn\.(.+)", lambda m: f"backbone.sepc.{tasks[m[1]]}_norm.{m[2]}"),
     ]
 
 

@@ -6,6 +6,7 @@ canonical key                         what
 ``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...)
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
+``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level)
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
@@ -25,7 +26,7 @@ from dyhead.checkpoints.pyramid import BACKBONE, BOTTOM_UP, first_stage, torchvi
 from dyhead.checkpoints.source import Row, Source
 
 #: The parts of a detector, by what its canonical keys start with, a part of another before it.
-PARTS = (BOTTOM_UP, BACKBONE, "backbone.dyhead.", "detector.", "proposal_generator.", "roi_heads.")
+PARTS = (BOTTOM_UP, BACKBONE, "backbone.dyhead.", "backbone.sepc.", "detector.", "proposal_generator.", "roi_heads.")
 
 _PREDICTORS = "logits|deltas|quality|delta_scale"
 _LINEAR = r"roi_heads\.box_head\.(\d+)\.(weight|bias)"
@@ -106,7 +107,7 @@ def _torchvision(state: Mapping[str, Tensor]) -> list[Row]:
 
 CANONICAL = Source(
     "dyhead",
-    r"^(backbone\.(backbone|dyhead)|detector)\.",
+    r"^(backbone\.(backbone|dyhead|sepc)|detector)\.",
     lambda state: [],
     unless=rf"^backbone\.(body|fpn|dyhead_tower)\.|^head\.(predictor\.)?({_PREDICTORS})",
     remainder=None,

@@ -167,15 +167,18 @@ class DenseDetector(nn.Module):
         self.criterion = criterion
         self._nan_told = False
 
-    def forward(self, pyramid: Mapping[str, Tensor]) -> Predictions:
-        """What the head says, from levels (N, C, H, W) by name, of which ``in_features`` are read."""
+    def forward(self, pyramid: Mapping[str, Tensor | tuple[Tensor, Tensor]]) -> Predictions:
+        """What the head says, from levels (N, C, H, W) by name, of which ``in_features`` are read.
+
+        A level may be a pair, for classes and for boxes, where the head takes such.
+        """
         levels = [pyramid[name] for name in self.in_features]
         logits, boxes, quality = self.head(levels)
         return Predictions(
             torch.cat([_by_place(level, self.anchors.per_cell) for level in logits], dim=1),
             torch.cat([_by_place(level, self.anchors.per_cell) for level in boxes], dim=1),
             None if quality is None else torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in quality], dim=1),
-            [tuple(level.shape[-2:]) for level in levels],
+            [tuple(level.shape[-2:]) for level in logits],
         )
 
     def losses(self, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack, and the dense predictor.
+"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; and pyramid convolutions.
 
 Shapes in this package: N batch, C channels, L levels; level l is (N, C, H_l, W_l), levels run from fine to coarse, each
 half the size of the previous one. K taps of a kernel, G offset groups.
@@ -6,18 +6,24 @@ half the size of the previous one. K taps of a kernel, G offset groups.
 
 from dyhead.layers.block import DyHeadBlock
 from dyhead.layers.head import DyHead
+from dyhead.layers.pconv import PConv, SampledPConv
 from dyhead.layers.released import ReleasedDyHeadBlock
 from dyhead.layers.scale_attention import ScaleAwareAttention
+from dyhead.layers.sepc import SEPC, TaskLevel
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.layers.top import P6P7
 
 __all__ = [
     "P6P7",
+    "SEPC",
     "DyHead",
     "DyHeadBlock",
+    "PConv",
     "ReleasedDyHeadBlock",
+    "SampledPConv",
     "ScaleAwareAttention",
     "SpatialAwareAttention",
     "TaskAwareAttention",
+    "TaskLevel",
 ]

@@ -20,7 +20,8 @@ class Registered:
         name: what ``MODEL.NECKS`` calls it; in lower case it is the module's name.
         node: of its options in the configuration, "MODEL.DYHEAD".
         options: their dataclass, with the methods ``build(channels) -> nn.Module`` and
-            ``size_divisibility(strides) -> int``.
+            ``size_divisibility(strides) -> int``, and the attribute ``task_levels`` where the neck may put out levels
+            that are pairs, for classes and for boxes; such a neck is the last.
     """
 
     name: str
@@ -59,7 +60,10 @@ class Necked(nn.Module):
             self._necks.append(name)
 
     def through_necks(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Levels (N, C, H, W) by name, fine to coarse, through all of them."""
+        """Levels (N, C, H, W) by name, fine to coarse, through all of them.
+
+        Those of the last may be pairs, see :attr:`Registered.options`.
+        """
         for name in self._necks:
             pyramid = getattr(self, name)(pyramid)
         return pyramid

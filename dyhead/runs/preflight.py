@@ -16,6 +16,7 @@ from dyhead.config import ConfigError, get
 from dyhead.config_checks import MAX_SEED
 from dyhead.detection import DETECTORS
 from dyhead.evaluation.expected import check_expectations
+from dyhead.necks import NECKS
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _check_norms(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
     node = DETECTORS[name].node if name in DETECTORS else "MODEL.ROI_BOX_HEAD"
-    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", f"{node}.NORM"):
+    necks = [NECKS[neck].node for neck in cfg.MODEL.NECKS if "NORM" in get(cfg, NECKS[neck].node)]
+    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *(f"{part}.NORM" for part in (node, *necks))):
         if get(cfg, key) in ("SyncBN", "nnSyncBN"):
             raise ConfigError(f"{key}: expected one that several processes can share on a CPU, got {get(cfg, key)!r}")
 

@@ -51,6 +51,27 @@ def test_a_resnet_of_torchvision(check_account):
     assert len(conversion.state) == 100
 
 
+def test_the_necks_of_sepc(check_account):
+    """The keys of its published checkpoints: the finer level's convolution comes last."""
+    tensors = ("weight", "bias", "conv_offset.weight", "conv_offset.bias")
+    convs = {"Pconvs.0.Pconv.0": "blocks.0.coarser", "Pconvs.3.Pconv.1": "blocks.3.same"}
+    convs |= {"Pconvs.0.Pconv.2": "blocks.0.finer", "cconv": "class_conv", "lconv": "box_conv"}
+    norms = {"Pconvs.3.bn": "blocks.3.norm", "cbn": "class_norm", "lbn": "box_norm"}
+    pairs = {f"{a}.{key}": f"{b}.{key.removeprefix('conv_')}" for a, b in convs.items() for key in tensors}
+    pairs |= {f"{a}.{key}": f"{b}.{key}" for a, b in norms.items() for key in ("weight", "running_var")}
+    pairs = {f"neck.1.{theirs}": f"backbone.sepc.{ours}" for theirs, ours in pairs.items()}
+    pairs |= {"neck.0.lateral_convs.0.conv.weight": "backbone.backbone.fpn_lateral5.weight"}
+    pairs |= {"bbox_head.retina_cls.bias": "detector.head.logits.bias"}
+    state = {key: torch.rand(9 * 4) for key in (*pairs, "bbox_head.retina_reg.bias", "neck.1.cbn.num_batches_tracked")}
+    conversion = convert(state)
+    assert conversion.source == "mmdetection"
+    check_account(state, conversion)
+    del pairs["bbox_head.retina_cls.bias"]  # anchors change their order
+    check_pairs(state, conversion, pairs)
+    assert "detector.head.logits.bias" in conversion.state
+    assert not conversion.left_over
+
+
 def test_a_resnet_of_detectron2(check_account):
     state = {
         "stem.conv1.weight": torch.rand(2),

@@ -87,6 +87,21 @@ def test_towers_stand_before_the_predictors_of_their_task(norm, quality):
             torch.testing.assert_close(got, functional.conv2d(x, conv.weight, conv.bias, padding=1))
 
 
+@pytest.mark.parametrize("quality", ["box", "class"])
+def test_a_level_may_be_a_pair_for_classes_and_for_boxes(quality):
+    head = DenseHead(8, 2, num_levels=2, num_convs=1, quality=quality)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    of_classes, of_boxes = pyramid(6, 5, levels=2), pyramid(6, 5, levels=2)
+    logits, deltas, qualities = head(list(zip(of_classes, of_boxes, strict=True)))
+    want_classes, want_boxes = head(of_classes), head(of_boxes)
+    for i in range(2):
+        assert torch.equal(logits[i], want_classes[0][i])
+        assert torch.equal(deltas[i], want_boxes[1][i])
+        assert torch.equal(qualities[i], (want_boxes if quality == "box" else want_classes)[2][i])
+        assert not torch.equal(logits[i], want_boxes[0][i])
+
+
 def test_predictions_are_float32_at_least():
     levels = pyramid(4, 4, levels=1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -101,6 +101,16 @@ def test_several_cpus_share_no_statistics(check, key):
         check({key: "SyncBN"}, num_gpus=2)
 
 
+def test_necks_share_no_statistics_either(check):
+    check({"MODEL.SEPC.NORM": "SyncBN"}, num_gpus=2)  # it is not there
+    options = {"MODEL.NECKS": ["DyHead", "SEPC"], "MODEL.SEPC.NORM": "SyncBN"}
+    check(options)
+    with pytest.raises(
+        ConfigError, match=r"^MODEL\.SEPC\.NORM: expected one that several processes can share on a CPU"
+    ):
+        check(options, num_gpus=2)
+
+
 def test_each_process_has_a_seed_that_numpy_takes(check):
     check({"SEED": 2**32 - 1})
     check({"SEED": 2**32 - 2}, num_gpus=2)

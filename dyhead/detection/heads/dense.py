@@ -19,6 +19,8 @@ class DenseHead(nn.Module):
     the boxes (RetinaNet, Lin et al., ICCV 2017). All convolutions are shared by the levels. They start with normal
     weights of standard deviation 0.01; the classes' bias makes every class start at probability ``prior_prob``.
 
+    A level may be a pair, as some necks put out: what classes are predicted from and what boxes are.
+
     Args:
         channels: channels C of every level.
         num_classes: classes K, without background.
@@ -43,6 +45,9 @@ class DenseHead(nn.Module):
         >>> tuple(logits[0].shape), tuple(boxes[0].shape), tuple(quality[0].shape)
         ((2, 3, 8, 8), (2, 4, 8, 8), (2, 1, 8, 8))
     """
+
+    #: Whether levels may be pairs; not so in a head without this.
+    takes_task_levels = True
 
     def __init__(
         self,
@@ -99,8 +104,12 @@ class DenseHead(nn.Module):
         self.delta_scale = nn.Parameter(torch.ones(num_levels)) if delta_scale else None
         nn.init.constant_(self.logits.bias, -math.log((1 - prior_prob) / prior_prob))
 
-    def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        """Predictions of each level (N, C, H, W), in float32 at least: decoding and losses are exact under autocast.
+    def forward(
+        self, levels: Sequence[Tensor | tuple[Tensor, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+        """Predictions of each level (N, C, H, W), or pair of such, in float32 at least.
+
+        So decoding and losses are exact under autocast.
 
         Returns:
             Class logits (N, A*K, H, W), anchor by anchor; raw box numbers (N, A*X, H, W), X being ``box_numbers``;
@@ -113,7 +122,7 @@ class DenseHead(nn.Module):
             raise ValueError(f"levels: expected {self.num_levels}, got {len(levels)}")
         logits, boxes, quality = [], [], []
         for i, level in enumerate(levels):
-            of_class = of_box = level
+            of_class, of_box = level if isinstance(level, tuple) else (level, level)
             for layer in self.class_tower:
                 of_class = layer(of_class, i)
             for layer in self.box_tower:
