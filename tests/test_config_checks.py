@@ -20,6 +20,7 @@ CONFIGS = {
     for name, stem in {
         "DyHeadATSS": "atss",
         "DyHeadFCOS": "fcos",
+        "DyHeadRepPoints": "reppoints",
         "DyHeadRetinaNet": "retinanet",
         "DyHeadRCNN": "faster_rcnn",
     }.items()

@@ -7,7 +7,9 @@ canonical key                         what
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
-                                      ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level)
+                                      ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
+                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``
+``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``

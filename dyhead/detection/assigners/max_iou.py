@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class MaxIoUAssigner:
     """Each anchor belongs to the object of its largest IoU, if that is large enough.
 
     Besides, every anchor whose IoU with some object is the largest of all anchors' with it is positive, so that every
-    object has one unless it overlaps none; it belongs to the object of its own largest IoU.
+    object has one unless it overlaps none; it belongs to the object of its own largest IoU, as in Detectron2.
 
     Raises:
         ValueError: not one label more than thresholds, or thresholds that do not increase.
@@ -37,6 +38,8 @@ class MaxIoUAssigner:
         "between the thresholds: 0 background, -1 ignored, 1 object",
         each(one_of(0, -1, 1)),
     )
+    #: Whether an anchor of an object's largest IoU is that object's.
+    best_is_kept: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not _THRESHOLDS.fits(self.iou_thresholds):
@@ -54,13 +57,15 @@ class MaxIoUAssigner:
             return torch.full((len(anchors),), _MEANING[self.iou_labels[0]], device=anchors.device)
         best = anchors.new_full((len(anchors),), -1.0)
         owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        wanted = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+        wanted_by = torch.full_like(owner, BACKGROUND)  # the last object of which it is the best anchor
         step = max(_CHUNK // max(len(anchors), 1), 1)
         for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
             iou = box_iou(boxes[first : first + step], anchors)
             largest = iou.amax(dim=1, keepdim=True)
             largest[largest == 0] = torch.inf  # of an object that overlaps no anchor all would tie
-            wanted |= (iou == largest).any(dim=0)
+            index_of = torch.arange(first, first + len(iou), device=anchors.device)[:, None]
+            last = torch.where(iou == largest, index_of, BACKGROUND).amax(dim=0)
+            wanted_by = torch.maximum(wanted_by, last)
             value, index = iou.max(dim=0)
             owner = torch.where(value > best, index + first, owner)
             best = torch.maximum(value, best)
@@ -68,5 +73,17 @@ class MaxIoUAssigner:
         label = torch.tensor(self.iou_labels, device=anchors.device)[number]
         assigned = torch.full_like(owner, BACKGROUND)
         assigned[label == -1] = IGNORED
-        positive = (label == 1) | wanted
-        return torch.where(positive, owner, assigned)
+        wanted = wanted_by >= 0
+        if self.best_is_kept:
+            owner = torch.where(wanted, wanted_by, owner)
+        return torch.where((label == 1) | wanted, owner, assigned)
+
+
+@dataclass(frozen=True)
+class BestKeptAssigner(MaxIoUAssigner):
+    """The same, but an anchor of an object's largest IoU is that object's, as in mmdetection.
+
+    So it is even if the anchor overlaps another object more; of several objects the last one has it.
+    """
+
+    best_is_kept: ClassVar[bool] = True

@@ -5,7 +5,8 @@ the losses by the names that the detector has for them (``loss_names``). One tha
 Autocast is off around it.
 """
 
-from dyhead.detection.criteria.matches import Matches, match
+from dyhead.detection.criteria.matches import Matches, class_cost, match, matched
 from dyhead.detection.criteria.standard import standard
+from dyhead.detection.criteria.two_stage import TwoStage
 
-__all__ = ["Matches", "match", "standard"]
+__all__ = ["Matches", "TwoStage", "class_cost", "match", "matched", "standard"]
