@@ -22,6 +22,7 @@ CONFIGS = {
         "DyHeadFCOS": "fcos",
         "DyHeadGFL": "gfl",
         "DyHeadNoisyAnchors": "noisyanchors",
+        "DyHeadRepPoints": "reppoints",
         "DyHeadRetinaNet": "retinanet",
         "DyHeadRCNN": "faster_rcnn",
     }.items()

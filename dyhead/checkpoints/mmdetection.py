@@ -13,6 +13,14 @@ from dyhead.checkpoints.source import COUNTERS, Row, Source
 
 _NECK = r"neck\.(?:\d+\.)?"
 _RPN = "proposal_generator.rpn_head."
+_REPPOINTS = {
+    "reppoints_cls_conv": "class_conv",
+    "reppoints_cls_out": "logits",
+    "reppoints_pts_init_conv": "first_conv",
+    "reppoints_pts_init_out": "first_points",
+    "reppoints_pts_refine_conv": "box_conv",
+    "reppoints_pts_refine_out": "deltas",
+}
 
 
 def _rows(state: Mapping[str, Tensor]) -> list[Row]:
@@ -76,6 +84,8 @@ def _dense(state: Mapping[str, Tensor]) -> list[Row]:
         Row(r"bbox_head\.(?:atss_reg|gfl_reg|conv_reg)\.(.+)", r"detector.head.deltas.\1"),
         Row(r"bbox_head\.(?:atss_centerness|conv_centerness)\.(.+)", r"detector.head.quality.\1"),
         Row(r"bbox_head\.scales\.(\d+)\.scale", r"detector.head.delta_scale[\1]"),
+        *(Row(rf"bbox_head\.{theirs}\.(.+)", rf"detector.head.{ours}.\1") for theirs, ours in _REPPOINTS.items()),
+        Row(r"bbox_head\.moment_transfer", "detector.box_form.log_scale"),
     ]
     boxes = state.get("bbox_head.retina_reg.bias")
     anchors = None if boxes is None else len(boxes) // 4

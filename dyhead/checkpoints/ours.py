@@ -8,7 +8,9 @@ canonical key                         what
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
-                                      ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level)
+                                      ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
+                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``
+``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``

@@ -8,6 +8,7 @@ from dyhead.detection import DETECTORS, DenseDetector, DenseHead, Predictions, T
 from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import IGNORED, CenterAssigner
 from dyhead.detection.boxes import Distances
+from dyhead.detection.criteria import TwoStage
 from dyhead.detection.dense_options import DenseOptions
 from dyhead.detection.detector import BoxLoss, Inference
 from dyhead.detection.fcos import FCOSOptions
@@ -288,6 +289,8 @@ def test_ignored_places_cost_nothing(name):
             return torch.full((len(places.anchors),), IGNORED)
 
     detector.assigner = Ignoring()
+    if isinstance(detector.criterion, TwoStage):
+        detector.criterion.first_assigner = Ignoring()
     losses = detector.losses(detector(make_pyramid(1)), make_targets(2))
     assert all(value == 0 for value in losses.values())
 

@@ -7,6 +7,7 @@ from dyhead.detection.retinanet import RetinaNetOptions
 def test_detectors_by_the_names_of_their_meta_architectures():
     assert {name: entry.node for name, entry in DETECTORS.items()} | {
         "DyHeadFCOS": "MODEL.FCOS",
+        "DyHeadRepPoints": "MODEL.REPPOINTS",
         "DyHeadRetinaNet": "MODEL.RETINANET",
         "DyHeadATSS": "MODEL.ATSS",
     } == {name: entry.node for name, entry in DETECTORS.items()}

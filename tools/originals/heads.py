@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from torchvision.ops import box_iou
 from dyhead.checkpoints import convert
 from dyhead.detection import DenseDetector, Predictions, Targets
 from dyhead.detection.anchors import AnchorOptions
-from dyhead.detection.assigners import BACKGROUND, CenterAssigner
+from dyhead.detection.assigners import BACKGROUND, CenterAssigner, PointAssigner
 from dyhead.detection.atss import ATSSOptions
-from dyhead.detection.boxes import Deltas, Distances, Distribution
+from dyhead.detection.boxes import Deltas, Distances, Distribution, Points
+from dyhead.detection.criteria import TwoStage
 from dyhead.detection.detector import BoxLoss
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detection.gfl import GFLOptions
+from dyhead.detection.reppoints import RepPointsOptions
 from dyhead.detection.retinanet import RetinaNetOptions
 from dyhead.detection.scores import Score
 from tools.originals.rows import Row, largest, relative
@@ -85,6 +88,10 @@ def _gfl() -> DenseDetector:
     return GFLOptions(**_COMMON, norm="GN").build(_CHANNELS, _STRIDES)
 
 
+def _reppoints(points_to_box: str, norm: str) -> DenseDetector:
+    return RepPointsOptions(**_COMMON, norm=norm, points_to_box=points_to_box).build(_CHANNELS, _STRIDES)
+
+
 #: The detector that each head's record is of.
 HEADS: dict[str, Callable[[], DenseDetector]] = {
     "atss": _atss,
@@ -92,6 +99,11 @@ HEADS: dict[str, Callable[[], DenseDetector]] = {
     "fcos_improved": lambda: _fcos(0.6, "box", CenterAssigner(1.5, closed_ranges=True), Distances("relu", "giou")),
     "gfl": _gfl,
     "retinanet": _retinanet,
+    **{
+        f"reppoints_{kind}{suffix}": partial(_reppoints, kind, norm)
+        for kind in ("moment", "minmax")
+        for suffix, norm in (("", ""), ("_gn", "GN"))
+    },
 }
 
 # Here an object lies whole in many equal anchors, which all have its largest IoU, but for rounding: the original itself
@@ -192,6 +204,8 @@ class Head:
         """The largest difference of what the head says, in units of the largest value of its kind on the level."""
         differences = []
         mine = [part for part in self.detector.head(list(self.features.values())) if part is not None]
+        if isinstance(self.detector.box_form, Points):
+            mine[1:] = zip(*(level.chunk(2, dim=1) for level in mine[1]), strict=True)  # first and refined points
         for kind, levels in enumerate(mine):
             for i, got in enumerate(levels):
                 want = torch.from_numpy(arrays[f"raw.{kind}.{i}"]).double()
@@ -203,6 +217,8 @@ class Head:
 
     def assignment(self, case: str, predictions: Predictions, targets: list[Targets], arrays: Arrays) -> int:
         """How many places have another object than in the original, unless they may: see ``_OTHERWISE``."""
+        if isinstance(self.detector.criterion, TwoStage):
+            return self._two_assignments(case, predictions, targets, arrays)
         places = self.detector.places(predictions)
         wrong = 0
         for i, (got, target) in enumerate(zip(self.detector.assign(places, targets), targets, strict=True)):
@@ -216,12 +232,35 @@ class Head:
             wrong += int(differs.sum())
         return wrong
 
+    def _two_assignments(self, case: str, predictions: Predictions, targets: list[Targets], arrays: Arrays) -> int:
+        """The same of both stages. Of several points equally near to an object mmdetection takes any.
+
+        So that losses can be compared nevertheless, they are then computed with its choice.
+        """
+        criterion, centers = self.detector.criterion, self.detector.places(predictions).centers
+        criterion.first_assigner = PointAssigner()
+        stages = criterion.assign(self.detector, predictions, targets)
+        first, refined = (
+            torch.stack(
+                [torch.from_numpy(arrays[f"{case}.{stage}_assigner.gt.{i}"]).long() for i in range(len(targets))]
+            )
+            for stage in ("init", "refine")
+        )
+        wrong = int((stages[1] != refined).sum())
+        for got, want, target in zip(stages[0], first, targets, strict=True):
+            for i, box in enumerate(target.boxes):
+                away = ((centers - (box[:2] + box[2:]) / 2) / (box[2:] - box[:2])).norm(dim=1)
+                wrong += largest(away[got == i], away[want == i]) > 1e-12
+        recorded = iter(first)
+        criterion.first_assigner = lambda places, boxes: next(recorded)
+        return wrong
+
     def losses(self, predictions: Predictions, targets: list[Targets], expected: Mapping[str, float]) -> float:
         """The largest relative difference of a loss; of their sum the gradients are computed."""
         losses = self.detector.losses(predictions, targets)
         sum(losses.values()).backward()
         mine = torch.stack([loss.detach() for loss in map(losses.get, self.detector.loss_names) if loss is not None])
-        names = ("loss_cls", "loss_bbox", "loss_centerness", "loss_dfl")
+        names = ("loss_cls", "loss_bbox", "loss_centerness", "loss_dfl", "loss_pts_init", "loss_pts_refine")
         return relative(mine, torch.tensor([expected[name] for name in names if name in expected], dtype=mine.dtype))
 
     def gradients(self, expected: Mapping[str, Any]) -> float:

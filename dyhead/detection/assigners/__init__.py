@@ -7,7 +7,17 @@ its object, :data:`BACKGROUND` or :data:`IGNORED`.
 from dyhead.detection.assigners.atss import ATSSAssigner
 from dyhead.detection.assigners.center import CenterAssigner
 from dyhead.detection.assigners.labels import BACKGROUND, IGNORED
-from dyhead.detection.assigners.max_iou import MaxIoUAssigner
+from dyhead.detection.assigners.max_iou import BestKeptAssigner, MaxIoUAssigner
+from dyhead.detection.assigners.points import PointAssigner
 from dyhead.detection.assigners.top_iou import TopIoUAssigner
 
-__all__ = ["BACKGROUND", "IGNORED", "ATSSAssigner", "CenterAssigner", "MaxIoUAssigner", "TopIoUAssigner"]
+__all__ = [
+    "BACKGROUND",
+    "IGNORED",
+    "ATSSAssigner",
+    "BestKeptAssigner",
+    "CenterAssigner",
+    "MaxIoUAssigner",
+    "PointAssigner",
+    "TopIoUAssigner",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class MaxIoUAssigner:
     """Each anchor belongs to the object of its largest IoU, if that is large enough.
 
     Besides, every anchor whose IoU with some object is the largest of all anchors' with it is positive, so that every
-    object has one unless it overlaps none; it belongs to the object of its own largest IoU.
+    object has one unless it overlaps none; it belongs to the object of its own largest IoU, as in Detectron2.
 
     Raises:
         ValueError: not one label more than thresholds, or thresholds that do not increase.
@@ -38,6 +39,8 @@ class MaxIoUAssigner:
         "between the thresholds: 0 background, -1 ignored, 1 object",
         each(one_of(0, -1, 1)),
     )
+    #: Whether an anchor of an object's largest IoU is that object's.
+    best_is_kept: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not _THRESHOLDS.fits(self.iou_thresholds):
@@ -53,37 +56,51 @@ class MaxIoUAssigner:
         anchors = places.anchors
         if not len(boxes):
             return torch.full((len(anchors),), _MEANING[self.iou_labels[0]], device=anchors.device)
-        best, owner, wanted = by_overlap(anchors, boxes, _best_of_each)
+        best, owner, wanted_by = by_overlap(anchors, boxes, _best_of_each)
         number = torch.bucketize(best, best.new_tensor(self.iou_thresholds), right=True)
         label = torch.tensor(self.iou_labels, device=anchors.device)[number]
         assigned = torch.full_like(owner, BACKGROUND)
         assigned[label == -1] = IGNORED
-        positive = (label == 1) | wanted
-        return torch.where(positive, owner, assigned)
+        wanted = wanted_by >= 0
+        if self.best_is_kept:
+            owner = torch.where(wanted, wanted_by, owner)
+        return torch.where((label == 1) | wanted, owner, assigned)
+
+
+@dataclass(frozen=True)
+class BestKeptAssigner(MaxIoUAssigner):
+    """The same, but an anchor of an object's largest IoU is that object's, as in mmdetection.
+
+    So it is even if the anchor overlaps another object more; of several objects the last one has it.
+    """
+
+    best_is_kept: ClassVar[bool] = True
 
 
 def _best_of_each(iou: Tensor) -> Tensor:
     largest = iou.amax(dim=1, keepdim=True)
     largest[largest == 0] = torch.inf  # of an object that overlaps no anchor all would tie
-    return (iou == largest).any(dim=0)
+    return iou == largest
 
 
 def by_overlap(anchors: Tensor, boxes: Tensor, wanted: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each anchor its largest IoU, the object that it is with, and whether an object wants the anchor; (R,) each.
+    """Of each anchor its largest IoU, the object that it is with, and the last object that wants the anchor; (R,) each.
 
     Args:
         anchors: (R, 4).
         boxes: of the objects, (M, 4).
-        wanted: from IoUs (some of M, R) to which anchors one of these objects wants, (R,).
+        wanted: from IoUs (some of M, R) to which anchors each of these objects wants, alike. Without one that does, the
+            last result is :data:`BACKGROUND`.
     """
     best = anchors.new_full((len(anchors),), -1.0)
     owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-    by_some = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    wanted_by = torch.full_like(owner, BACKGROUND)
     step = max(_CHUNK // max(len(anchors), 1), 1)
     for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
         iou = box_iou(boxes[first : first + step], anchors)
-        by_some |= wanted(iou)
+        index_of = torch.arange(first, first + len(iou), device=anchors.device)[:, None]
+        wanted_by = torch.maximum(wanted_by, torch.where(wanted(iou), index_of, BACKGROUND).amax(dim=0))
         value, index = iou.max(dim=0)
         owner = torch.where(value > best, index + first, owner)
         best = torch.maximum(value, best)
-    return best, owner, by_some
+    return best, owner, wanted_by

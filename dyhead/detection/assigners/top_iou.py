@@ -25,11 +25,9 @@ class TopIoUAssigner:
 
     def __call__(self, places: Places, boxes: Tensor) -> Tensor:
         """See :mod:`dyhead.detection.assigners`."""
-        _, owner, wanted = by_overlap(places.anchors, boxes, self._best)
-        return torch.where(wanted, owner, torch.full_like(owner, BACKGROUND))
+        _, owner, wanted_by = by_overlap(places.anchors, boxes, self._best)
+        return torch.where(wanted_by >= 0, owner, torch.full_like(owner, BACKGROUND))
 
     def _best(self, iou: Tensor) -> Tensor:
         largest, index = iou.topk(min(self.top_anchors, iou.shape[1]), dim=1)
-        best = torch.zeros_like(iou[0], dtype=torch.bool)
-        best[index[largest > 0]] = True
-        return best
+        return torch.zeros_like(iou, dtype=torch.bool).scatter(1, index, largest > 0)

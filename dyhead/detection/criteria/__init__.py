@@ -5,9 +5,19 @@ the losses by the names that the detector has for them (``loss_names``). One tha
 Autocast is off around it.
 """
 
-from dyhead.detection.criteria.matches import Matches, match
+from dyhead.detection.criteria.matches import Matches, class_cost, match, matched
 from dyhead.detection.criteria.noisy_anchors import NoisyAnchorsCriterion
 from dyhead.detection.criteria.quality import QualityCriterion
 from dyhead.detection.criteria.standard import standard
+from dyhead.detection.criteria.two_stage import TwoStage
 
-__all__ = ["Matches", "NoisyAnchorsCriterion", "QualityCriterion", "match", "standard"]
+__all__ = [
+    "Matches",
+    "NoisyAnchorsCriterion",
+    "QualityCriterion",
+    "TwoStage",
+    "class_cost",
+    "match",
+    "matched",
+    "standard",
+]

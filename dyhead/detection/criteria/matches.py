@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dyhead.detection.assigners import IGNORED
+from dyhead.detection.normalizer import divided
 
 if TYPE_CHECKING:
     from dyhead.detection.detector import DenseDetector, Predictions, Targets
@@ -34,15 +35,28 @@ class Matches(NamedTuple):
 
 def match(detector: DenseDetector, predictions: Predictions, targets: Sequence[Targets]) -> Matches:
     """What the detector's assigner makes of the objects of each image, in the predictions' precision."""
-    logits = predictions.logits
     places = detector.places(predictions)
-    assigned = detector.assign(places, targets)
+    return matched(places.anchors, detector.assign(places, targets), targets)
+
+
+def matched(anchors: Tensor, assigned: Tensor, targets: Sequence[Targets]) -> Matches:
+    """The same of anchors (R, 4), and of what an assigner gave for each image, (N, R)."""
     positive = assigned >= 0
     owners = [own[own >= 0] for own in assigned]
     return Matches(
         positive,
         assigned != IGNORED,
-        places.anchors.expand(len(logits), -1, -1)[positive],
-        torch.cat([t.boxes[own] for t, own in zip(targets, owners, strict=True)]).to(logits.dtype),
+        anchors.expand(len(assigned), -1, -1)[positive],
+        torch.cat([t.boxes[own] for t, own in zip(targets, owners, strict=True)]).to(anchors.dtype),
         torch.cat([t.labels[own] for t, own in zip(targets, owners, strict=True)]),
     )
+
+
+def class_cost(detector: DenseDetector, logits: Tensor, matches: Matches, divisor: Tensor) -> Tensor:
+    """The class loss of all places that count; the class of a positive place is its object's.
+
+    See :func:`dyhead.detection.normalizer.divided`.
+    """
+    truth = torch.zeros_like(logits)
+    truth[matches.positive, matches.labels] = 1
+    return divided(detector.class_loss, logits[matches.counted], truth[matches.counted], divisor)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyhead.detection.criteria.matches import match
-from dyhead.detection.normalizer import divided, divisor_of
+from dyhead.detection.criteria.matches import class_cost, match
+from dyhead.detection.normalizer import divisor_of
 from dyhead.detection.quality import centerness
 
 if TYPE_CHECKING:
@@ -24,13 +23,11 @@ def standard(detector: DenseDetector, predictions: Predictions, targets: Sequenc
     is one.
     """
     logits, numbers, quality, _ = predictions
-    positive, counted, anchors, boxes, labels = match(detector, predictions, targets)
+    matches = match(detector, predictions, targets)
+    positive, _, anchors, boxes, _ = matches
     divisor = detector.loss_normalizer(positive.sum(dim=1)).to(logits.dtype)
-
-    truth = torch.zeros_like(logits)
-    truth[positive, labels] = 1
     names = detector.loss_names
-    losses = {names[0]: divided(detector.class_loss, logits[counted], truth[counted], divisor)}
+    losses = {names[0]: class_cost(detector, logits, matches, divisor)}
 
     box_losses = detector.box_form.loss(numbers[positive], anchors, boxes)
     box_divisor = divisor

@@ -1,5 +1,6 @@
 """Heads: what turns pyramid levels into the numbers of every place."""
 
 from dyhead.detection.heads.dense import DenseHead
+from dyhead.detection.heads.points import PointHead
 
-__all__ = ["DenseHead"]
+__all__ = ["DenseHead", "PointHead"]

@@ -91,7 +91,7 @@ class DenseHead(nn.Module):
             return nn.ModuleList(_ConvNorm(channels, norm, norm_groups, num_levels) for _ in range(num_convs))
 
         def predictor(out_channels: int) -> nn.Conv2d:
-            return _conv(channels, out_channels, kernel_size)
+            return convolution(channels, out_channels, kernel_size)
 
         self.num_classes = num_classes
         self.num_anchors = num_anchors
@@ -118,23 +118,32 @@ class DenseHead(nn.Module):
         Raises:
             ValueError: not ``num_levels`` levels, where they differ in a factor or a norm.
         """
-        if len(levels) != self.num_levels and self.num_levels > 1:
-            raise ValueError(f"levels: expected {self.num_levels}, got {len(levels)}")
+        self.check(levels)
         logits, boxes, quality = [], [], []
         for i, level in enumerate(levels):
-            of_class, of_box = level if isinstance(level, tuple) else (level, level)
-            for layer in self.class_tower:
-                of_class = layer(of_class, i)
-            for layer in self.box_tower:
-                of_box = layer(of_box, i)
+            of_class, of_box = self.towers(level, i)
             numbers = self.deltas(of_box)
             if self.delta_scale is not None:
                 numbers = numbers * self.delta_scale[i]
-            logits.append(_at_least_float32(self.logits(of_class)))
-            boxes.append(_at_least_float32(numbers))
+            logits.append(at_least_float32(self.logits(of_class)))
+            boxes.append(at_least_float32(numbers))
             if self.quality is not None:
-                quality.append(_at_least_float32(self.quality(of_box if self.quality_from == "box" else of_class)))
+                quality.append(at_least_float32(self.quality(of_box if self.quality_from == "box" else of_class)))
         return logits, boxes, quality if self.quality is not None else None
+
+    def check(self, levels: Sequence[Tensor]) -> None:
+        """Raises ValueError if there are not ``num_levels`` levels, where they differ in a factor or a norm."""
+        if len(levels) != self.num_levels and self.num_levels > 1:
+            raise ValueError(f"levels: expected {self.num_levels}, got {len(levels)}")
+
+    def towers(self, level: Tensor | tuple[Tensor, Tensor], i: int) -> tuple[Tensor, Tensor]:
+        """What the two towers, of the classes and of the boxes, make of the ``i``-th level (N, C, H, W), or pair."""
+        of_class, of_box = level if isinstance(level, tuple) else (level, level)
+        for layer in self.class_tower:
+            of_class = layer(of_class, i)
+        for layer in self.box_tower:
+            of_box = layer(of_box, i)
+        return of_class, of_box
 
 
 class _ConvNorm(nn.Module):
@@ -142,7 +151,7 @@ class _ConvNorm(nn.Module):
 
     def __init__(self, channels: int, norm: str, groups: int, levels: int) -> None:
         super().__init__()
-        self.conv = _conv(channels, channels, 3)
+        self.conv = convolution(channels, channels, 3)
         self.norm: nn.Module | None = None
         if norm == "GN":
             self.norm = nn.GroupNorm(groups, channels)
@@ -159,12 +168,14 @@ class _ConvNorm(nn.Module):
         return x.relu()
 
 
-def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution that keeps height and width and starts as all of a head's do."""
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

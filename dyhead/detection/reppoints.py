@@ -1,0 +1,94 @@
+"""RepPoints (Yang et al., "RepPoints: Point Set Representation for Object Detection", ICCV 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dyhead.detection.anchors import AnchorOptions, Anchors
+from dyhead.detection.assigners import BestKeptAssigner, PointAssigner
+from dyhead.detection.boxes import Points
+from dyhead.detection.boxes.points import KINDS
+from dyhead.detection.criteria import TwoStage
+from dyhead.detection.criteria.two_stage import StageWeights
+from dyhead.detection.dense_options import DenseOptions
+from dyhead.detection.detector import DenseDetector
+from dyhead.detection.heads import PointHead
+from dyhead.detection.normalizer import LossNormalizer
+from dyhead.detection.registry import register_detector
+from dyhead.detection.scores import Score
+from dyhead.options import at_least, inherited, one_of, option, part
+
+
+@register_detector("RepPoints")
+@dataclass(frozen=True)
+class RepPointsOptions(DenseOptions):
+    """RepPoints: points of an object, refined once, and boxes around them; no anchors, no quality.
+
+    The classes and the refined points are read at the first points, by deformable convolutions.
+    """
+
+    has_anchors: ClassVar[bool] = False
+
+    predictor_kernel: int = inherited(DenseOptions, "predictor_kernel", 1)
+    loss_normalizer: str = inherited(DenseOptions, "loss_normalizer", "positives_per_image")
+    nms_thresh_test: float = inherited(DenseOptions, "nms_thresh_test", 0.5)
+    num_points: int = option(9, "points of a place", one_of(9, 25, 49))
+    points_to_box: str = option(
+        "moment",
+        "a box from points. moment: their mean, and their standard deviation times a learned factor. minmax: the "
+        "outermost points. partial_minmax: those of the first four",
+        one_of(*KINDS),
+    )
+    moment_gradient: float = option(0.01, "what the gradient of that learned factor is multiplied by", at_least(0))
+    points_gradient: float = option(
+        0.1, "what the gradient to the first points through the deformable convolutions is multiplied by", at_least(0)
+    )
+    smooth_l1_loss_beta: float = option(
+        0.11, "where smooth L1 goes over from the square to the absolute value; 0 is plain L1", at_least(0)
+    )
+    stage_weights: StageWeights = part(StageWeights())
+    first_assigner: PointAssigner = part(PointAssigner())
+    assigner: BestKeptAssigner = part(BestKeptAssigner())
+
+    def build(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        *,
+        anchors: AnchorOptions | None = None,
+        detections_per_image: int = 100,
+    ) -> DenseDetector:
+        """See :meth:`DenseOptions.build`."""
+        head = PointHead(
+            channels,
+            self.num_classes,
+            num_points=self.num_points,
+            points_gradient=self.points_gradient,
+            num_levels=len(strides),
+            num_convs=self.num_convs,
+            norm=self.norm,
+            kernel_size=self.predictor_kernel,
+            prior_prob=self.prior_prob,
+        )
+        return DenseDetector(
+            head=head,
+            in_features=self.in_features,
+            # A place is the center of a square as large as the stride: points are measured in it.
+            anchors=Anchors([[stride] for stride in strides], [[1.0]], strides, offset=0.0),
+            box_form=Points(
+                self.num_points,
+                self.points_to_box,
+                scale_gradient=self.moment_gradient,
+                beta=self.smooth_l1_loss_beta,
+                unit=self.first_assigner.point_base_scale,
+            ),
+            assigner=self.assigner,
+            class_loss=self.class_loss,
+            score=Score("class"),
+            normalizer=LossNormalizer(self.loss_normalizer),
+            inference=self.inference(detections_per_image),
+            loss_names=("loss_cls", "loss_pts_init", "loss_pts_refine"),
+            criterion=TwoStage(self.first_assigner, LossNormalizer(self.loss_normalizer), self.stage_weights),
+        )
