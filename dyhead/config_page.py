@@ -38,8 +38,8 @@ starts; a wrong one is an error that names the key, what was expected and what c
 _SHARED = """\
 ## One-stage detectors
 
-The keys that stand in all of {nodes}. A default that differs in one of them is
-given as well.
+The keys that stand in all of {nodes}. A default that differs in one of them, and
+a key that one of them does not have, is given as well.
 """
 
 _CHECKED = """\
@@ -96,13 +96,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shared_section(detectron2: set[str]) -> str:
-    """The keys that stand in the node of every one-stage detector."""
+    """The keys that stand in the node of every one-stage detector, but for those that are said not to have them."""
     defaults = {node: {leaf.key: leaf.default for leaf in leaves(options)} for node, options in _DENSE.items()}
     rows = []
     for leaf in leaves(DenseOptions):
         default = _code(leaf.default)
         for node, others in defaults.items():
-            if others[leaf.key] != leaf.default:
+            if leaf.key not in others:
+                default += f"; `{node}`: no such key"
+            elif others[leaf.key] != leaf.default:
                 default += f"; `{node}`: {_code(others[leaf.key])}"
         rows.append((f"`{leaf.key}`{_mark(_DENSE, leaf.key, detectron2)}", default, _values(leaf), leaf.doc))
     return f"{_SHARED.format(nodes=', '.join(f'`{node}`' for node in _DENSE))}\n{_table(_HEADER, rows)}"

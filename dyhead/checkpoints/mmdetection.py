@@ -55,6 +55,8 @@ def _dense(state: Mapping[str, Tensor]) -> list[Row]:
         Row(r"bbox_head\.(?:atss_reg|conv_reg)\.(.+)", r"detector.head.deltas.\1"),
         Row(r"bbox_head\.(?:atss_centerness|conv_centerness)\.(.+)", r"detector.head.quality.\1"),
         Row(r"bbox_head\.scales\.(\d+)\.scale", r"detector.head.delta_scale[\1]"),
+        Row(r"bbox_head\.center_prior\.mean", "detector.criterion.mean"),
+        Row(r"bbox_head\.center_prior\.sigma", "detector.criterion.deviation"),
     ]
     boxes = state.get("bbox_head.retina_reg.bias")
     anchors = None if boxes is None else len(boxes) // 4

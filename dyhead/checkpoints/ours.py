@@ -9,6 +9,8 @@ canonical key                         what
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level)
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
+``detector.criterion.*``              what a dense detector's losses learn: AutoAssign's center prior of each class,
+                                      ``mean`` and ``deviation``; for training
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``
 ====================================  ================================================================================

@@ -5,7 +5,8 @@ the losses by the names that the detector has for them (``loss_names``). One tha
 Autocast is off around it.
 """
 
+from dyhead.detection.criteria.autoassign import AutoAssignCriterion, SoftAssignment
 from dyhead.detection.criteria.matches import Matches, match
 from dyhead.detection.criteria.standard import standard
 
-__all__ = ["Matches", "match", "standard"]
+__all__ = ["AutoAssignCriterion", "Matches", "SoftAssignment", "match", "standard"]
