@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shared_section(detectron2: set[str]) -> str:
-    """The keys that stand in the node of every one-stage detector."""
+    """The keys that stand in the node of every one-stage detector, but for those that are said not to have them."""
     defaults = {node: {leaf.key: leaf.default for leaf in leaves(options)} for node, options in _DENSE.items()}
     rows = []
     for leaf in leaves(DenseOptions):

@@ -19,6 +19,7 @@ CONFIGS = {
     name: ROOT / f"configs/quickstart/{stem}_dyhead_R18_shapes.yaml"
     for name, stem in {
         "DyHeadATSS": "atss",
+        "DyHeadAutoAssign": "autoassign",
         "DyHeadFCOS": "fcos",
         "DyHeadGFL": "gfl",
         "DyHeadNoisyAnchors": "noisyanchors",

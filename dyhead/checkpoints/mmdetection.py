@@ -86,6 +86,8 @@ def _dense(state: Mapping[str, Tensor]) -> list[Row]:
         Row(r"bbox_head\.scales\.(\d+)\.scale", r"detector.head.delta_scale[\1]"),
         *(Row(rf"bbox_head\.{theirs}\.(.+)", rf"detector.head.{ours}.\1") for theirs, ours in _REPPOINTS.items()),
         Row(r"bbox_head\.moment_transfer", "detector.box_form.log_scale"),
+        Row(r"bbox_head\.center_prior\.mean", "detector.criterion.mean"),
+        Row(r"bbox_head\.center_prior\.sigma", "detector.criterion.deviation"),
     ]
     boxes = state.get("bbox_head.retina_reg.bias")
     anchors = None if boxes is None else len(boxes) // 4

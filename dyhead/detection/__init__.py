@@ -9,7 +9,7 @@ cell, K classes, P positive places. Boxes are (x0, y0, x1, y1) in pixels of the 
 from the finest level to the coarsest, row by row, cell by cell, anchor by anchor.
 """
 
-from dyhead.detection import atss, fcos, gfl, noisy_anchors, reppoints, retinanet  # registers them
+from dyhead.detection import atss, autoassign, fcos, gfl, noisy_anchors, reppoints, retinanet  # registers them
 from dyhead.detection.anchors import Anchors, Places
 from dyhead.detection.detector import DenseDetector, Detections, Predictions, Targets
 from dyhead.detection.heads import DenseHead
@@ -26,6 +26,7 @@ __all__ = [
     "Registered",
     "Targets",
     "atss",
+    "autoassign",
     "fcos",
     "gfl",
     "noisy_anchors",

@@ -108,10 +108,10 @@ class DenseDetector(nn.Module):
         in_features: names of the levels, fine to coarse.
         anchors: at every cell.
         box_form: what the head's box numbers mean.
-        assigner: which place is which object's.
-        class_loss: from logits and targets; see :mod:`dyhead.detection.losses`.
+        assigner: which place is which object's; None where the criterion weighs places instead.
+        class_loss: from logits and targets; see :mod:`dyhead.detection.losses`. None where the criterion has its own.
         score: at test time.
-        normalizer: what losses are divided by.
+        normalizer: what losses are divided by; None where the criterion counts itself.
         box_loss: how the box losses are summed up.
         inference: how predictions become detections.
         loss_names: of the losses, in the criterion's order; the standard one has the class, box and quality loss.
@@ -138,10 +138,10 @@ class DenseDetector(nn.Module):
         in_features: Sequence[str],
         anchors: Anchors,
         box_form: BoxForm,
-        assigner: Callable[[Places, Tensor], Tensor],
-        class_loss: Callable[[Tensor, Tensor], Tensor],
+        assigner: Callable[[Places, Tensor], Tensor] | None,
+        class_loss: Callable[[Tensor, Tensor], Tensor] | None,
         score: Score,
-        normalizer: LossNormalizer,
+        normalizer: LossNormalizer | None,
         *,
         box_loss: BoxLoss = BoxLoss(),
         inference: Inference = Inference(),
@@ -223,7 +223,13 @@ class DenseDetector(nn.Module):
 
     @torch.no_grad()
     def assign(self, places: Places, targets: Sequence[Targets]) -> Tensor:
-        """Which object each place belongs to, (N, R); see :mod:`dyhead.detection.assigners`."""
+        """Which object each place belongs to, (N, R); see :mod:`dyhead.detection.assigners`.
+
+        Raises:
+            ValueError: the detector has no assigner.
+        """
+        if self.assigner is None:
+            raise ValueError("assign: the detector has no assigner; its criterion weighs places for objects instead")
         return torch.stack([self.assigner(places, target.boxes.to(places.anchors.dtype)) for target in targets])
 
     def _detections_of(self, predictions: Predictions, image: int, places: Places, size: tuple[int, int]) -> Detections:

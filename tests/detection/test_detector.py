@@ -27,6 +27,7 @@ ANCHORS = {
     "DyHeadGFL": AnchorOptions(tuple((4 * s,) for s in STRIDES), ((1.0,),), 0.5),
 }
 ALL = pytest.mark.parametrize("name", sorted(DETECTORS))
+ASSIGNING = pytest.mark.parametrize("name", sorted(DETECTORS.keys() - {"DyHeadAutoAssign"}))
 
 
 PRODUCT, DEFAULT, DISTANCES = Score("product"), Inference(), Distances()
@@ -195,6 +196,13 @@ def test_places_run_by_level_row_cell_and_anchor(has_quality):
     assert predictions.logits.shape[1] == place
 
 
+def test_a_detector_that_weighs_places_says_that_it_assigns_none():
+    detector = build("DyHeadAutoAssign")
+    places = detector.places(detector(make_pyramid()))
+    with pytest.raises(ValueError, match="the detector has no assigner; its criterion weighs places for objects"):
+        detector.assign(places, make_targets(1, 1))
+
+
 # Losses.
 
 
@@ -280,7 +288,7 @@ def test_the_smallest_sum_of_centerness_is_what_box_losses_are_divided_by_at_lea
     torch.testing.assert_close(small * good.sum(), large * 1000)
 
 
-@ALL
+@ASSIGNING
 def test_ignored_places_cost_nothing(name):
     detector = build(name)
 

@@ -10,6 +10,7 @@ def test_detectors_by_the_names_of_their_meta_architectures():
         "DyHeadRepPoints": "MODEL.REPPOINTS",
         "DyHeadRetinaNet": "MODEL.RETINANET",
         "DyHeadATSS": "MODEL.ATSS",
+        "DyHeadAutoAssign": "MODEL.AUTOASSIGN",
     } == {name: entry.node for name, entry in DETECTORS.items()}
     assert DETECTORS["DyHeadRetinaNet"].options is RetinaNetOptions
 

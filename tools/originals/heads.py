@@ -23,8 +23,9 @@ from dyhead.detection import DenseDetector, Predictions, Targets
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.assigners import BACKGROUND, CenterAssigner, PointAssigner
 from dyhead.detection.atss import ATSSOptions
+from dyhead.detection.autoassign import AutoAssignOptions
 from dyhead.detection.boxes import Deltas, Distances, Distribution, Points
-from dyhead.detection.criteria import TwoStage
+from dyhead.detection.criteria import AutoAssignCriterion, SoftAssignment, TwoStage
 from dyhead.detection.detector import BoxLoss
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detection.gfl import GFLOptions
@@ -92,6 +93,12 @@ def _reppoints(points_to_box: str, norm: str) -> DenseDetector:
     return RepPointsOptions(**_COMMON, norm=norm, points_to_box=points_to_box).build(_CHANNELS, _STRIDES)
 
 
+def _autoassign(force_topk: int) -> DenseDetector:
+    return AutoAssignOptions(**_COMMON, norm="GN", criterion=SoftAssignment(force_topk=force_topk)).build(
+        _CHANNELS, _STRIDES
+    )
+
+
 #: The detector that each head's record is of.
 HEADS: dict[str, Callable[[], DenseDetector]] = {
     "atss": _atss,
@@ -104,6 +111,8 @@ HEADS: dict[str, Callable[[], DenseDetector]] = {
         for kind in ("moment", "minmax")
         for suffix, norm in (("", ""), ("_gn", "GN"))
     },
+    "autoassign": lambda: _autoassign(force_topk=0),
+    "autoassign_force_topk": lambda: _autoassign(force_topk=9),
 }
 
 # Here an object lies whole in many equal anchors, which all have its largest IoU, but for rounding: the original itself
@@ -134,7 +143,10 @@ def compare(name: str, record: Record, arrays: Arrays) -> Iterator[Row]:
         yield Row(name, "outputs", head.outputs(arrays), _OUTPUTS)
     for case, expected in record["cases"].items():
         predictions, targets = head.step(case)
-        yield Row(name, f"{case} assignment", head.assignment(case, predictions, targets, arrays), 0)
+        if isinstance(head.detector.criterion, AutoAssignCriterion):
+            yield Row(name, f"{case} assignment", head.weights(case, predictions, targets, arrays), _OUTPUTS)
+        else:
+            yield Row(name, f"{case} assignment", head.assignment(case, predictions, targets, arrays), 0)
         if (name, case) not in _OTHERWISE:
             yield Row(name, f"{case} losses", head.losses(predictions, targets, expected["losses"]), _LOSSES)
             yield Row(name, f"{case} gradients", head.gradients(expected), _LOSSES)
@@ -212,6 +224,8 @@ class Head:
                 want = want.unflatten(1, (len(self._anchors), -1))[:, self._anchors].flatten(1, 2)
                 if kind == 1 and isinstance(self.detector.box_form, Distances):  # there a part of the head
                     got = got.exp() if self.detector.box_form.distances == "exp" else got.relu()
+                    if isinstance(self.detector.criterion, AutoAssignCriterion):  # in pixels also while it trains
+                        got = got * _STRIDES[i]
                 differences.append(largest(got, want) / want.abs().max().item())
         return max(differences)
 
@@ -255,12 +269,44 @@ class Head:
         criterion.first_assigner = lambda places, boxes: next(recorded)
         return wrong
 
+    @torch.no_grad()
+    def weights(self, case: str, predictions: Predictions, targets: list[Targets], arrays: Arrays) -> float:
+        """How far what AutoAssign weighs places by is from the original; infinite where it weighs other places.
+
+        These are the center priors and, where the record has them, costs of boxes and overlaps, in units of the cost's
+        factor or of one.
+        """
+        detector, places = self.detector, self.detector.places(predictions)
+        largest_difference = 0.0
+        for image, target in enumerate(targets):
+            place, owner, prior, overlap = detector.criterion.candidates(detector, predictions, image, places, target)
+            numbers, boxes = predictions.boxes[image][place], target.boxes[owner]
+            cost = detector.box_form.loss(numbers, places.anchors[place], boxes)
+            factor = detector.criterion.options.bbox_reg_loss_weight
+            mine = {
+                "inside": (torch.ones_like(prior), 1.0),
+                "center_prior": (prior, 1.0),
+                "iou": (overlap, 1.0),
+                "reg_loss": (factor * cost, factor),
+            }
+            for kind, (values, unit) in mine.items():
+                if (want := arrays.get(f"{case}.{kind}_by_location_and_object.{image}")) is None:
+                    continue
+                want = torch.from_numpy(want).double()
+                if kind == "inside" and (len(place) != want.sum() or not want[place, owner].all()):
+                    return float("inf")
+                largest_difference = max(largest_difference, largest(values, want[place, owner]) / unit)
+        return largest_difference
+
     def losses(self, predictions: Predictions, targets: list[Targets], expected: Mapping[str, float]) -> float:
         """The largest relative difference of a loss; of their sum the gradients are computed."""
         losses = self.detector.losses(predictions, targets)
         sum(losses.values()).backward()
         mine = torch.stack([loss.detach() for loss in map(losses.get, self.detector.loss_names) if loss is not None])
-        names = ("loss_cls", "loss_bbox", "loss_centerness", "loss_dfl", "loss_pts_init", "loss_pts_refine")
+        names = (
+            *("loss_cls", "loss_bbox", "loss_centerness", "loss_dfl", "loss_pts_init", "loss_pts_refine"),
+            *("loss_pos", "loss_neg", "loss_center"),
+        )
         return relative(mine, torch.tensor([expected[name] for name in names if name in expected], dtype=mine.dtype))
 
     def gradients(self, expected: Mapping[str, Any]) -> float:

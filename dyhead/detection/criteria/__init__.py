@@ -5,6 +5,7 @@ the losses by the names that the detector has for them (``loss_names``). One tha
 Autocast is off around it.
 """
 
+from dyhead.detection.criteria.autoassign import AutoAssignCriterion, SoftAssignment
 from dyhead.detection.criteria.matches import Matches, class_cost, match, matched
 from dyhead.detection.criteria.noisy_anchors import NoisyAnchorsCriterion
 from dyhead.detection.criteria.quality import QualityCriterion
@@ -12,9 +13,11 @@ from dyhead.detection.criteria.standard import standard
 from dyhead.detection.criteria.two_stage import TwoStage
 
 __all__ = [
+    "AutoAssignCriterion",
     "Matches",
     "NoisyAnchorsCriterion",
     "QualityCriterion",
+    "SoftAssignment",
     "TwoStage",
     "class_cost",
     "match",

@@ -1,0 +1,66 @@
+"""AutoAssign (Zhu et al., "AutoAssign: Differentiable Label Assignment for Dense Object Detection", 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from dyhead.detection.anchors import AnchorOptions, Anchors
+from dyhead.detection.boxes import Distances
+from dyhead.detection.criteria.autoassign import AutoAssignCriterion, SoftAssignment
+from dyhead.detection.dense_options import DenseOptions
+from dyhead.detection.detector import DenseDetector
+from dyhead.detection.registry import register_detector
+from dyhead.detection.scores import Score
+from dyhead.options import inherited, part
+
+# Boxes start with sides of 8 strides, so that those of the right level overlap their objects.
+_FIRST_DISTANCE = 4.0
+
+
+@register_detector("AutoAssign")
+@dataclass(frozen=True)
+class AutoAssignOptions(DenseOptions):
+    """AutoAssign: FCOS's head, in which how much a place is an object's is learned, with an objectness as the quality.
+
+    Points are the corners of cells, not their centers: a level's first is at (0, 0).
+    """
+
+    has_anchors: ClassVar[bool] = False
+    # The criterion has these of its own: the detector's node has no such keys.
+    class_loss: ClassVar[None] = None
+    loss_normalizer: ClassVar[None] = None
+
+    prior_prob: float = inherited(DenseOptions, "prior_prob", 0.02)
+    criterion: SoftAssignment = part(SoftAssignment())
+    box_form: Distances = part(Distances())
+    score: Score = part(Score("product", score_thresh_on="class", topk_by="class"))
+
+    def build(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        *,
+        anchors: AnchorOptions | None = None,
+        detections_per_image: int = 100,
+    ) -> DenseDetector:
+        """See :meth:`DenseOptions.build`."""
+        head = self.head(channels, len(strides), quality="box", delta_scale=True, box_numbers=self.box_form.per_place)
+        nn.init.constant_(head.deltas.bias, _FIRST_DISTANCE)
+        return DenseDetector(
+            head=head,
+            in_features=self.in_features,
+            # A point is the center of a square as large as the stride: distances are measured in it.
+            anchors=Anchors([[stride] for stride in strides], [[1.0]], strides, offset=0.0),
+            box_form=self.box_form,
+            assigner=None,
+            class_loss=None,
+            score=self.score,
+            normalizer=None,
+            inference=self.inference(detections_per_image),
+            loss_names=("loss_positive", "loss_negative", "loss_center"),
+            criterion=AutoAssignCriterion(self.num_classes, self.criterion),
+        )
