@@ -67,7 +67,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.CLIP_GRADIENTS.ENABLED and kind not in _CLIPPING:
         raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: expected one of {', '.join(_CLIPPING)}, got {kind!r}")
     if solver.CLIP_GRADIENTS.ENABLED:
-        trained = list(seen)
+        # In a fixed order, which the sum of their squares is rounded by.
+        trained = [parameter for group in parameters for parameter in group["params"]]
         optimizer.register_step_pre_hook(lambda *_: clip_gradients(cfg, trained))
     return optimizer
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import dyhead.runs.optimizer as module
 from dyhead.config import ConfigError
 from dyhead.runs.optimizer import build_optimizer, clip_gradients, resumed_state
 from dyhead.torchvision import get_cfg
@@ -119,6 +120,17 @@ def test_a_step_clips_first(enabled, kind, expected):
     optimizer.step()  # at a rate of 1 the step is the gradient
     assert (-model.a).tolist() == pytest.approx(expected[0], rel=1e-4)
     assert (-model.b).tolist() == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_gradients_are_clipped_in_a_fixed_order(monkeypatch):
+    """The sum of their squares is rounded by it: a set's order would make runs of one seed differ."""
+    orders = []
+    monkeypatch.setattr(module, "clip_gradients", lambda cfg, parameters: orders.append(list(parameters)))
+    cfg = solver()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    model = nn.ModuleList(nn.Linear(1, 1) for _ in range(20))
+    build_optimizer(cfg, model).step()
+    assert [id(p) for p in orders[0]] == [id(p) for p in model.parameters()]
 
 
 # Norms decay apart from the rest and then together with it, which merges groups; the first layer freezes or thaws.
