@@ -7,6 +7,7 @@ from dyhead.detection import Targets
 from dyhead.detection.assigners import CenterAssigner
 from dyhead.detection.detector import BoxLoss
 from dyhead.detection.fcos import FCOSOptions
+from dyhead.detection.gfl import GFLOptions
 from dyhead.detection.normalizer import LossNormalizer
 from tests.detection.objects import make_boxes
 
@@ -26,15 +27,28 @@ def losses_of(kind, by_centerness, images):
     )
     detector = options.build(4, (8,)).double()
     features = torch.randn(len(COUNTS), 4, 6, 8, dtype=torch.float64)
+    return detector.losses(detector({"p3": features[images]}), objects_of(images))
+
+
+def losses_of_gfl(images):
+    """Likewise of GFL, whose box losses are divided by the sum of their weights."""
+    torch.manual_seed(0)
+    detector = GFLOptions(num_classes=3, in_features=("p3",), prior_prob=0.5).build(4, (8,)).double()
+    features = torch.randn(len(COUNTS), 4, 6, 8, dtype=torch.float64)
+    return detector.losses(detector({"p3": features[images]}), objects_of(images))
+
+
+def objects_of(images):
+    """The objects of these of the images."""
     boxes = [make_boxes(COUNTS[i], 48, 64, seed=i, smallest=12) for i in images]
-    targets = [Targets(box, torch.arange(len(box)) % 3) for box in boxes]
-    return detector.losses(detector({"p3": features[images]}), targets)
+    return [Targets(box, torch.arange(len(box)) % 3) for box in boxes]
 
 
 def train(rank, processes, folder, shares):
     """What this process computes with its share of the images, into ``folder``."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     losses = {(kind, weighed): losses_of(kind, weighed, shares[rank]) for kind in KINDS for weighed in (False, True)}
+    losses["GFL"] = losses_of_gfl(shares[rank])
     average = LossNormalizer("moving_average", initial=10.0)
     moved = [average(torch.tensor([3 + rank, 2 * rank])) for _ in range(2)]
     found = {key: {name: loss.detach() for name, loss in each.items()} for key, each in losses.items()}

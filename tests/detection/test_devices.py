@@ -15,15 +15,23 @@ def computed(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("by_centerness", [False, True])
-@pytest.mark.parametrize("kind", devices.KINDS)
-def test_their_mean_is_the_loss_that_one_has_on_all_images(computed, kind, by_centerness):
-    first, second = (each["losses"][kind, by_centerness] for each in computed)
-    together = devices.losses_of(kind, by_centerness, [0, 1, 2])
+def assert_mean(computed, which, together):
+    """That the losses under this key are on average those that one process has on all images."""
+    first, second = (each["losses"][which] for each in computed)
     assert len(together) == 3
     for name, want in together.items():
         torch.testing.assert_close((first[name] + second[name]) / 2, want.detach())
         assert not torch.isclose(first[name], second[name])
+
+
+@pytest.mark.parametrize("by_centerness", [False, True])
+@pytest.mark.parametrize("kind", devices.KINDS)
+def test_their_mean_is_the_loss_that_one_has_on_all_images(computed, kind, by_centerness):
+    assert_mean(computed, (kind, by_centerness), devices.losses_of(kind, by_centerness, [0, 1, 2]))
+
+
+def test_so_it_is_where_box_losses_are_divided_by_weights(computed):
+    assert_mean(computed, "GFL", devices.losses_of_gfl([0, 1, 2]))
 
 
 def test_they_share_a_moving_average(computed):
