@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dyhead.detection.boxes.losses import iou
 from dyhead.detection.criteria.matches import match
-from dyhead.options import below, between, option, part
+from dyhead.options import at_least, below, between, option, part
 
 if TYPE_CHECKING:
     from dyhead.detection.detector import DenseDetector, Predictions, Targets
@@ -34,7 +34,7 @@ class Cleanliness:
         0.999,
         "IoUs and probabilities count as at most this in the weights, which would be infinite at 1; the authors' code "
         "has no such limit",
-        between(0, 1) & below(1),
+        at_least(0) & below(1),
     )
 
     @torch.no_grad()

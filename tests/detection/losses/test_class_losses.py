@@ -74,6 +74,7 @@ def test_two_times_give_the_same_bits(loss):
     assert torch.equal(*grads)
 
 
+# Focal loss is torchvision's, which computes in the precision of its logits; detectors give float32.
 @pytest.mark.parametrize("name", sorted(set(CLASS_LOSSES) - {"focal"}))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(name, dtype):
