@@ -57,15 +57,17 @@ class MaxIoUAssigner:
             return torch.full((len(anchors),), _MEANING[self.iou_labels[0]], device=anchors.device)
         best = anchors.new_full((len(anchors),), -1.0)
         owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        wanted_by = torch.full_like(owner, BACKGROUND)  # the last object of which it is the best anchor
+        wanted = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+        wanted_by = torch.full_like(owner, -1)  # the last object of which it is the best anchor
         step = max(_CHUNK // max(len(anchors), 1), 1)
         for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
             iou = box_iou(boxes[first : first + step], anchors)
             largest = iou.amax(dim=1, keepdim=True)
             largest[largest == 0] = torch.inf  # of an object that overlaps no anchor all would tie
-            index_of = torch.arange(first, first + len(iou), device=anchors.device)[:, None]
-            last = torch.where(iou == largest, index_of, BACKGROUND).amax(dim=0)
-            wanted_by = torch.maximum(wanted_by, last)
+            wanted |= (iou == largest).any(dim=0)
+            if self.best_is_kept:
+                index_of = torch.arange(first, first + len(iou), device=anchors.device)[:, None]
+                wanted_by = torch.maximum(wanted_by, torch.where(iou == largest, index_of, -1).amax(dim=0))
             value, index = iou.max(dim=0)
             owner = torch.where(value > best, index + first, owner)
             best = torch.maximum(value, best)
@@ -73,9 +75,7 @@ class MaxIoUAssigner:
         label = torch.tensor(self.iou_labels, device=anchors.device)[number]
         assigned = torch.full_like(owner, BACKGROUND)
         assigned[label == -1] = IGNORED
-        wanted = wanted_by >= 0
-        if self.best_is_kept:
-            owner = torch.where(wanted, wanted_by, owner)
+        owner = torch.where(wanted_by >= 0, wanted_by, owner)
         return torch.where((label == 1) | wanted, owner, assigned)
 
 
