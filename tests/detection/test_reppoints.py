@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dyhead.checkpoints import convert
+from dyhead.checkpoints import Conversion, convert, load_into
 from dyhead.detection import Predictions, Targets
 from dyhead.detection.assigners import BACKGROUND, IGNORED
 from dyhead.detection.boxes.points import KINDS
@@ -253,6 +253,20 @@ def test_every_parameter_has_a_name_in_mmdetections_checkpoints():
     assert conversion.left_over == {}
     state = {f"detector.{key}": value.shape for key, value in detector.state_dict().items()}
     assert {key: value.shape for key, value in conversion.state.items()} == state
+
+
+@pytest.mark.parametrize(("written", "read"), [("positives", "moving_average"), ("moving_average", "positives")])
+def test_checkpoints_load_with_another_normalizer(written, read, caplog):
+    first, second = build(loss_normalizer=written), build(loss_normalizer=read)
+    nn.init.normal_(first.head.logits.weight)
+    state = {f"detector.{key}": value for key, value in first.state_dict().items()}
+    model = nn.Module()
+    model.detector = second
+    load_into(model, Conversion(state, "ours"), strict=True, origin="w.pth")
+    assert torch.equal(second.head.logits.weight, first.head.logits.weight)
+    assert second.criterion.first_normalizer.average == (100 if read == "moving_average" else None)
+    second.load_state_dict(first.state_dict())
+    assert "Not loaded" not in caplog.text
 
 
 def test_a_box_form_that_learns_nothing_has_no_parameters():
