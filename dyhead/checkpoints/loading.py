@@ -16,7 +16,7 @@ from dyhead.checkpoints.ours import PARTS
 _log = logging.getLogger(__name__)
 
 # Used in training only, by some models; where it is missing the model's own is a good start.
-_OPTIONAL = "detector.loss_normalizer.average"
+_OPTIONAL = ("detector.loss_normalizer.average", "detector.criterion.first_normalizer.average")
 _COUNTER = "num_batches_tracked"
 
 _ODD = 1 / 30  # of the model's weights: with fewer no training starts
@@ -38,9 +38,8 @@ def load_into(
     Raises:
         CheckpointError: of no part of the model (network, pyramid, Dynamic Head, ...) do more than half of the weights
             fit, or not everything with ``strict``; a weight is too large for the model's numbers. Keys that the file
-            lacks are named as the model calls them, others as the file does. ``detector.loss_normalizer.average``,
-            which is for training, and ``num_batches_tracked``, which frozen batch normalization does not have, may
-            differ.
+            lacks are named as the model calls them, others as the file does. Moving averages of positives, which are
+            for training, and ``num_batches_tracked``, which frozen batch normalization does not have, may differ.
     """
     own = model.state_dict()
     names = {key: key for key in own} if names is None else {key: names.get(key, key) for key in own}
@@ -52,7 +51,7 @@ def load_into(
     for key, name in names.items():
         value = weights.state.get(name)
         if value is None:
-            if name != _OPTIONAL and not name.endswith(_COUNTER):
+            if name not in _OPTIONAL and not name.endswith(_COUNTER):
                 missing.append(key)
         elif value.shape != own[key].shape:
             misshapen.append(f"{key} {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model")
@@ -68,7 +67,7 @@ def load_into(
     unexpected = [
         theirs.get(name, name)
         for name in weights.state
-        if name not in {*canonical, _OPTIONAL} and not name.endswith(_COUNTER)
+        if name not in {*canonical, *_OPTIONAL} and not name.endswith(_COUNTER)
     ]
     without = {
         reason: [k for k, why in weights.left_over.items() if why == reason] for reason in weights.left_over.values()
@@ -108,7 +107,7 @@ def _any_part(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], fitting:
         Counter(
             _part(name)
             for name, x in of.items()
-            if (x.ndim > 1 or _part(name) not in matrices) and name != _OPTIONAL and not name.endswith(_COUNTER)
+            if (x.ndim > 1 or _part(name) not in matrices) and name not in _OPTIONAL and not name.endswith(_COUNTER)
         )
         for of in (theirs, ours, fitting)
     )

@@ -23,7 +23,7 @@ from dyhead.detectron2.backbone import build_backbone
 class DenseMetaArchitecture(nn.Module):
     """A dense detector with its backbone, in Detectron2's form: lists of dicts in, losses or ``Instances`` out.
 
-    There is a class for each registered detector, ``DyHeadFCOS``, ``DyHeadRetinaNet``, ``DyHeadATSS``, which differ in
+    There is a class for each registered detector, ``DyHeadFCOS``, ``DyHeadRetinaNet`` and others, which differ in
     what they are built from: ``MODEL.FCOS``, and so on.
 
     Args:

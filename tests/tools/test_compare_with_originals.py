@@ -3,10 +3,12 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tools.compare_with_originals import main
+from tools.originals import heads
 from tools.originals.rows import Row, largest, relative, table
 
 RECORDS = Path(__file__).parents[1] / "detection" / "originals"
@@ -65,3 +67,11 @@ def test_differences():
     assert relative(got[2:], want[2:]) == pytest.approx(0.1)
     assert largest(got, want[:2]) == relative(got, want[:2]) == math.inf
     assert largest(got[:0], want[:0]) == relative(got[:0], want[:0]) == 0
+
+
+def test_outputs_may_stand_in_another_heads_record(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"raw_outputs_as_in": "b"}))
+    np.savez(tmp_path / "a.npz", **{"det.0.labels": np.array([1])})
+    np.savez(tmp_path / "b.npz", **{"det.0.labels": np.array([2]), "raw.0.0": np.array([3.0])})
+    _, arrays = heads.read(tmp_path / "a.json")
+    assert {key: value.tolist() for key, value in arrays.items()} == {"det.0.labels": [1], "raw.0.0": [3.0]}

@@ -132,8 +132,16 @@ def rows(folder: Path) -> Iterator[Row]:
 
 def read(file: Path) -> tuple[Record, Arrays]:
     """The two parts of a record, from the name of its JSON file."""
+    record, arrays = json.loads(file.read_text()), _arrays(file)
+    if (other := record.get("raw_outputs_as_in")) is not None:
+        outputs = _arrays(file.with_name(f"{other}.npz"))
+        arrays |= {key: value for key, value in outputs.items() if key.startswith("raw.")}
+    return record, arrays
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
     with np.load(file.with_suffix(".npz")) as arrays:
-        return json.loads(file.read_text()), dict(arrays)
+        return dict(arrays)
 
 
 def compare(name: str, record: Record, arrays: Arrays) -> Iterator[Row]:

@@ -61,9 +61,7 @@ class MaxIoUAssigner:
         label = torch.tensor(self.iou_labels, device=anchors.device)[number]
         assigned = torch.full_like(owner, BACKGROUND)
         assigned[label == -1] = IGNORED
-        wanted = wanted_by >= 0
-        if self.best_is_kept:
-            owner = torch.where(wanted, wanted_by, owner)
+        owner = torch.where(wanted_by >= 0, wanted_by, owner)
         return torch.where((label == 1) | wanted, owner, assigned)
 
 
@@ -98,8 +96,9 @@ def by_overlap(anchors: Tensor, boxes: Tensor, wanted: Callable[[Tensor], Tensor
     step = max(_CHUNK // max(len(anchors), 1), 1)
     for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
         iou = box_iou(boxes[first : first + step], anchors)
-        index_of = torch.arange(first, first + len(iou), device=anchors.device)[:, None]
-        wanted_by = torch.maximum(wanted_by, torch.where(wanted(iou), index_of, BACKGROUND).amax(dim=0))
+        wants = wanted(iou).flip(0)
+        last = first + len(iou) - 1 - wants.to(torch.uint8).argmax(dim=0)
+        wanted_by = torch.where(wants.any(dim=0), last, wanted_by)
         value, index = iou.max(dim=0)
         owner = torch.where(value > best, index + first, owner)
         best = torch.maximum(value, best)

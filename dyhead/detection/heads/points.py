@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,8 @@ class PointHead(DenseHead):
         num_points: points of a set, the square of an odd number.
         points_gradient: what the gradient is multiplied by that goes through the deformable convolutions' positions
             to the first points.
-        more: the other arguments of :class:`DenseHead`.
+        num_levels, num_convs, norm, norm_groups, kernel_size, prior_prob: as for :class:`DenseHead`. The predictors are
+            those after the deformable convolutions, and that of the first points.
 
     Raises:
         ValueError: an argument outside its range.
@@ -40,15 +40,36 @@ class PointHead(DenseHead):
     """
 
     def __init__(
-        self, channels: int, num_classes: int, *, num_points: int = 9, points_gradient: float = 0.1, **more: Any
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        num_points: int = 9,
+        points_gradient: float = 0.1,
+        num_levels: int = 1,
+        num_convs: int = 0,
+        norm: str = "",
+        norm_groups: int = 32,
+        kernel_size: int = 1,
+        prior_prob: float = 0.01,
     ) -> None:
         side = math.isqrt(max(num_points, 0))
         if side * side != num_points or side % 2 == 0:
             raise ValueError(f"num_points: expected the square of an odd number, got {num_points}")
-        super().__init__(channels, num_classes, box_numbers=2 * num_points, **more)
+        super().__init__(
+            channels,
+            num_classes,
+            num_levels=num_levels,
+            num_convs=num_convs,
+            norm=norm,
+            norm_groups=norm_groups,
+            kernel_size=kernel_size,
+            prior_prob=prior_prob,
+            box_numbers=2 * num_points,
+        )
         self.points_gradient = points_gradient
         self.first_conv = convolution(channels, channels, 3)
-        self.first_points = convolution(channels, 2 * num_points, self.deltas.kernel_size[0])
+        self.first_points = convolution(channels, 2 * num_points, kernel_size)
         self.class_conv, self.box_conv = _PointConv(channels, side), _PointConv(channels, side)
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], None]:

@@ -3,7 +3,7 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from dyhead.detection.assigners import BACKGROUND, IGNORED, MaxIoUAssigner, max_iou
+from dyhead.detection.assigners import BACKGROUND, IGNORED, BestKeptAssigner, MaxIoUAssigner, max_iou
 from tests.detection.objects import iou, make_boxes, make_places
 
 THREE = {"sizes": [[16, 20], [32, 40], [64, 80]], "ratios": [[0.5, 1.0, 2.0]]}
@@ -137,3 +137,37 @@ def test_thresholds_increase(thresholds):
     message = rf"IOU_THRESHOLDS: expected .*increasing.*, got \[{thresholds[0]}, {thresholds[1]}\]"
     with pytest.raises(ValueError, match=message):
         MaxIoUAssigner(thresholds)
+
+
+def test_a_kept_best_anchor_is_the_objects_by_hand():
+    """One anchor, 8 x 8, is the best of three objects; IoU 4 / 64 = 0.06, 32 / 64 = 0.5 and 8 / 64 = 0.125.
+
+    It is the second one's by its own largest IoU, and the last one's where that is kept.
+    """
+    places = make_places([(1, 1)], [8], sizes=[[8]])
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 8.0, 4.0], [0.0, 0.0, 4.0, 2.0]])
+    assert MaxIoUAssigner()(places, boxes).tolist() == [1]
+    assert BestKeptAssigner()(places, boxes).tolist() == [2]
+    assert BestKeptAssigner()(places, boxes[:2].flip(0)).tolist() == [1]
+
+
+@pytest.mark.parametrize("chunk", [1, 5000, 2**24])
+def test_kept_best_anchors_by_loops(chunk, monkeypatch):
+    monkeypatch.setattr(max_iou, "_CHUNK", chunk)
+    places, boxes = make_pyramid(), make_boxes(60, 96, 120, seed=4, smallest=4).round()
+    boxes = torch.cat([boxes, boxes.flip(0)])
+    want = by_loops(places, boxes)
+    for i, box in enumerate(boxes.tolist()):
+        overlaps = [iou(anchor, box) for anchor in places.anchors.tolist()]
+        for place, overlap in enumerate(overlaps):
+            if overlap == max(overlaps) > 0:
+                want[place] = i
+    assert BestKeptAssigner()(places, boxes).tolist() == want
+    assert want != by_loops(places, boxes)
+
+
+def test_an_object_that_overlaps_no_anchor_keeps_none():
+    places = make_places([(4, 4)], [16], sizes=[[4]])
+    between = torch.tensor([[0.0, 0.0, 3.0, 3.0]], dtype=torch.float64)
+    assert set(BestKeptAssigner()(places, between).tolist()) == {BACKGROUND}
+    assert set(BestKeptAssigner()(places, between[:0]).tolist()) == {BACKGROUND}
