@@ -15,15 +15,22 @@ def computed(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("by_centerness", [False, True])
-@pytest.mark.parametrize("kind", devices.KINDS)
-def test_their_mean_is_the_loss_that_one_has_on_all_images(computed, kind, by_centerness):
-    first, second = (each["losses"][kind, by_centerness] for each in computed)
-    together = devices.losses_of(kind, by_centerness, [0, 1, 2])
+def assert_mean_is(computed, key, together):
+    first, second = (each["losses"][key] for each in computed)
     assert len(together) == 3
     for name, want in together.items():
         torch.testing.assert_close((first[name] + second[name]) / 2, want.detach())
         assert not torch.isclose(first[name], second[name])
+
+
+@pytest.mark.parametrize("by_centerness", [False, True])
+@pytest.mark.parametrize("kind", devices.KINDS)
+def test_their_mean_is_the_loss_that_one_has_on_all_images(computed, kind, by_centerness):
+    assert_mean_is(computed, (kind, by_centerness), devices.losses_of(kind, by_centerness, [0, 1, 2]))
+
+
+def test_the_mean_of_autoassigns_losses_is_what_one_has_on_all_images(computed):
+    assert_mean_is(computed, "autoassign", devices.losses_of_autoassign([0, 1, 2]))
 
 
 def test_they_share_a_moving_average(computed):
