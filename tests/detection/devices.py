@@ -5,6 +5,7 @@ from torch import distributed
 
 from dyhead.detection import Targets
 from dyhead.detection.assigners import CenterAssigner
+from dyhead.detection.autoassign import AutoAssignOptions
 from dyhead.detection.detector import BoxLoss
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detection.gfl import GFLOptions
@@ -17,7 +18,6 @@ COUNTS = (5, 0, 2)  # objects of the images
 
 def losses_of(kind, by_centerness, images):
     """Of FCOS, with these of the images."""
-    torch.manual_seed(0)
     options = FCOSOptions(
         num_classes=3,
         in_features=("p3",),
@@ -25,15 +25,22 @@ def losses_of(kind, by_centerness, images):
         box_loss=BoxLoss(by_centerness=by_centerness),
         assigner=CenterAssigner(0.0),
     )
-    detector = options.build(4, (8,)).double()
-    features = torch.randn(len(COUNTS), 4, 6, 8, dtype=torch.float64)
-    return detector.losses(detector({"p3": features[images]}), objects_of(images))
+    return _losses(options, images)
+
+
+def losses_of_autoassign(images):
+    """Likewise of AutoAssign."""
+    return _losses(AutoAssignOptions(num_classes=3, in_features=("p3",)), images)
 
 
 def losses_of_gfl(images):
     """Likewise of GFL, whose box losses are divided by the sum of their weights."""
+    return _losses(GFLOptions(num_classes=3, in_features=("p3",), prior_prob=0.5), images)
+
+
+def _losses(options, images):
     torch.manual_seed(0)
-    detector = GFLOptions(num_classes=3, in_features=("p3",), prior_prob=0.5).build(4, (8,)).double()
+    detector = options.build(4, (8,)).double()
     features = torch.randn(len(COUNTS), 4, 6, 8, dtype=torch.float64)
     return detector.losses(detector({"p3": features[images]}), objects_of(images))
 
@@ -49,6 +56,7 @@ def train(rank, processes, folder, shares):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     losses = {(kind, weighed): losses_of(kind, weighed, shares[rank]) for kind in KINDS for weighed in (False, True)}
     losses["GFL"] = losses_of_gfl(shares[rank])
+    losses["AutoAssign"] = losses_of_autoassign(shares[rank])
     average = LossNormalizer("moving_average", initial=10.0)
     moved = [average(torch.tensor([3 + rank, 2 * rank])) for _ in range(2)]
     found = {key: {name: loss.detach() for name, loss in each.items()} for key, each in losses.items()}

@@ -34,6 +34,10 @@ def test_so_it_is_where_box_losses_are_divided_by_weights(computed):
     assert_mean(computed, "GFL", devices.losses_of_gfl([0, 1, 2]))
 
 
+def test_so_it_is_of_autoassign(computed):
+    assert_mean(computed, "AutoAssign", devices.losses_of_autoassign([0, 1, 2]))
+
+
 def test_they_share_a_moving_average(computed):
     count = ((3 + 0) + (4 + 2)) / 2
     once = 0.9 * 10 + 0.1 * count

@@ -61,7 +61,9 @@ class MaxIoUAssigner:
         label = torch.tensor(self.iou_labels, device=anchors.device)[number]
         assigned = torch.full_like(owner, BACKGROUND)
         assigned[label == -1] = IGNORED
-        owner = torch.where(wanted_by >= 0, wanted_by, owner)
+        wanted = wanted_by >= 0
+        if self.best_is_kept:
+            owner = torch.where(wanted, wanted_by, owner)
         return torch.where((label == 1) | wanted, owner, assigned)
 
 
