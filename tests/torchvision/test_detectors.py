@@ -67,7 +67,7 @@ def test_images_without_objects_only_train_the_background(tiny, configured, dete
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_step_lowers_the_loss_of_its_batch(tiny, configured, detector):
     # A moving normalizer is another one for the second loss.
-    fixed = {f"MODEL.{name}.LOSS_NORMALIZER": "positives" for name in ("FCOS", "RETINANET")}
+    fixed = {f"MODEL.{name}.LOSS_NORMALIZER": "positives" for name in ("FCOS", "NOISYANCHORS", "RETINANET")}
     # Where GFL's weights add up to less than 1, box losses grow with the classes' probabilities.
     fixed["MODEL.GFL.PRIOR_PROB"] = 0.5
     model = build_model(configured(tiny | fixed, detector))
@@ -203,7 +203,7 @@ def test_images_are_normalised_in_the_configured_units_and_padded(tiny, configur
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_bfloat16_autocast_gives_losses_close_to_float32(tiny, configured, detector):
-    fixed = {f"MODEL.{name}.LOSS_NORMALIZER": "positives" for name in ("FCOS", "RETINANET")}
+    fixed = {f"MODEL.{name}.LOSS_NORMALIZER": "positives" for name in ("FCOS", "NOISYANCHORS", "RETINANET")}
     model = build_model(configured(tiny | fixed, detector))
     with torch.no_grad():
         full = model(*batch())
