@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -246,6 +246,15 @@ def get(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
+def values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys and values of a configuration, or of the dicts that it was written as."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def meta_architectures() -> list[str]:
     """All values of ``MODEL.META_ARCHITECTURE`` that are this project's."""
     return [*DETECTORS, TWO_STAGE]
@@ -274,7 +283,7 @@ def _check_version(cfg: CfgNode, settings: Iterable[Setting]) -> None:
 
 def _unknown(cfg: CfgNode, settings: Iterable[Setting]) -> Iterator[str]:
     """An error for each setting of no key; one for a whole section."""
-    known, sections = set(_names(cfg)), set(_sections(cfg))
+    known, sections = {key for key, _ in values(cfg)}, set(_sections(cfg))
     named: tuple[str, ...] = ()
     for setting in settings:
         key, is_section = setting.key, isinstance(setting.written, Section)
@@ -293,14 +302,6 @@ def _check_section(cfg: CfgNode, setting: Setting) -> None:
         some = ", ".join(list(get(cfg, setting.key))[:3])
         got = "nothing" if setting.written is None else shown(resolve(setting.written, text=True, is_list=False))
         raise ConfigError(f"{setting.origin}: {setting.key}: expected a section of keys ({some}, ...), got {got}")
-
-
-def _names(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    for name, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _names(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def _sections(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

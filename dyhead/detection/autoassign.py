@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from dyhead.detection.anchors import AnchorOptions, Anchors
+from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.boxes import Distances
 from dyhead.detection.criteria.autoassign import AutoAssignCriterion, SoftAssignment
-from dyhead.detection.dense_options import DenseOptions
+from dyhead.detection.dense_options import DenseOptions, points_of
 from dyhead.detection.detector import DenseDetector
 from dyhead.detection.registry import register_detector
 from dyhead.detection.scores import Score
@@ -53,8 +53,7 @@ class AutoAssignOptions(DenseOptions):
         return DenseDetector(
             head=head,
             in_features=self.in_features,
-            # A point is the center of a square as large as the stride: distances are measured in it.
-            anchors=Anchors([[stride] for stride in strides], [[1.0]], strides, offset=0.0),
+            anchors=points_of(strides, offset=0.0),
             box_form=self.box_form,
             assigner=None,
             class_loss=None,

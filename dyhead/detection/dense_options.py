@@ -93,6 +93,18 @@ class DenseOptions:
         )
 
 
+def points_of(strides: Sequence[int], offset: float) -> Anchors:
+    """A place in every cell for boxes relative to a point: the center of a square as large as the stride.
+
+    What such boxes are measured in is that square's side.
+
+    Args:
+        strides: of the levels, in pixels of the image.
+        offset: of a level's first point, in strides: 0.5 is the middle of a cell, 0 its upper left corner.
+    """
+    return Anchors([[stride] for stride in strides], [[1.0]], strides, offset)
+
+
 def anchors_of(options: AnchorOptions, strides: Sequence[int]) -> Anchors:
     """The anchors that ``MODEL.ANCHOR_GENERATOR`` stands for."""
     return Anchors(options.sizes, options.aspect_ratios, strides, options.offset)

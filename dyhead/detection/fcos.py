@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dyhead.detection.anchors import AnchorOptions, Anchors
+from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.assigners import CenterAssigner
 from dyhead.detection.boxes import Distances
-from dyhead.detection.dense_options import DenseOptions
+from dyhead.detection.dense_options import DenseOptions, points_of
 from dyhead.detection.detector import BoxLoss, DenseDetector
 from dyhead.detection.normalizer import LossNormalizer
 from dyhead.detection.registry import register_detector
@@ -49,8 +49,7 @@ class FCOSOptions(DenseOptions):
                 box_numbers=self.box_form.per_place,
             ),
             in_features=self.in_features,
-            # A point is the center of a square as large as the stride: distances are measured in it.
-            anchors=Anchors([[stride] for stride in strides], [[1.0]], strides, offset=0.5),
+            anchors=points_of(strides, offset=0.5),
             box_form=self.box_form,
             assigner=self.assigner,
             class_loss=self.class_loss,

@@ -11,7 +11,7 @@ from dyhead.detection.anchors import AnchorOptions, Anchors, Places
 from dyhead.detection.assigners import ATSSAssigner
 from dyhead.detection.boxes import Distribution
 from dyhead.detection.criteria import QualityCriterion
-from dyhead.detection.dense_options import DenseOptions, anchors_of
+from dyhead.detection.dense_options import DenseOptions, anchors_of, points_of
 from dyhead.detection.detector import DenseDetector
 from dyhead.detection.losses import QualityFocalLoss
 from dyhead.detection.normalizer import LossNormalizer
@@ -50,8 +50,7 @@ class GFLOptions(DenseOptions):
         return DenseDetector(
             head=self.head(channels, len(strides), delta_scale=True, box_numbers=self.box_form.per_place),
             in_features=self.in_features,
-            # A point is the center of a square as large as the stride: distances are measured in it.
-            anchors=Anchors([[stride] for stride in strides], [[1.0]], strides, grid.offset),
+            anchors=points_of(strides, grid.offset),
             box_form=self.box_form,
             assigner=_OnAnchors(self.assigner, grid),
             class_loss=self.class_loss,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dyhead.detection.anchors import AnchorOptions, Anchors
+from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.assigners import BestKeptAssigner, PointAssigner
 from dyhead.detection.boxes import Points
 from dyhead.detection.boxes.points import KINDS
 from dyhead.detection.criteria import TwoStage
 from dyhead.detection.criteria.two_stage import StageWeights
-from dyhead.detection.dense_options import DenseOptions
+from dyhead.detection.dense_options import DenseOptions, points_of
 from dyhead.detection.detector import DenseDetector
 from dyhead.detection.heads import PointHead
 from dyhead.detection.normalizer import LossNormalizer
@@ -75,8 +75,7 @@ class RepPointsOptions(DenseOptions):
         return DenseDetector(
             head=head,
             in_features=self.in_features,
-            # A place is the center of a square as large as the stride: points are measured in it.
-            anchors=Anchors([[stride] for stride in strides], [[1.0]], strides, offset=0.0),
+            anchors=points_of(strides, offset=0.0),
             box_form=Points(
                 self.num_points,
                 self.points_to_box,

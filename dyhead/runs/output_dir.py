@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from dyhead.config import ConfigError
+from dyhead.config import ConfigError, values
+from dyhead.files import write_text
 
 _log = logging.getLogger(__name__)
 
@@ -75,19 +76,18 @@ def write_config(cfg: CfgNode) -> None:
     """Write ``config.yaml``, and log the keys whose values differ from those of the one that it replaces."""
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     text = cfg.dump()
-    before, now = _read(path), dict(_leaves(yaml.safe_load(text)))
+    before, now = _read(path), dict(values(yaml.safe_load(text)))
     changed = [key for key in sorted(before.keys() & now) if before[key] != now[key]]
     if changed:
         listed = ", ".join(f"{key} {before[key]!r} -> {now[key]!r}" for key in changed)
         _log.info("Changed since the run was last started: %s", listed)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_text(path, text)
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            return dict(_leaves(yaml.safe_load(file)))
+            return dict(values(yaml.safe_load(file)))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):  # none, or none of ours: nothing is known
         return {}
 
@@ -130,11 +130,3 @@ def _check_content(output_dir: str, *, resumed: bool) -> None:
             f"--resume: OUTPUT_DIR {output_dir} holds checkpoints ({checkpoints[-1]}), but no {note} that names the "
             f"one to go on from: write its name into {note}"
         )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get, ignore_keys
+from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get, ignore_keys, values
 from dyhead.config_checks import BOX_LOSSES
 from dyhead.config_files import shown
 from dyhead.torchvision.backbone import BACKBONES
@@ -51,7 +51,7 @@ def get_cfg() -> CfgNode:
 def not_honoured_keys() -> set[str]:
     """Full names of the keys of Detectron2 that this engine knows but cannot honour."""
     defaults, patterns = _detectron2()
-    return {key for key, _ in _leaves(defaults) if any(fnmatchcase(key, pattern) for pattern in patterns)}
+    return {key for key, _ in values(defaults) if any(fnmatchcase(key, pattern) for pattern in patterns)}
 
 
 def ignore_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
@@ -115,18 +115,3 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(part) for key, part in value.items()}
     return ast.literal_eval(value) if isinstance(value, str) and value.startswith("(") else value
-
-
-def _plain(value: Any) -> Any:
-    """A copy of ``value`` with dicts for nodes and lists for tuples, which YAML does not know."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
