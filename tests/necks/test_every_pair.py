@@ -50,10 +50,11 @@ LOSSES = [
 def build(name, **changed):
     """A tiny detector with some keys of its node changed."""
     options = DETECTORS[name].options
+    (levels,) = legal(name, "IN_FEATURES", [tuple(STRIDES)]) or [("p3",)]  # some predict on one level
     values = {leaf.key: leaf.default for leaf in leaves(options)}
-    values |= {"NUM_CLASSES": 3, "IN_FEATURES": tuple(STRIDES), "SCORE_THRESH_TEST": 0.0, **changed}
+    values |= {"NUM_CLASSES": 3, "IN_FEATURES": levels, "SCORE_THRESH_TEST": 0.0, **changed}
     anchors = AnchorOptions(((32.0,),), ((1.0,),), 0.5)
-    return read(options, values.__getitem__).build(CHANNELS, list(STRIDES.values()), anchors=anchors)
+    return read(options, values.__getitem__).build(CHANNELS, [STRIDES[level] for level in levels], anchors=anchors)
 
 
 def assert_a_step_reaches_every_parameter(necks, detector):
