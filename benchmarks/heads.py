@@ -140,7 +140,7 @@ def _losses() -> str:
 
 
 def _parts(title: str, package: ModuleType, of_detector: Callable[[str], list[Any]]) -> str:
-    """A table of the parts in a package that detectors have, with the keys of these parts and of what they hold."""
+    """A table of the parts in a package that detectors have, with these parts' own keys."""
     found: dict[Any, tuple[dict[str, None], list[str]]] = {}
     for detector in DETECTORS:
         for part in of_detector(detector):
