@@ -6,6 +6,7 @@ import torch
 from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.necks import NECKS, Stack
+from tests.detection.objects import levels_of
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}
 CHANNELS = 32
@@ -32,8 +33,11 @@ def test_a_step_reaches_every_parameter(name, stack):
     torch.manual_seed(0)
     options = {neck: NECKS[neck].options(**changed) for neck, changed in STACKS[stack]}
     necks = Stack({neck.lower(): option.build(CHANNELS) for neck, option in options.items()})
-    detector = DETECTORS[name].options(num_classes=3, in_features=tuple(STRIDES), score_thresh_test=0.0)
-    detector = detector.build(CHANNELS, list(STRIDES.values()), anchors=AnchorOptions(((32.0,),), ((1.0,),), 0.5))
+    levels = levels_of(name, STRIDES)
+    detector = DETECTORS[name].options(num_classes=3, in_features=levels, score_thresh_test=0.0)
+    detector = detector.build(
+        CHANNELS, [STRIDES[level] for level in levels], anchors=AnchorOptions(((32.0,),), ((1.0,),), 0.5)
+    )
     splits = any(getattr(option, "task_levels", False) for option in options.values())
     if splits and not getattr(detector.head, "takes_task_levels", False):
         pytest.skip("refused by dyhead.build")
