@@ -9,7 +9,9 @@ canonical key                         what
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
-                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``
+                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``;
+                                      SaccadeNet: ``class_conv``, ``box_conv``, ``center_conv``, ``centers``,
+                                      ``corner_conv``, ``corners``, ``aggregation.*``
 ``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``detector.criterion.*``              what a dense detector's losses learn, for training: AutoAssign's center prior of

@@ -48,7 +48,7 @@ class DenseOptions:
     )
     score_thresh_test: float = option(0.05, "detections have a score above it", between(0, 1))
     topk_candidates_test: int = option(1000, "so many best of every level go to NMS", at_least(1))
-    nms_thresh_test: float = option(0.6, "largest IoU of two detections of a class", between(0, 1))
+    nms_thresh_test: float = option(0.6, "largest IoU of two detections of a class; 1: no NMS", between(0, 1))
     clip_boxes: str = option(
         "after_nms",
         "when boxes are cut to the image: after NMS and the limit of detections (Detectron2), or before",

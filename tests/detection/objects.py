@@ -2,13 +2,21 @@
 
 import torch
 
+from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import Anchors
+from dyhead.options import leaves
 
 
 def make_places(shapes, strides, *, sizes=None, ratios=((1.0,),), offset=0.5, dtype=torch.float64):
     """Anchors of these levels: squares of 4 strides unless ``sizes`` says otherwise."""
     sizes = [[4 * stride] for stride in strides] if sizes is None else sizes
     return Anchors(sizes, ratios, strides, offset)(shapes, dtype=dtype, device=torch.device("cpu"))
+
+
+def levels_of(name, levels):
+    """Those of the levels that a registered detector can predict on, all or the finest alone."""
+    (leaf,) = (leaf for leaf in leaves(DETECTORS[name].options) if leaf.key == "IN_FEATURES")
+    return tuple(levels) if leaf.expected(tuple(levels)) is None else tuple(levels)[:1]
 
 
 def make_boxes(count, height, width, *, seed=0, smallest=1.0, dtype=torch.float64):

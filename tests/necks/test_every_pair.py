@@ -9,6 +9,7 @@ from dyhead.detection.boxes.losses import OVERLAP_LOSSES
 from dyhead.detection.losses import CLASS_LOSSES
 from dyhead.necks import NECKS, Stack
 from dyhead.options import leaves, read
+from tests.detection.objects import levels_of
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}
 CHANNELS = 32
@@ -50,7 +51,7 @@ LOSSES = [
 def build(name, **changed):
     """A tiny detector with some keys of its node changed."""
     options = DETECTORS[name].options
-    (levels,) = legal(name, "IN_FEATURES", [tuple(STRIDES)]) or [("p3",)]  # some predict on one level
+    levels = levels_of(name, STRIDES)
     values = {leaf.key: leaf.default for leaf in leaves(options)}
     values |= {"NUM_CLASSES": 3, "IN_FEATURES": levels, "SCORE_THRESH_TEST": 0.0, **changed}
     anchors = AnchorOptions(((32.0,),), ((1.0,),), 0.5)
