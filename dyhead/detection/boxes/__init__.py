@@ -4,9 +4,10 @@ A box form has ``per_place`` numbers a place; ``decode(numbers, anchors)`` and `
 that learns something is a module.
 """
 
+from dyhead.detection.boxes.borders import Borders
 from dyhead.detection.boxes.deltas import Deltas
 from dyhead.detection.boxes.distances import Distances
 from dyhead.detection.boxes.distribution import Distribution
 from dyhead.detection.boxes.points import Points
 
-__all__ = ["Deltas", "Distances", "Distribution", "Points"]
+__all__ = ["Borders", "Deltas", "Distances", "Distribution", "Points"]
