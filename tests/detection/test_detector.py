@@ -444,6 +444,16 @@ def test_what_is_nan_is_not_detected_and_spoils_nothing_else(part, caplog):
     assert "predictions are NaN at 1 of 4 places" in record.getMessage()
 
 
+@pytest.mark.parametrize("topk_by", ["class", "score"])
+def test_what_has_no_score_is_not_detected_where_the_class_is_what_is_compared(topk_by):
+    score = Score("product", score_thresh_on="class", topk_by=topk_by)
+    detector = make_detector(score=score, inference=Inference(0.1, topk=1), strides=(8,))
+    predictions = predict([[0, 0, 8, 8], [8, 0, 16, 8]], [[5.0, -9, -9], [3.0, -9, -9]], quality=[math.nan, 0.0])
+    (found,) = detector.detections(predictions, [(8, 32)])
+    assert found.boxes.tolist() == [[8, 0, 16, 8]]
+    assert found.scores.tolist() == pytest.approx([sigmoid(3) / 2])
+
+
 @pytest.mark.parametrize(("threshold", "count"), [(0.5, 0), (0.4999, 1)])
 def test_a_score_at_the_threshold_is_dropped(threshold, count):
     detector = make_detector(score=Score("class"), inference=Inference(threshold), strides=(8,))
