@@ -89,14 +89,14 @@ def border_by_loops(module, image, boxes, pool):
 )
 @torch.no_grad()
 def test_by_loops(size, more):
-    head, level = make_head(**more), make_level(*size)
+    head, level = make_head(**more), (make_level(*size), make_level(*size, seed=1))
     (logits,), (boxes,), (quality,), (refined,) = head([level])
     plain = DenseHead.forward(head, [level])
     for got, (want,) in zip((logits, boxes[:, :4], quality), plain, strict=True):
         assert torch.equal(got, want)
     exponential = more.get("coarse", Distances()).distances == "exp"
     beyond = inside = 0
-    for n, image in enumerate(level):
+    for n, (of_class, of_box) in enumerate(zip(*level, strict=True)):
         coarse = []
         for i in range(size[0]):
             coarse.append([])
@@ -110,10 +110,10 @@ def test_by_loops(size, more):
                 beyond += box != coarse[-1][-1]
                 inside += coarse[-1][-1][:2] != coarse[-1][-1][2:]
         pool = more.get("pool_size", 10)
-        of_class = border_by_loops(head.class_border, image, coarse, pool)
-        of_box = border_by_loops(head.box_border, image, coarse, pool)
-        torch.testing.assert_close(refined[n], head.border_logits(of_class[None])[0])
-        torch.testing.assert_close(boxes[n, 4:], head.border_deltas(of_box[None])[0])
+        class_features = border_by_loops(head.class_border, of_class, coarse, pool)
+        box_features = border_by_loops(head.box_border, of_box, coarse, pool)
+        torch.testing.assert_close(refined[n], head.border_logits(class_features[None])[0])
+        torch.testing.assert_close(boxes[n, 4:], head.border_deltas(box_features[None])[0])
     assert beyond
     assert inside or size == (1, 1)
 
