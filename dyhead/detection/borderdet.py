@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import CenterAssigner, OverlapAssigner
 from dyhead.detection.boxes import Borders
 from dyhead.detection.criteria import BorderCriterion, BorderWeights
 from dyhead.detection.dense_options import DenseOptions, points_of
-from dyhead.detection.detector import BoxLoss, DenseDetector
+from dyhead.detection.detector import BoxLoss
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detection.heads import BorderHead
 from dyhead.detection.heads.border import BORDER_NORMS
-from dyhead.detection.normalizer import LossNormalizer
 from dyhead.detection.registry import register_detector
 from dyhead.detection.scores import RefinedScore
 from dyhead.options import at_least, between, inherited, one_of, option, part
@@ -27,6 +26,8 @@ class BorderDetOptions(FCOSOptions):
 
     Points are the corners of cells, not their centers: a level's first is at (0, 0).
     """
+
+    loss_names = ("loss_cls", "loss_box_reg", "loss_centerness", "loss_border_cls", "loss_border_reg")
 
     loss_normalizer: str = inherited(DenseOptions, "loss_normalizer", "positives")
     assigner: CenterAssigner = part(CenterAssigner(closed_ranges=True))
@@ -46,44 +47,24 @@ class BorderDetOptions(FCOSOptions):
         one_of(*BORDER_NORMS),
     )
 
-    def build(
-        self,
-        channels: int,
-        strides: Sequence[int],
-        *,
-        anchors: AnchorOptions | None = None,
-        detections_per_image: int = 100,
-    ) -> DenseDetector:
-        """See :meth:`DenseOptions.build`."""
-        points = points_of(strides, offset=0.0)
-        head = BorderHead(
+    def build_anchors(self, strides: Sequence[int], anchors: AnchorOptions) -> Anchors:
+        """The corner of every cell."""
+        return points_of(strides, offset=0.0)
+
+    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> BorderHead:
+        """With the border modules."""
+        return BorderHead(
             channels,
             self.num_classes,
-            points,
-            self.box_form.coarse,
             class_channels=self.border_class_channels,
             box_channels=self.border_box_channels,
             pool_size=self.border_pool_size,
             border_norm=self.border_norm,
-            num_levels=len(strides),
-            num_convs=self.num_convs,
-            norm=self.norm,
-            kernel_size=self.predictor_kernel,
             quality=self.centerness_on,
             delta_scale=self.scale_per_level,
-            prior_prob=self.prior_prob,
+            **self.head_arguments(num_levels),
         )
-        return DenseDetector(
-            head=head,
-            in_features=self.in_features,
-            anchors=points,
-            box_form=self.box_form,
-            assigner=self.assigner,
-            class_loss=self.class_loss,
-            score=self.score,
-            normalizer=LossNormalizer(self.loss_normalizer, initial=300),
-            box_loss=self.box_loss,
-            inference=self.inference(detections_per_image),
-            loss_names=("loss_cls", "loss_box_reg", "loss_centerness", "loss_border_cls", "loss_border_reg"),
-            criterion=BorderCriterion(self.border_assigner, LossNormalizer(self.loss_normalizer), self.border_weights),
-        )
+
+    def build_criterion(self) -> BorderCriterion:
+        """With a normalizer of its own for the second stage."""
+        return BorderCriterion(self.border_assigner, self.build_normalizer(), self.border_weights)

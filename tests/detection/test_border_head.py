@@ -4,21 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from dyhead.detection.anchors import Anchors
-from dyhead.detection.boxes import Distances
 from dyhead.detection.heads import BorderHead, DenseHead
 
-STRIDE, CHANNELS, CLASSES = 8, 4, 2
+CHANNELS, CLASSES = 4, 2
 
 
-def make_head(*, strides=(STRIDE,), offset=0.0, coarse=Distances(), spread=0.5, **more):  # noqa: B008
+def make_head(**more):
     """With weights so large that coarse boxes span several cells and reach beyond the map."""
     torch.manual_seed(0)
-    points = Anchors([[s] for s in strides], [[1.0]], strides, offset)
-    more = {"class_channels": 3, "box_channels": 2, "num_levels": len(strides), "quality": "box", **more}
-    head = BorderHead(CHANNELS, CLASSES, points, coarse, **more).double()
+    head = BorderHead(CHANNELS, CLASSES, **{"class_channels": 3, "box_channels": 2, "quality": "box", **more}).double()
     for parameter in head.parameters():
-        nn.init.normal_(parameter, std=spread)
+        nn.init.normal_(parameter, std=0.5)
     return head
 
 
@@ -80,7 +76,6 @@ def border_by_loops(module, image, boxes, pool):
     ("size", "more"),
     [
         ((4, 5), {}),
-        ((4, 5), {"offset": 0.5, "coarse": Distances("exp")}),
         ((3, 4), {"pool_size": 1, "border_norm": ""}),
         ((1, 3), {"pool_size": 3}),
         ((1, 1), {}),
@@ -94,16 +89,13 @@ def test_by_loops(size, more):
     plain = DenseHead.forward(head, [level])
     for got, (want,) in zip((logits, boxes[:, :4], quality), plain, strict=True):
         assert torch.equal(got, want)
-    exponential = more.get("coarse", Distances()).distances == "exp"
     beyond = inside = 0
     for n, (of_class, of_box) in enumerate(zip(*level, strict=True)):
         coarse = []
         for i in range(size[0]):
             coarse.append([])
             for j in range(size[1]):
-                left, top, right, bottom = (
-                    math.exp(v) / STRIDE if exponential else max(v, 0.0) for v in boxes[n, :4, i, j].tolist()
-                )
+                left, top, right, bottom = (max(v, 0.0) for v in boxes[n, :4, i, j].tolist())
                 box = [j - left, i - top, j + right, i + bottom]
                 ends = [size[1] - 1, size[0] - 1] * 2
                 coarse[-1].append([min(max(v, 0.0), end) for v, end in zip(box, ends, strict=True)])
@@ -125,8 +117,7 @@ def test_by_hand():
     2. The upper and lower side's largest value is that at 2, 3; the left side reads (0 + 1) / 2, the right one 3; the
     point 1. Weights 1, 10, 100, 1000 of the sides and 10,000 of the point: 3 + 5 + 300 + 3000 + 10,000.
     """
-    points = Anchors([[STRIDE]], [[1.0]], (STRIDE,), 0.0)
-    head = BorderHead(1, 1, points, Distances(), class_channels=1, box_channels=1, border_norm="", quality="box")
+    head = BorderHead(1, 1, class_channels=1, box_channels=1, border_norm="", quality="box")
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     with torch.no_grad():
@@ -138,17 +129,13 @@ def test_by_hand():
     assert refined[0, 0, 0, 1].item() == pytest.approx(13308)
 
 
-def test_levels_have_their_own_strides_and_factors():
-    head = make_head(strides=(8, 16), coarse=Distances("exp"), delta_scale=True)
+def test_a_factor_for_each_level():
+    head = make_head(num_levels=2, delta_scale=True)
     levels = [make_level(4, 5), make_level(2, 3)]
-    numbers = [boxes[:, :4] for boxes in head(levels)[1]]
-    for got, stride, each in zip(head.coarse_boxes(numbers), (8, 16), numbers, strict=True):
-        i, j = 1, 2
-        want = [j - each[0, 0, i, j].exp() / stride, i - each[0, 1, i, j].exp() / stride]
-        torch.testing.assert_close(got[0, :2, i, j], torch.stack(want).clamp(min=0))
-    factors = head.delta_scale.tolist()
-    for level, factor, each in zip(levels, factors, numbers, strict=True):
-        torch.testing.assert_close(each, factor * head.deltas(level))
+    for level, factor, boxes in zip(levels, head.delta_scale.tolist(), head(levels)[1], strict=True):
+        torch.testing.assert_close(boxes[:, :4], factor * head.deltas(level))
+    with pytest.raises(ValueError, match="levels: expected 2, got 1"):
+        head(levels[:1])
 
 
 def test_the_border_sends_no_gradient_to_the_coarse_boxes():
@@ -223,17 +210,15 @@ def test_coarse_boxes_that_are_infinite_or_nan_spoil_no_other_cell():
 
 
 def test_starts_at_the_prior():
-    points = Anchors([[STRIDE]], [[1.0]], (STRIDE,), 0.0)
     torch.manual_seed(0)
-    head = BorderHead(16, 5, points, Distances(), prior_prob=0.02, quality="box")
+    head = BorderHead(16, 5, prior_prob=0.02, quality="box")
     _, (boxes,), _, (refined,) = head([torch.randn(2, 16, 8, 8)])
     torch.testing.assert_close(refined.sigmoid(), torch.full((2, 5, 8, 8), 0.02), rtol=0.05, atol=0)
     assert boxes[:, 4:].abs().max() < 0.05
 
 
 def test_predictions_are_float32_at_least():
-    points = Anchors([[STRIDE]], [[1.0]], (STRIDE,), 0.0)
-    head = BorderHead(8, 2, points, Distances(), class_channels=4, box_channels=4, quality="box")
+    head = BorderHead(8, 2, class_channels=4, box_channels=4, quality="box")
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head([torch.randn(1, 8, 4, 4)])
     assert {level.dtype for levels in outputs for level in levels} == {torch.float32}

@@ -126,9 +126,9 @@ def losses_by_loops(predictions, targets, normalizer, weights, by_centerness):
         {
             "positives": max(sum(count), 1),
             "positives_per_image": sum(max(each, 1) for each in count),
-            "moving_average": 0.9 * start + 0.1 * max(sum(count), 1),
+            "moving_average": 0.9 * 300 + 0.1 * max(sum(count), 1),
         }[normalizer]
-        for count, start in zip(counts, (300, 100), strict=True)
+        for count in counts
     ]
     losses = {
         "loss_cls": costs["cls"] / divisors[0],
@@ -308,5 +308,5 @@ def test_checkpoints_load_with_another_normalizer(written, read, caplog):
     model.detector = second
     load_into(model, Conversion(state, "ours"), strict=True, origin="w.pth")
     assert torch.equal(second.head.border_logits.weight, first.head.border_logits.weight)
-    assert second.criterion.border_normalizer.average == (100 if read == "moving_average" else None)
+    assert second.criterion.border_normalizer.average == (300 if read == "moving_average" else None)
     assert "Not loaded" not in caplog.text

@@ -9,7 +9,6 @@ from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import IGNORED, CenterAssigner
 from dyhead.detection.boxes import Distances
 from dyhead.detection.criteria import BorderCriterion, TwoStage
-from dyhead.detection.dense_options import DenseOptions
 from dyhead.detection.detector import BoxLoss, Inference
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detection.losses import FocalLoss
@@ -580,8 +579,3 @@ def test_options_reach_their_parts():
     assert detector.head.quality_from == "class"
     assert detector.head.delta_scale.shape == (1,)
     assert detector.loss_normalizer.average == 300
-
-
-def test_the_common_options_alone_are_no_detector():
-    with pytest.raises(NotImplementedError):
-        DenseOptions().build(8, STRIDES)

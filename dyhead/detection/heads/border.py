@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyhead.detection.anchors import Anchors
 from dyhead.detection.heads.dense import DenseHead, at_least_float32, convolution, start_at
 from dyhead.ops import border_align
-
-if TYPE_CHECKING:
-    from dyhead.detection.detector import BoxForm
 
 BORDER_NORMS = ("IN", "")
 
@@ -26,11 +21,12 @@ class BorderHead(DenseHead):
     and, by ``dyhead.ops.border_align``, at points along the sides of the coarse box, cut to the map and without a
     gradient. From them 1x1 convolutions predict class logits again, and how the coarse box is to be refined.
 
+    The first box numbers are distances to the sides in strides, as of :class:`dyhead.detection.boxes.Distances`, from
+    the point of the cell, which is where the cell's pixel lies on the map.
+
     Args:
         channels: channels C of every level.
         num_classes: classes K, without background.
-        points: where boxes are relative to, one a cell.
-        coarse: what the first box numbers mean.
         class_channels, box_channels: channels of each side in the border module of the classes and of the boxes.
         pool_size: parts that a side is divided into, from 1 to 255; its features are the largest at the points
             between them and at its ends.
@@ -44,10 +40,7 @@ class BorderHead(DenseHead):
 
     Example:
         >>> import torch
-        >>> from dyhead.detection import Anchors
-        >>> from dyhead.detection.boxes import Distances
-        >>> points = Anchors([[8]], [[1.0]], [8], offset=0.0)
-        >>> head = BorderHead(64, 3, points, Distances(), quality="box")
+        >>> head = BorderHead(64, num_classes=3, quality="box")
         >>> logits, boxes, quality, border_logits = head([torch.randn(2, 64, 8, 8)])
         >>> tuple(boxes[0].shape), tuple(border_logits[0].shape)
         ((2, 8, 8, 8), (2, 3, 8, 8))
@@ -57,8 +50,6 @@ class BorderHead(DenseHead):
         self,
         channels: int,
         num_classes: int,
-        points: Anchors,
-        coarse: BoxForm,
         *,
         class_channels: int = 256,
         box_channels: int = 128,
@@ -92,8 +83,6 @@ class BorderHead(DenseHead):
         for name, value in (("class_channels", class_channels), ("box_channels", box_channels)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.points = points
-        self.coarse = coarse
         self.class_border = _BorderModule(channels, class_channels, pool_size, border_norm)
         self.box_border = _BorderModule(channels, box_channels, pool_size, border_norm)
         self.border_logits = convolution(channels, num_classes, 1)
@@ -113,37 +102,33 @@ class BorderHead(DenseHead):
             ValueError: not ``num_levels`` levels, where they differ in a factor or a norm.
         """
         self.check(levels)
-        towers = [self.towers(level, i) for i, level in enumerate(levels)]
-        logits, numbers, quality = zip(*(self.predict(*of_level, i) for i, of_level in enumerate(towers)), strict=True)
-        refined, boxes = [], []
-        for (of_class, of_box), coarse, where in zip(towers, numbers, self.coarse_boxes(numbers), strict=True):
+        logits, boxes, quality, refined = [], [], [], []
+        for i, level in enumerate(levels):
+            of_class, of_box = self.towers(level, i)
+            of_level, numbers, quality_of_level = self.predict(of_class, of_box, i)
+            where = coarse_boxes(numbers)
+            shifts = at_least_float32(self.border_deltas(self.box_border(of_box, where)))
+            logits.append(of_level)
+            boxes.append(torch.cat([numbers, shifts], dim=1))
+            quality.append(quality_of_level)
             refined.append(at_least_float32(self.border_logits(self.class_border(of_class, where))))
-            deltas = at_least_float32(self.border_deltas(self.box_border(of_box, where)))
-            boxes.append(torch.cat([coarse, deltas], dim=1))
-        return list(logits), boxes, None if self.quality is None else list(quality), refined
+        return logits, boxes, quality if self.quality is not None else None, refined
 
-    @torch.no_grad()
-    def coarse_boxes(self, numbers: Sequence[Tensor]) -> list[Tensor]:
-        """Where a level is read for each cell: its coarse box, cut to the map, in pixels of the map.
 
-        A cell's pixel lies where its point does.
+@torch.no_grad()
+def coarse_boxes(numbers: Tensor) -> Tensor:
+    """Where a level is read for each cell: its coarse box, cut to the map, (N, 4, H, W) as x0, y0, x1, y1, in pixels.
 
-        Args:
-            numbers: raw box numbers (N, 4, H, W) of each level.
-
-        Returns:
-            (N, 4, H, W) for each level, as x0, y0, x1, y1.
-        """
-        first = numbers[0]
-        places = self.points([each.shape[-2:] for each in numbers], dtype=first.dtype, device=first.device)
-        boxes = []
-        for each, anchors, stride in zip(numbers, places.anchors.split(places.counts), places.strides, strict=True):
-            n, _, h, w = each.shape
-            of_cell = each.permute(0, 2, 3, 1).reshape(-1, 4)
-            box = self.coarse.decode(of_cell, anchors.repeat(n, 1)) / stride - self.points.offset
-            box = box.clamp(min=0).minimum(box.new_tensor([w - 1, h - 1, w - 1, h - 1]))
-            boxes.append(box.view(n, h, w, 4).permute(0, 3, 1, 2))
-        return boxes
+    Args:
+        numbers: distances to the left, upper, right and lower side in strides, (N, 4, H, W); negative ones count as 0.
+    """
+    height, width = numbers.shape[-2:]
+    y, x = (torch.arange(n, dtype=numbers.dtype, device=numbers.device) for n in (height, width))
+    y = y[:, None]
+    left, top, right, bottom = numbers.relu().unbind(dim=1)
+    columns = [ends.clamp(0, width - 1) for ends in (x - left, x + right)]
+    rows = [ends.clamp(0, height - 1) for ends in (y - top, y + bottom)]
+    return torch.stack([columns[0], rows[0], columns[1], rows[1]], dim=1)
 
 
 class _BorderModule(nn.Module):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dyhead.detection.boxes import Borders, Distances
+from dyhead.detection.boxes import Borders
 
 ANCHORS = torch.tensor([[-4.0, -4, 4, 4], [8, 8, 24, 24]], dtype=torch.float64)  # points at 0, 0 and 16, 16
 
@@ -25,10 +25,9 @@ def test_by_hand():
     ]
 
 
-@pytest.mark.parametrize("coarse", [Distances(), Distances("exp")])
 @pytest.mark.parametrize("std", [0.5, 0.1])
-def test_the_loss_is_least_where_the_refined_box_is_the_object(coarse, std):
-    form = Borders(coarse, std)
+def test_the_loss_is_least_where_the_refined_box_is_the_object(std):
+    form = Borders(border_delta_std=std)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.rand(2, 8, generator=generator, dtype=torch.float64) + 0.1
     boxes = form.decode(numbers, ANCHORS)
