@@ -51,9 +51,7 @@ def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
     expect_tensor("x", x)
     expect_tensor("boxes", boxes)
     boxes = widen("boxes", boxes, accumulation_dtype(x.dtype)).detach()
-    compiled = backends.selected() == "compiled" and library.runs_on(x.device)
-    operator = torch.ops.dyhead.border_align if compiled else define_border_align
-    return operator(x, boxes, as_pool_size(pool_size))[0]
+    return _run(x, boxes, as_pool_size(pool_size))
 
 
 border_align.__prepare_scriptable__ = scripting.in_place_of(scripting.border_align)
@@ -71,3 +69,9 @@ def define_border_align(x: Tensor, boxes: Tensor, pool_size: int) -> tuple[Tenso
     samples = sample_bilinear(x.to(boxes.dtype), rows.unsqueeze(3), columns.unsqueeze(3))
     values, index = samples.squeeze(4).max(3)  # of (N, 4, C, P + 1, Ho, Wo)
     return values.flatten(1, 2).to(x.dtype), index.flatten(1, 2).to(torch.uint8)
+
+
+def _run(x: Tensor, boxes: Tensor, pool_size: int) -> Tensor:
+    compiled = backends.selected() == "compiled" and library.runs_on(x.device)
+    operator = torch.ops.dyhead.border_align if compiled else define_border_align
+    return operator(x, boxes, pool_size)[0]
