@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import backends, library, scripting
 from .checks import accumulation_dtype, as_pool_size, check_borders, expect_tensor
 from .reference import sample_bilinear, widen
 
@@ -37,7 +38,11 @@ def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
 
     Where several points have the largest value, the first one counts, and NaN counts as the largest value, as in
     `torch.max`. The gradient of an output goes to the pixels around this point. Boxes have no gradient: like the
-    original operator's, they only say where to read, and count as constants.
+    original operator's, they only say where to read, and count as constants. Positions and sums are float32 (float64
+    for float64); half types round what is read and written. The result and the gradient do not depend on the number of
+    threads; on a CUDA device the gradient is summed in an unspecified order, unless
+    `torch.use_deterministic_algorithms` is set. Autocast leaves the types as they are. Derivatives of other kinds,
+    `torch.func`, torch.jit.script and torch.onnx are as for `dyhead.ops.pyramid_deform_conv2d`.
 
     Raises:
         RuntimeError: a wrong type, shape, dtype or device; the message names the argument, what was expected and what
@@ -46,7 +51,10 @@ def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
     expect_tensor("x", x)
     expect_tensor("boxes", boxes)
     boxes = widen("boxes", boxes, accumulation_dtype(x.dtype)).detach()
-    return define_border_align(x, boxes, as_pool_size(pool_size))[0]
+    return _run(x, boxes, as_pool_size(pool_size))
+
+
+border_align.__prepare_scriptable__ = scripting.in_place_of(scripting.border_align)
 
 
 def define_border_align(x: Tensor, boxes: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
@@ -61,3 +69,9 @@ def define_border_align(x: Tensor, boxes: Tensor, pool_size: int) -> tuple[Tenso
     samples = sample_bilinear(x.to(boxes.dtype), rows.unsqueeze(3), columns.unsqueeze(3))
     values, index = samples.squeeze(4).max(3)  # of (N, 4, C, P + 1, Ho, Wo)
     return values.flatten(1, 2).to(x.dtype), index.flatten(1, 2).to(torch.uint8)
+
+
+def _run(x: Tensor, boxes: Tensor, pool_size: int) -> Tensor:
+    compiled = backends.selected() == "compiled" and library.runs_on(x.device)
+    operator = torch.ops.dyhead.border_align if compiled else define_border_align
+    return operator(x, boxes, pool_size)[0]
