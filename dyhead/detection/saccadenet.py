@@ -70,7 +70,7 @@ class SaccadeNetOptions(DenseOptions):
             raise ValueError(f"IN_FEATURES: expected exactly one level, got {len(strides)}")
         return points_of(strides, offset=0.0)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> CenterHead:
+    def build_head(self, channels: int, anchors: Anchors) -> CenterHead:
         """With an aggregation."""
         return CenterHead(
             channels,
@@ -79,7 +79,7 @@ class SaccadeNetOptions(DenseOptions):
             points=self.aggregation,
             size_gradient=self.size_gradient,
             refine_center=self.refine_center,
-            **self.head_arguments(num_levels),
+            **self.head_arguments(),
         )
 
     def build_box_form(self) -> Centers:
