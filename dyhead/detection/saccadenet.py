@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.boxes import Centers
 from dyhead.detection.criteria import CenterCriterion
 from dyhead.detection.dense_options import DenseOptions, points_of
-from dyhead.detection.detector import DenseDetector
+from dyhead.detection.detector import Inference
 from dyhead.detection.heads import CenterHead
 from dyhead.detection.heads.centers import AGGREGATIONS
 from dyhead.detection.losses import GaussianFocalLoss
 from dyhead.detection.registry import register_detector
-from dyhead.detection.scores import Score
 from dyhead.options import Check, at_least, inherited, odd, one_of, option, part
 
 _LOSSES = ("loss_heatmap", "loss_corner", "loss_center", "loss_size", "loss_refined_size", "loss_refined_center")
@@ -29,7 +28,7 @@ class SaccadeNetOptions(DenseOptions):
     There are no anchors, no quality and no NMS. Corners are predicted in training only.
     """
 
-    has_anchors: ClassVar[bool] = False
+    has_anchors = False
     # The criterion counts for itself.
     loss_normalizer: ClassVar[None] = None
 
@@ -60,39 +59,33 @@ class SaccadeNetOptions(DenseOptions):
     class_loss: GaussianFocalLoss = part(GaussianFocalLoss(), prefix="GAUSSIAN_FOCAL_LOSS_")
     criterion: CenterCriterion = part(CenterCriterion())
 
-    def build(
-        self,
-        channels: int,
-        strides: Sequence[int],
-        *,
-        anchors: AnchorOptions | None = None,
-        detections_per_image: int = 100,
-    ) -> DenseDetector:
-        """See :meth:`DenseOptions.build`."""
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The last one is there where the center is refined."""
+        return _LOSSES if self.refine_center else _LOSSES[:-1]
+
+    def build_anchors(self, strides: Sequence[int], anchors: AnchorOptions) -> Anchors:
+        """The corner of every cell."""
         if len(strides) != 1:
             raise ValueError(f"IN_FEATURES: expected exactly one level, got {len(strides)}")
-        head = CenterHead(
+        return points_of(strides, offset=0.0)
+
+    def build_head(self, channels: int, anchors: Anchors) -> CenterHead:
+        """With the aggregation."""
+        return CenterHead(
             channels,
             self.num_classes,
             hidden=self.head_channels,
             points=self.aggregation,
             size_gradient=self.size_gradient,
             refine_center=self.refine_center,
-            num_convs=self.num_convs,
-            norm=self.norm,
-            kernel_size=self.predictor_kernel,
-            prior_prob=self.prior_prob,
+            **self.head_arguments(),
         )
-        return DenseDetector(
-            head=head,
-            in_features=self.in_features,
-            anchors=points_of(strides, offset=0.0),
-            box_form=Centers(self.refine_center),
-            assigner=None,
-            class_loss=self.class_loss,
-            score=Score("class"),
-            normalizer=None,
-            inference=replace(self.inference(detections_per_image), peak_kernel=self.peak_kernel),
-            loss_names=_LOSSES if self.refine_center else _LOSSES[:-1],
-            criterion=self.criterion,
-        )
+
+    def build_box_form(self) -> Centers:
+        """With or without a second center."""
+        return Centers(self.refine_center)
+
+    def inference(self, detections_per_image: int) -> Inference:
+        """With peaks."""
+        return replace(super().inference(detections_per_image), peak_kernel=self.peak_kernel)
