@@ -61,17 +61,17 @@ class SaccadeNetOptions(DenseOptions):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """The last one is there where the center is refined."""
+        """The last one is that of refined centers."""
         return _LOSSES if self.refine_center else _LOSSES[:-1]
 
     def build_anchors(self, strides: Sequence[int], anchors: AnchorOptions) -> Anchors:
-        """The corner of every cell."""
+        """The corner of every cell of one level."""
         if len(strides) != 1:
             raise ValueError(f"IN_FEATURES: expected exactly one level, got {len(strides)}")
         return points_of(strides, offset=0.0)
 
     def build_head(self, channels: int, anchors: Anchors) -> CenterHead:
-        """With the aggregation."""
+        """With an aggregation."""
         return CenterHead(
             channels,
             self.num_classes,
@@ -83,7 +83,7 @@ class SaccadeNetOptions(DenseOptions):
         )
 
     def build_box_form(self) -> Centers:
-        """With or without a second center."""
+        """Whose centers may be refined."""
         return Centers(self.refine_center)
 
     def inference(self, detections_per_image: int) -> Inference:

@@ -1,5 +1,7 @@
 """Places and objects of images that were never taken."""
 
+import math
+
 import torch
 
 from dyhead.detection import DETECTORS
@@ -27,6 +29,16 @@ def make_boxes(count, height, width, *, seed=0, smallest=1.0, dtype=torch.float6
     wide = smallest + share * (size - smallest)
     low = torch.rand(count, 2, generator=generator, dtype=dtype) * (size - wide)
     return torch.cat([low, low + wide], dim=1)
+
+
+def read_at(x, y, image):
+    """A map (C, H, W) between its pixels, 0 beyond them."""
+    total = 0
+    for i in (math.floor(y), math.floor(y) + 1):
+        for j in (math.floor(x), math.floor(x) + 1):
+            if 0 <= i < image.shape[1] and 0 <= j < image.shape[2]:
+                total = total + (1 - abs(y - i)) * (1 - abs(x - j)) * image[:, i, j]
+    return total
 
 
 def iou(a, b):

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from dyhead.detection.heads import CenterHead
 from dyhead.detection.heads.centers import AGGREGATIONS, Aggregation
-from tests.detection.test_point_head import read_at
+from tests.detection.objects import read_at
 
 KINDS = pytest.mark.parametrize("points", AGGREGATIONS)
 

@@ -78,3 +78,14 @@ def test_any_level_of_the_pyramid_will_do(level):
     assert model.detector.anchors.strides == (stride,)
     where = model.detector(model.backbone(model.transform(images)[0].tensors)).shapes
     assert where == [(-(-64 // stride), -(-96 // stride))]
+
+
+def test_options_reach_the_head():
+    head = build(aggregation="corners", size_gradient=0.5, refine_center=True, predictor_kernel=3, prior_prob=0.2).head
+    assert head.aggregation.offset.weight.shape == (2 + 5, 4, 3, 3)
+    assert head.aggregation.predictor.weight.shape == (4, 4, 1, 1)
+    assert head.aggregation.size_gradient == 0.5
+    assert {tuple(layer.weight.shape[1:]) for layer in (head.logits, head.deltas, head.centers)} == {(4, 3, 3)}
+    torch.testing.assert_close(head.logits.bias.sigmoid(), torch.full((2,), 0.2))
+    published = build(aggregation="corners_as_published").head.aggregation.positions
+    assert published[8].flatten().tolist() == [0, 1]

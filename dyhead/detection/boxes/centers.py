@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dyhead.detection.boxes.sides import around, side_units, sides_of
+
 
 @dataclass(frozen=True)
 class Centers:
@@ -29,15 +31,12 @@ class Centers:
 
     def decode(self, numbers: Tensor, anchors: Tensor) -> Tensor:
         """Boxes (P, 4) of refined sizes, from predictions (P, X) and anchors (P, 4)."""
-        center, size = numbers[:, 6:8] if self.refined else numbers[:, :2], numbers[:, 4:6]
-        stride = anchors[:, 2:] - anchors[:, :2]
-        place = (anchors[:, :2] + anchors[:, 2:]) / 2
-        return torch.cat([place + (center - size / 2) * stride, place + (center + size / 2) * stride], dim=1)
+        center, half = numbers[:, 6:8] if self.refined else numbers[:, :2], numbers[:, 4:6] / 2
+        return around(anchors, torch.cat([half - center, half + center], dim=1) * side_units(anchors))
 
     def costs(self, numbers: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
         """The mean absolute error, in strides, of each two numbers, (P, 3) or (P, 4): in their order."""
-        stride = anchors[:, 2:] - anchors[:, :2]
-        center = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) / 2 / stride
-        size = (boxes[:, 2:] - boxes[:, :2]) / stride
+        before, after = (sides_of(boxes, (anchors[:, :2] + anchors[:, 2:]) / 2) / side_units(anchors)).chunk(2, dim=1)
+        center, size = (after - before) / 2, before + after
         want = torch.cat([center, size, size, center], dim=1)[:, : self.per_place]
         return (numbers[:, : self.per_place] - want).abs().unflatten(1, (-1, 2)).mean(dim=2)
