@@ -18,11 +18,20 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS, TWO_STAGE_NODES
+from dyhead.config_checks import (
+    CHECKS,
+    CONV_FC_HEAD,
+    CONV_FC_KEYS,
+    FPN_CHECKS,
+    RESNET_CHECKS,
+    TWO_STAGE_CHECKS,
+    TWO_STAGE_NODES,
+)
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
 from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.options import Check, leaves, read
 
 _log = logging.getLogger(__name__)
@@ -108,14 +117,19 @@ def _quiet_defaults(cfg: CfgNode, defaults: CfgNode) -> None:
 
 
 def _unread(cfg: CfgNode) -> list[str]:
-    """Patterns of the keys of other detectors."""
+    """Patterns of the keys of other detectors and box heads."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
-    if name != TWO_STAGE:
+    keys: Sequence[str] = ()
+    if name == TWO_STAGE:
+        chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
+        nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
+        keys = CONV_FC_KEYS if chosen in BOX_HEADS else ()
+    else:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
             nodes.append("MODEL.ANCHOR_GENERATOR")
-    return [f"{node}.*" for node in nodes]
+    return [*(f"{node}.*" for node in nodes), *keys]
 
 
 def _fits_any(key: str, patterns: Iterable[str]) -> bool:
@@ -155,7 +169,7 @@ def _check_together(cfg: CfgNode) -> None:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
         box = cfg.MODEL.ROI_BOX_HEAD
-        if box.NAME == "FastRCNNConvFCHead" and box.NUM_CONV == 0:
+        if box.NAME == CONV_FC_HEAD and box.NUM_CONV == 0:
             expect(cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", box.NUM_FC > 0, "at least 1 with NUM_CONV 0")
 
 

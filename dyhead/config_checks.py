@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dyhead.detection.assigners import MaxIoUAssigner
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.options import (
     Check,
     above,
@@ -122,6 +123,13 @@ FPN_CHECKS: dict[str, Check] = {"MODEL.FPN.IN_FEATURES": _STRINGS & at_least_one
 #: The losses of the boxes of two-stage detectors.
 BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 
+#: The box heads of two-stage detectors: Detectron2's, and this project's.
+CONV_FC_HEAD = "FastRCNNConvFCHead"
+BOX_HEAD_NAMES = (CONV_FC_HEAD, *BOX_HEADS)
+
+#: What Detectron2's box head alone reads.
+CONV_FC_KEYS = tuple(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NUM_CONV", "CONV_DIM", "NORM", "NUM_FC", "FC_DIM"))
+
 #: The nodes that two-stage detectors alone read.
 TWO_STAGE_NODES = (
     "MODEL.PROPOSAL_GENERATOR",
@@ -131,6 +139,7 @@ TWO_STAGE_NODES = (
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "MODEL.ROI_MASK_HEAD",
     "MODEL.ROI_KEYPOINT_HEAD",
+    *(head.node for head in BOX_HEADS.values()),
 )
 
 _MATCHING = {leaf.key: leaf.type & leaf.check for leaf in leaves(MaxIoUAssigner)}

@@ -67,7 +67,7 @@ def page() -> str:
     """The text of docs/config.md."""
     detectron2 = _detectron2_keys()
     names = ", ".join(f"`{name}` (`{detector.node}`)" for name, detector in DETECTORS.items())
-    sections = [_INTRODUCTION.format(detectors=f"{names}, or `{TWO_STAGE}`, the engine's own Faster R-CNN")]
+    sections = [_INTRODUCTION.format(detectors=f"{names}, or `{TWO_STAGE}`, the engine's own R-CNN")]
     for node, options in OPTIONS.items():
         if node == next(iter(_DENSE)):
             sections.append(_shared_section(detectron2))

@@ -24,7 +24,11 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
 NAMES = [*DENSE, "faster_rcnn"]
 # Quickstarts by detector and neck.
-WITH_NECKS = [*((name, neck) for name in NAMES for neck in ("", "_dyhead")), ("atss", "_sepc")]
+WITH_NECKS = [
+    *((name, neck) for name in NAMES for neck in ("", "_dyhead")),
+    ("atss", "_sepc"),
+    ("faster_rcnn", "_dyhead_box_head"),
+]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
 OPTIONS = {
@@ -181,6 +185,12 @@ def test_both_engines_give_the_same_losses_gradients_and_boxes(name, case, tmp_p
 @pytest.mark.parametrize("case", ["objects", "none at all", "levels of one pixel"])
 def test_both_engines_agree_behind_another_neck(case, tmp_path):
     assert_engines_agree("atss", "_sepc", case, tmp_path)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("case", ["objects", "none in one image"])
+def test_both_engines_agree_with_task_aware_attention_in_the_box_head(case, tmp_path):
+    assert_engines_agree("faster_rcnn", "_dyhead_box_head", case, tmp_path)
 
 
 def assert_engines_agree(name, neck, case, tmp_path):

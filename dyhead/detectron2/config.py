@@ -18,7 +18,7 @@ from dyhead.config import (
     get,
     ignore_keys,
 )
-from dyhead.config_checks import BOX_LOSSES
+from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES
 from dyhead.options import Check, above, at_least, at_least_one, between, each, of_type, one_of
 
 _WHOLE, _FLAG, _NUMBER = of_type(int), of_type(bool), of_type(float)
@@ -56,7 +56,7 @@ TWO_STAGE_CHECKS: dict[str, Check] = {
     "MODEL.RPN.BOUNDARY_THRESH": _WHOLE & at_least(-1),
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": one_of(*BOX_LOSSES),
     "MODEL.ROI_HEADS.NAME": one_of("StandardROIHeads", "CascadeROIHeads"),
-    "MODEL.ROI_BOX_HEAD.NAME": one_of("FastRCNNConvFCHead"),
+    "MODEL.ROI_BOX_HEAD.NAME": one_of(*BOX_HEAD_NAMES),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": one_of(*BOX_LOSSES),
     "MODEL.ROI_BOX_HEAD.NORM": _NORM,
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLER,

@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_proposal_generator, build_roi_heads
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    GeneralizedRCNN,
+    build_proposal_generator,
+    build_roi_heads,
+)
+from torch import nn
 
+from dyhead.build import build_box_head
 from dyhead.config import expect, get
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.detectron2.backbone import build_backbone
 
 
@@ -38,3 +48,19 @@ class DyHeadRCNN(GeneralizedRCNN):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+
+def _register_box_head(name: str) -> None:
+    """Let ``MODEL.ROI_BOX_HEAD.NAME`` choose a box head of :mod:`dyhead.detection.roi`, in any RoI heads."""
+
+    def build(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+        head = build_box_head(cfg, name, input_shape.channels)
+        head.output_shape = ShapeSpec(channels=head.out_features)  # what Detectron2 builds the predictors from
+        return head
+
+    build.__name__ = name
+    ROI_BOX_HEAD_REGISTRY.register(build)
+
+
+for _name in BOX_HEADS:
+    _register_box_head(_name)

@@ -18,9 +18,11 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import roi_align
 
+from dyhead.build import build_box_head
 from dyhead.config import ConfigError, get, options_of
 from dyhead.detection import Anchors
 from dyhead.detection.boxes import Deltas
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.backbone import build_norm, build_pyramid
 from dyhead.torchvision.config import iou_thresholds
@@ -288,15 +290,11 @@ def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]
 def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> BoxHeads:
     options, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     low, high = iou_thresholds(cfg, "MODEL.ROI_HEADS")
-    side = box.POOLER_RESOLUTION
-    head = FastRCNNConvFCHead(
-        (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, build_norm(box.NORM)
-    )
-    last = box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
+    head, features = _build_box_head(cfg, channels)
     return BoxHeads(
-        PyramidPool(strides, side, box.POOLER_SAMPLING_RATIO, aligned=box.POOLER_TYPE == "ROIAlignV2"),
+        _pool(strides, box),
         head,
-        BoxPredictor(last, options.NUM_CLASSES),
+        BoxPredictor(features, options.NUM_CLASSES),
         high,
         low,
         options.BATCH_SIZE_PER_IMAGE,
@@ -309,3 +307,21 @@ def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> Bo
         loss_weight=box.BBOX_REG_LOSS_WEIGHT,
         append_truth=options.PROPOSAL_APPEND_GT,
     )
+
+
+def _pool(strides: dict[str, int], node: CfgNode) -> PyramidPool:
+    aligned = node.POOLER_TYPE == "ROIAlignV2"
+    return PyramidPool(strides, node.POOLER_RESOLUTION, node.POOLER_SAMPLING_RATIO, aligned)
+
+
+def _build_box_head(cfg: CfgNode, channels: int) -> tuple[nn.Module, int]:
+    """The head of ``MODEL.ROI_BOX_HEAD``, and how many features of a region it puts out."""
+    box = cfg.MODEL.ROI_BOX_HEAD
+    if box.NAME in BOX_HEADS:
+        head = build_box_head(cfg, box.NAME, channels)
+        return head, head.out_features
+    side = box.POOLER_RESOLUTION
+    head = FastRCNNConvFCHead(
+        (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, build_norm(box.NORM)
+    )
+    return head, box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
