@@ -19,7 +19,7 @@ from dyhead.config import ConfigError
 from dyhead.data import DataError
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import evaluation_loader, train_loader
-from dyhead.detectron2.evaluation import BoxEvaluator, defined
+from dyhead.detectron2.evaluation import InstanceEvaluator, build_evaluator, defined
 from dyhead.detectron2.schedule import build_lr_scheduler
 from dyhead.evaluation.results import check_weights
 from dyhead.runs.divergence import DivergedError
@@ -172,9 +172,9 @@ class Trainer(DefaultTrainer):
         return super().test(cfg, model, evaluators)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
-        """COCO's evaluation of boxes, the same as the torchvision engine's."""
-        return BoxEvaluator(dataset_name, cfg.OUTPUT_DIR)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> InstanceEvaluator:
+        """See :func:`dyhead.detectron2.evaluation.build_evaluator`; of boxes the same as the torchvision engine's."""
+        return build_evaluator(cfg, dataset_name)
 
 
 class _StopHook(hooks.HookBase):
