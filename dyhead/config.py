@@ -19,16 +19,20 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from dyhead.config_checks import (
+    CASCADE,
     CHECKS,
     CONV_FC_HEAD,
     CONV_FC_KEYS,
     FPN_CHECKS,
+    KEYPOINT_CHECKS,
+    MASK_CHECKS,
     RESNET_CHECKS,
     TWO_STAGE_CHECKS,
     TWO_STAGE_NODES,
 )
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
 from dyhead.config_options import OPTIONS, TWO_STAGE
+from dyhead.data.coco import COCO_KEYPOINTS
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
 from dyhead.detection.roi import BOX_HEADS
@@ -81,6 +85,8 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
         checks |= FPN_CHECKS
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
+        checks |= MASK_CHECKS if cfg.MODEL.MASK_ON else {}
+        checks |= KEYPOINT_CHECKS if cfg.MODEL.KEYPOINT_ON else {}
     return checks
 
 
@@ -98,6 +104,7 @@ def ignore_keys(
         not_honoured: patterns of keys, as a shell's file names.
         engine: what the warning calls it.
     """
+    not_honoured = [*not_honoured, *_of_absent_parts(cfg)]
     changed = [key for key in sorted(given) if _as_lists(get(cfg, key)) != _as_lists(get(defaults, key))]
     ignored = [key for key in changed if _fits_any(key, not_honoured)]
     unread = [key for key in changed if key not in ignored and _fits_any(key, _unread(cfg))]
@@ -130,6 +137,18 @@ def _unread(cfg: CfgNode) -> list[str]:
         if not DETECTORS[name].options.has_anchors:
             nodes.append("MODEL.ANCHOR_GENERATOR")
     return [*(f"{node}.*" for node in nodes), *keys]
+
+
+def _of_absent_parts(cfg: CfgNode) -> list[str]:
+    """Patterns of the keys of what the configured detector does not have: masks, keypoints, a cascade."""
+    two_stage = cfg.MODEL.META_ARCHITECTURE == TWO_STAGE
+    parts = (
+        (two_stage, ["MODEL.MASK_ON", "MODEL.KEYPOINT_ON"]),
+        (two_stage and cfg.MODEL.MASK_ON, ["INPUT.MASK_FORMAT", "MODEL.ROI_MASK_HEAD.*"]),
+        (two_stage and cfg.MODEL.KEYPOINT_ON, ["MODEL.ROI_KEYPOINT_HEAD.*", "TEST.KEYPOINT_OKS_SIGMAS"]),
+        (two_stage and cfg.MODEL.ROI_HEADS.NAME == CASCADE, ["MODEL.ROI_BOX_CASCADE_HEAD.*"]),
+    )
+    return [pattern for there, patterns in parts if not there for pattern in patterns]
 
 
 def _fits_any(key: str, patterns: Iterable[str]) -> bool:
@@ -171,6 +190,11 @@ def _check_together(cfg: CfgNode) -> None:
         box = cfg.MODEL.ROI_BOX_HEAD
         if box.NAME == CONV_FC_HEAD and box.NUM_CONV == 0:
             expect(cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", box.NUM_FC > 0, "at least 1 with NUM_CONV 0")
+        if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
+            count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+            fits = len(sigmas) == count or (not sigmas and count == COCO_KEYPOINTS)
+            expected = f"{count} numbers, as MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS (none for COCO's {COCO_KEYPOINTS})"
+            expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, expected)
 
 
 def options_of(cfg: CfgNode, node: str) -> Any:
@@ -329,7 +353,7 @@ def _sections(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 def _types() -> dict[str, Check]:
     """Which values have a key's type, for each key that is checked."""
     options = {f"{node}.{leaf.key}": leaf.type for node, options in OPTIONS.items() for leaf in leaves(options)}
-    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS
+    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
 
 
 def _nearest(key: str, known: set[str]) -> str:

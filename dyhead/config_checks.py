@@ -130,6 +130,9 @@ BOX_HEAD_NAMES = (CONV_FC_HEAD, *BOX_HEADS)
 #: What Detectron2's box head alone reads.
 CONV_FC_KEYS = tuple(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NUM_CONV", "CONV_DIM", "NORM", "NUM_FC", "FC_DIM"))
 
+#: The RoI heads that are Cascade R-CNN's.
+CASCADE = "CascadeROIHeads"
+
 #: The nodes that two-stage detectors alone read.
 TWO_STAGE_NODES = (
     "MODEL.PROPOSAL_GENERATOR",
@@ -146,6 +149,8 @@ _MATCHING = {leaf.key: leaf.type & leaf.check for leaf in leaves(MaxIoUAssigner)
 
 #: Of two-stage detectors.
 TWO_STAGE_CHECKS: dict[str, Check] = {
+    "MODEL.MASK_ON": _FLAG,
+    "MODEL.KEYPOINT_ON": _FLAG,
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": _NOT_NEGATIVE,
     "MODEL.RPN.IN_FEATURES": _LEVELS,
     **{f"MODEL.RPN.{key}": check for key, check in _MATCHING.items()},
@@ -180,4 +185,28 @@ TWO_STAGE_CHECKS: dict[str, Check] = {
     "MODEL.ROI_BOX_HEAD.FC_DIM": _COUNT,
     "MODEL.ROI_BOX_HEAD.NUM_CONV": _WHOLE & at_least(0),
     "MODEL.ROI_BOX_HEAD.CONV_DIM": _COUNT,
+}
+
+#: Of two-stage detectors with MODEL.MASK_ON.
+MASK_CHECKS: dict[str, Check] = {
+    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
+    "MODEL.ROI_MASK_HEAD.NAME": one_of("MaskRCNNConvUpsampleHead"),
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _COUNT,
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE & at_least(0),
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
+}
+
+#: Of two-stage detectors with MODEL.KEYPOINT_ON.
+KEYPOINT_CHECKS: dict[str, Check] = {
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": one_of("KRCNNConvDeconvUpsampleHead"),
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": _COUNT,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": _WHOLES & at_least_one("convolution") & each(at_least(1)),
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": _COUNT,
+    "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _WHOLE & at_least(0),
+    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _FLAG,
+    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
+    "TEST.KEYPOINT_OKS_SIGMAS": _NUMBERS & each(above(0)),
 }

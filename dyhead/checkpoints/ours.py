@@ -16,7 +16,9 @@ canonical key                         what
                                       each class, ``mean`` and ``deviation``; RepPoints' ``first_normalizer``, the mean
                                       of positives of its first points
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
-``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``
+``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``;
+                                      ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``mask_head.mask_fcn1``,
+                                      ``deconv``, ``predictor``; ``keypoint_head.conv_fcn1``, ``score_lowres``
 ====================================  ================================================================================
 """
 
@@ -88,6 +90,19 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         Row(r"roi_heads\.box_head\.(\d+)\.0\.(.+)", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.{m[2]}"),
         Row(r"roi_heads\.box_head\.(\d+)\.1\.(.+)", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.norm.{m[2]}"),
         Row(_LINEAR, lambda m: f"roi_heads.box_head.fc{linear.index(int(m[1])) + 1}.{m[2]}"),
+        Row(r"roi_heads\.mask_head\.(\d+)\.0\.(.+)", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{m[2]}"),
+        Row(
+            r"roi_heads\.mask_head\.(\d+)\.1\.(.+)",
+            lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.norm.{m[2]}",
+        ),
+        Row(r"roi_heads\.mask_predictor\.conv5_mask\.(.+)", r"roi_heads.mask_head.deconv.\1"),
+        Row(r"roi_heads\.mask_predictor\.mask_fcn_logits\.(.+)", r"roi_heads.mask_head.predictor.\1"),
+        # Every second one is a ReLU.
+        Row(
+            r"roi_heads\.keypoint_head\.(\d+)\.(.+)",
+            lambda m: f"roi_heads.keypoint_head.conv_fcn{int(m[1]) // 2 + 1}.{m[2]}",
+        ),
+        Row(r"roi_heads\.keypoint_predictor\.kps_score_lowres\.(.+)", r"roi_heads.keypoint_head.score_lowres.\1"),
     ]
 
 

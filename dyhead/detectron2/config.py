@@ -18,7 +18,7 @@ from dyhead.config import (
     get,
     ignore_keys,
 )
-from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES
+from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
 from dyhead.options import Check, above, at_least, at_least_one, between, each, of_type, one_of
 
 _WHOLE, _FLAG, _NUMBER = of_type(int), of_type(bool), of_type(float)
@@ -49,13 +49,11 @@ CHECKS: dict[str, Check] = {
 
 #: Of two-stage detectors, likewise.
 TWO_STAGE_CHECKS: dict[str, Check] = {
-    "MODEL.MASK_ON": _FLAG,
-    "MODEL.KEYPOINT_ON": _FLAG,
     "MODEL.PROPOSAL_GENERATOR.NAME": one_of("RPN"),
     "MODEL.RPN.HEAD_NAME": one_of("StandardRPNHead"),
     "MODEL.RPN.BOUNDARY_THRESH": _WHOLE & at_least(-1),
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": one_of(*BOX_LOSSES),
-    "MODEL.ROI_HEADS.NAME": one_of("StandardROIHeads", "CascadeROIHeads"),
+    "MODEL.ROI_HEADS.NAME": one_of("StandardROIHeads", CASCADE),
     "MODEL.ROI_BOX_HEAD.NAME": one_of(*BOX_HEAD_NAMES),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": one_of(*BOX_LOSSES),
     "MODEL.ROI_BOX_HEAD.NORM": _NORM,
@@ -77,31 +75,12 @@ CASCADE_CHECKS: dict[str, Check] = {
     ),
 }
 
-#: With MODEL.MASK_ON.
+#: With MODEL.MASK_ON, and with MODEL.KEYPOINT_ON, beside those of both engines.
 MASK_CHECKS: dict[str, Check] = {
-    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
-    "MODEL.ROI_MASK_HEAD.NAME": one_of("MaskRCNNConvUpsampleHead"),
-    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _COUNT,
-    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE & at_least(0),
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
     "MODEL.ROI_MASK_HEAD.NORM": _NORM,
-    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
 }
-
-#: With MODEL.KEYPOINT_ON.
-KEYPOINT_CHECKS: dict[str, Check] = {
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": one_of("KRCNNConvDeconvUpsampleHead"),
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": _COUNT,
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": of_type(tuple[int, ...]) & at_least_one("convolution") & each(at_least(1)),
-    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": _COUNT,
-    "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _WHOLE & at_least(0),
-    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _FLAG,
-    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NUMBER & at_least(0),
-}
+KEYPOINT_CHECKS: dict[str, Check] = {"MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER}
 
 # What nothing reads, or what needs more than annotations of objects. Patterns, as a shell's file names.
 _NOT_HONOURED = (
@@ -111,7 +90,6 @@ _NOT_HONOURED = (
     "MODEL.ROI_BOX_HEAD.*FED_LOSS*",
     "MODEL.SEM_SEG_HEAD.*",
     "MODEL.PANOPTIC_FPN.*",
-    "TEST.KEYPOINT_OKS_SIGMAS",
     "TEST.AUG.*",
     "GLOBAL.HACK",
 )
@@ -123,7 +101,7 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
         for reads, more in (
-            (cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads", CASCADE_CHECKS),
+            (cfg.MODEL.ROI_HEADS.NAME == CASCADE, CASCADE_CHECKS),
             (cfg.MODEL.MASK_ON, MASK_CHECKS),
             (cfg.MODEL.KEYPOINT_ON, KEYPOINT_CHECKS),
         ):
@@ -133,8 +111,7 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
 
 def ignore_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
     """See :func:`dyhead.config.ignore_keys`."""
-    optional = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
-    unread = optional.keys() - detectron2_checks(cfg).keys()
+    unread = TWO_STAGE_CHECKS.keys() - detectron2_checks(cfg).keys()
     ignore_keys(cfg, given, add_dyhead_config(get_cfg()), (*_NOT_HONOURED, *unread), "The Detectron2 engine")
 
 
@@ -190,7 +167,7 @@ def _check_crop(cfg: CfgNode) -> None:
 
 
 def _check_cascade(cfg: CfgNode) -> None:
-    if cfg.MODEL.META_ARCHITECTURE != TWO_STAGE or cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
+    if cfg.MODEL.META_ARCHITECTURE != TWO_STAGE or cfg.MODEL.ROI_HEADS.NAME != CASCADE:
         return
     ious, weights = cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS, cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
     first = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]

@@ -7,6 +7,8 @@ import logging
 import os
 import stat
 import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -52,6 +54,39 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     _check_folder(cfg, args)
     _check_weights(cfg, args)
     check_expectations(cfg)
+
+
+def check_parts(
+    cfg: CfgNode, dataset: str, records: Iterable[Mapping[str, Any]], keypoint_names: Sequence[str] | None
+) -> None:
+    """Raise :class:`ConfigError` unless a dataset has the masks and keypoints that the detector is to learn.
+
+    Args:
+        cfg: the configuration.
+        dataset: its name.
+        records: its images in Detectron2's standard form.
+        keypoint_names: of its objects' keypoints, if they have any.
+    """
+    if cfg.MODEL.KEYPOINT_ON:
+        if not keypoint_names:
+            raise ConfigError(
+                f"MODEL.KEYPOINT_ON: expected False, since dataset {dataset!r} has no keypoints of one set of names, "
+                "got True"
+            )
+        count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        if count != len(keypoint_names):
+            raise ConfigError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS: expected {len(keypoint_names)}, the number of keypoints of "
+                f"dataset {dataset!r} ({', '.join(keypoint_names)}), got {count}"
+            )
+    if not cfg.MODEL.MASK_ON:
+        return
+    for record in records:
+        if not all(a.get("segmentation") for a in record["annotations"] if not a.get("iscrowd")):
+            raise ConfigError(
+                f"MODEL.MASK_ON: expected False, since dataset {dataset!r} has objects without a segmentation "
+                f"({record['file_name']}), got True"
+            )
 
 
 def _check_device(cfg: CfgNode) -> None:

@@ -1,6 +1,6 @@
-"""Faster R-CNN in the pyramid form: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
+"""Faster, Mask and Keypoint R-CNN: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
 
-N batch, C channels, K classes, Q proposals of all images, S side of a pooled region in cells.
+N batch, C channels, K classes, Q proposals of all images, S side of a pooled region in cells, J keypoints of an object.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import roi_align
@@ -23,6 +25,8 @@ from dyhead.config import ConfigError, get, options_of
 from dyhead.detection import Anchors
 from dyhead.detection.boxes import Deltas
 from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.roi.keypoints import find_keypoints, keypoint_loss
+from dyhead.detection.roi.masks import crop_masks, mask_loss, mask_probabilities
 from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.backbone import build_norm, build_pyramid
 from dyhead.torchvision.config import iou_thresholds
@@ -153,22 +157,36 @@ class ProposalNetwork(RegionProposalNetwork):
         return {"loss_rpn_cls": weight_cls * loss_cls / count, "loss_rpn_loc": weight_loc * loss_loc / count}
 
 
-class BoxHeads(RoIHeads):
-    """torchvision's box head, with the losses of the configuration.
+class RegionHeads(RoIHeads):
+    """torchvision's heads of boxes, masks and keypoints, with the losses of the configuration.
 
     Args:
         box_form: what the deltas mean, and what they cost.
         loss_weight: of the boxes.
         append_truth: add the true boxes to the proposals in training.
+        keypoint_loss_weight: of the keypoints.
+        keypoint_divisor: what an image adds to the number that the keypoints' loss is divided by; None: the number of
+            keypoints that are in their regions.
         args, kwargs: torchvision's.
     """
 
-    def __init__(self, *args, box_form: Deltas, loss_weight: float, append_truth: bool, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        box_form: Deltas,
+        loss_weight: float,
+        append_truth: bool,
+        keypoint_loss_weight: float = 1.0,
+        keypoint_divisor: float | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.box_form = box_form
         self.box_coder = BoxCoder(box_form)
         self.loss_weight = loss_weight
         self.append_truth = append_truth
+        self.keypoint_loss_weight = keypoint_loss_weight
+        self.keypoint_divisor = keypoint_divisor
 
     def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
         """The proposals, with the true boxes if so configured."""
@@ -181,25 +199,100 @@ class BoxHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections of each image or, in training, the losses by Detectron2's names; label 0 is background."""
-        if self.training:
-            proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
-        regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        logits, deltas = (output.float() for output in self.box_predictor(regions))
-        if not self.training:
-            found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-            return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)], {}
+        """Detections of each image or, in training, the losses by Detectron2's names; label 0 is background.
 
+        Detections have boxes (D, 4), scores and labels (D,), masks (D, S, S) as probabilities of the boxes' cells
+        where there is a mask head, and keypoints (D, J, 3) as x, y and score where there is a keypoint head.
+        """
+        if not self.training:
+            found = self.detect_boxes(features, proposals, image_shapes)
+            return self._with_parts(found, features, image_shapes), {}
+        proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
+        losses = self.box_losses(features, proposals, image_shapes, matched, labels, targets)
+        positive = [torch.where(own > 0)[0] for own in labels]
+        boxes = [own[where] for own, where in zip(proposals, positive, strict=True)]
+        objects = [own[where] for own, where in zip(matched, positive, strict=True)]
+        if self.has_mask():
+            logits = self.mask_logits(features, boxes, image_shapes)
+            truth = [
+                crop_masks(t["masks"][of], own, logits.shape[-1])
+                for t, of, own in zip(targets, objects, boxes, strict=True)
+            ]
+            classes = torch.cat([own[where] for own, where in zip(labels, positive, strict=True)]) - 1
+            losses["loss_mask"] = mask_loss(logits, classes, torch.cat(truth))
+        if self.has_keypoint():
+            logits = self.keypoint_logits(features, boxes, image_shapes)
+            points = torch.cat([t["keypoints"][of] for t, of in zip(targets, objects, strict=True)])
+            divisor = None if self.keypoint_divisor is None else self.keypoint_divisor * len(targets)
+            loss = keypoint_loss(logits, torch.cat(boxes), points, divisor)
+            losses["loss_keypoint"] = self.keypoint_loss_weight * loss
+        return [], losses
+
+    def detect_boxes(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Boxes, scores and labels of each image."""
+        found = self.postprocess_detections(*self._predict(features, proposals, image_shapes), proposals, image_shapes)
+        return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
+
+    def box_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Losses of sampled proposals, each with the object that it overlaps most and its label."""
+        logits, deltas = self._predict(features, proposals, image_shapes)
         truth = [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
         labels, truth, boxes = torch.cat(labels), torch.cat(truth), torch.cat(proposals)
         positive = torch.where(labels > 0)[0]
         own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
         loss_box = self.box_form.loss(own_class, boxes[positive], truth[positive]).sum()
-        return [], {
+        return {
             # Summed and divided, not averaged: the mean of no proposals would be NaN.
             "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1),
             "loss_box_reg": self.loss_weight * loss_box / max(len(labels), 1),
         }
+
+    def mask_logits(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Of the boxes of all images, (Q, K, S, S), in float32."""
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
+
+    def keypoint_logits(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Of the boxes of all images, (Q, J, S, S), in float32."""
+        regions = self.keypoint_roi_pool(features, boxes, image_shapes)
+        return self.keypoint_predictor(self.keypoint_head(regions)).float()
+
+    def _predict(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
+        return logits.float(), deltas.float()
+
+    def _with_parts(
+        self,
+        found: list[dict[str, Tensor]],
+        features: dict[str, Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        boxes = [each["boxes"] for each in found]
+        counts, parts = [len(own) for own in boxes], {}
+        if self.has_mask():
+            labels = torch.cat([each["labels"] for each in found]) - 1
+            parts["masks"] = mask_probabilities(self.mask_logits(features, boxes, image_shapes), labels)
+        if self.has_keypoint():
+            logits = self.keypoint_logits(features, boxes, image_shapes)
+            parts["keypoints"] = find_keypoints(logits, torch.cat(boxes))
+        for key, values in parts.items():
+            found = [each | {key: own} for each, own in zip(found, values.split(counts), strict=True)]
+        return found
 
 
 class PyramidPool(nn.Module):
@@ -242,6 +335,8 @@ class PyramidPool(nn.Module):
 def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     """Faster R-CNN with DyHead, of ``MODEL.RPN``, ``ROI_HEADS`` and ``ROI_BOX_HEAD``; labels 0 to K - 1.
 
+    ``MODEL.MASK_ON`` makes it Mask R-CNN, ``MODEL.KEYPOINT_ON`` Keypoint R-CNN.
+
     Raises:
         ConfigError, ValueError: levels that are not there, labels that are not supported.
     """
@@ -249,7 +344,7 @@ def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     return FasterRCNN(
         pyramid,
         _build_proposal_network(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.RPN")),
-        _build_box_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
+        _build_region_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
         Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, pyramid.size_divisibility),
     )
 
@@ -287,11 +382,21 @@ def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]
     return network
 
 
-def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> BoxHeads:
-    options, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+def _build_region_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> RegionHeads:
+    options, box, points = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_KEYPOINT_HEAD
     low, high = iou_thresholds(cfg, "MODEL.ROI_HEADS")
     head, features = _build_box_head(cfg, channels)
-    return BoxHeads(
+    parts: dict[str, nn.Module] = {}
+    if cfg.MODEL.MASK_ON:
+        parts |= _build_mask_head(cfg, channels, strides)
+    if cfg.MODEL.KEYPOINT_ON:
+        parts |= {
+            "keypoint_roi_pool": _pool(strides, points),
+            "keypoint_head": KeypointRCNNHeads(channels, points.CONV_DIMS),
+            "keypoint_predictor": KeypointRCNNPredictor(points.CONV_DIMS[-1], points.NUM_KEYPOINTS),
+        }
+    sampled = options.BATCH_SIZE_PER_IMAGE * options.POSITIVE_FRACTION * points.NUM_KEYPOINTS
+    return RegionHeads(
         _pool(strides, box),
         head,
         BoxPredictor(features, options.NUM_CLASSES),
@@ -306,7 +411,21 @@ def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> Bo
         box_form=Deltas(tuple(box.BBOX_REG_WEIGHTS), box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA),
         loss_weight=box.BBOX_REG_LOSS_WEIGHT,
         append_truth=options.PROPOSAL_APPEND_GT,
+        keypoint_loss_weight=points.LOSS_WEIGHT,
+        keypoint_divisor=None if points.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS else sampled,
+        **parts,
     )
+
+
+def _build_mask_head(cfg: CfgNode, channels: int, strides: dict[str, int]) -> dict[str, nn.Module]:
+    mask = cfg.MODEL.ROI_MASK_HEAD
+    width = mask.CONV_DIM if mask.NUM_CONV else channels
+    classes = 1 if mask.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return {
+        "mask_roi_pool": _pool(strides, mask),
+        "mask_head": MaskRCNNHeads(channels, [mask.CONV_DIM] * mask.NUM_CONV, 1, build_norm(mask.NORM)),
+        "mask_predictor": MaskRCNNPredictor(width, mask.CONV_DIM, classes),
+    }
 
 
 def _pool(strides: dict[str, int], node: CfgNode) -> PyramidPool:
