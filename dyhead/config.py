@@ -27,6 +27,10 @@ from dyhead.options import Check, leaves, read
 
 _log = logging.getLogger(__name__)
 
+# The keys of meta-architectures that are not of the dense family, Detectron2's own with them.
+_NUM_CLASSES = {name: "MODEL.ROI_HEADS.NUM_CLASSES" for name in (TWO_STAGE, "GeneralizedRCNN", "PanopticFPN")}
+_NUM_CLASSES["RetinaNet"] = "MODEL.RETINANET.NUM_CLASSES"
+
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     """Add this project's keys, with their defaults, to ``cfg`` in place and return it.
@@ -46,14 +50,19 @@ def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, others: Sequence[str] = ()) -> None:
     """Check what can be checked before anything is built: every value that the configured detector's runs read.
+
+    Args:
+        cfg: the configuration.
+        others: meta-architectures that are not this project's, but the engine's. What they read is theirs to check.
 
     Raises:
         ConfigError: names the key, what was expected and what came.
     """
     name = cfg.MODEL.META_ARCHITECTURE
-    num_classes(cfg)  # the meta-architecture is one of ours
+    known = list(dict.fromkeys([*meta_architectures(), *others]))
+    expect(cfg, "MODEL.META_ARCHITECTURE", name in known, f"one of {', '.join(known)}")
     unread = {detector.node for other, detector in DETECTORS.items() if other != name}
     for node in OPTIONS:
         if node not in unread:
@@ -111,6 +120,8 @@ def _unread(cfg: CfgNode) -> list[str]:
     """Patterns of the keys of other detectors."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
+    if name not in meta_architectures():  # Detectron2's own, or a user's
+        return [f"{node}.*" for node in nodes if node != "MODEL.RETINANET"]
     if name != TWO_STAGE:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
@@ -224,15 +235,21 @@ def num_classes(cfg: CfgNode) -> int:
     """Number of classes of the configured meta-architecture.
 
     Raises:
-        ConfigError: ``MODEL.META_ARCHITECTURE`` is none of this project's.
+        ConfigError: ``MODEL.META_ARCHITECTURE`` is none whose key is known.
     """
-    return get(cfg, _num_classes_key(cfg))
+    key = _num_classes_key(cfg)
+    known = f"one of {', '.join([*meta_architectures(), *_NUM_CLASSES])}"
+    expect(cfg, "MODEL.META_ARCHITECTURE", key is not None, known)
+    return get(cfg, key)
 
 
 def check_num_classes(cfg: CfgNode, dataset: str, class_names: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless the model predicts exactly the classes of dataset ``dataset``."""
+    """Raise :class:`ConfigError` unless the model predicts exactly the classes of dataset ``dataset``.
+
+    A meta-architecture that somebody else has registered may have any number.
+    """
     key, expected = _num_classes_key(cfg), len(class_names)
-    if get(cfg, key) != expected:
+    if key is not None and get(cfg, key) != expected:
         some = ", ".join(class_names[:8]) + (", ..." if expected > 8 else "")
         raise ConfigError(
             f"{key}: expected {expected}, the number of classes of dataset {dataset!r} ({some}), got {get(cfg, key)}"
@@ -260,13 +277,9 @@ def meta_architectures() -> list[str]:
     return [*DETECTORS, TWO_STAGE]
 
 
-def _num_classes_key(cfg: CfgNode) -> str:
+def _num_classes_key(cfg: CfgNode) -> str | None:
     name = cfg.MODEL.META_ARCHITECTURE
-    if name in DETECTORS:
-        return f"{DETECTORS[name].node}.NUM_CLASSES"
-    if name == TWO_STAGE:
-        return "MODEL.ROI_HEADS.NUM_CLASSES"
-    raise ConfigError(f"MODEL.META_ARCHITECTURE: expected one of {', '.join(meta_architectures())}, got {name!r}")
+    return f"{DETECTORS[name].node}.NUM_CLASSES" if name in DETECTORS else _NUM_CLASSES.get(name)
 
 
 def _as_lists(value: Any) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from fvcore.common.registry import Registry
 
 from dyhead.config import (
     TWO_STAGE,
@@ -17,8 +18,12 @@ from dyhead.config import (
     expect,
     get,
     ignore_keys,
+    meta_architectures,
 )
 from dyhead.config_checks import BOX_LOSSES
+from dyhead.data import DataError
+from dyhead.detectron2.augmentation import check_augmentation
+from dyhead.evaluation.coco import COCO_KEYPOINTS
 from dyhead.options import Check, above, at_least, at_least_one, between, each, of_type, one_of
 
 _WHOLE, _FLAG, _NUMBER = of_type(int), of_type(bool), of_type(float)
@@ -84,7 +89,7 @@ MASK_CHECKS: dict[str, Check] = {
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _COUNT,
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE & at_least(0),
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE & at_least(1),  # the default, 0, is meant for heads without a pyramid
     "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
     "MODEL.ROI_MASK_HEAD.NORM": _NORM,
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
@@ -101,9 +106,18 @@ KEYPOINT_CHECKS: dict[str, Check] = {
     "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _WHOLE & at_least(0),
     "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _FLAG,
     "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NUMBER & at_least(0),
+    "TEST.KEYPOINT_OKS_SIGMAS": of_type(tuple[float, ...]) & each(above(0)),
 }
 
-# What nothing reads, or what needs more than annotations of objects. Patterns, as a shell's file names.
+#: With TEST.AUG.ENABLED.
+AUGMENTATION_CHECKS: dict[str, Check] = {
+    "TEST.AUG.MIN_SIZES": of_type(tuple[int, ...]) & at_least_one("size in pixels") & each(at_least(1)),
+    "TEST.AUG.MAX_SIZE": _COUNT,
+    "TEST.AUG.FLIP": _FLAG,
+}
+
+# What nothing reads of the configured detector's, or what needs more than annotations of objects. Patterns, as a
+# shell's file names.
 _NOT_HONOURED = (
     "MODEL.LOAD_PROPOSALS",
     "DATASETS.*PROPOSAL*",
@@ -111,15 +125,13 @@ _NOT_HONOURED = (
     "MODEL.ROI_BOX_HEAD.*FED_LOSS*",
     "MODEL.SEM_SEG_HEAD.*",
     "MODEL.PANOPTIC_FPN.*",
-    "TEST.KEYPOINT_OKS_SIGMAS",
-    "TEST.AUG.*",
     "GLOBAL.HACK",
 )
 
 
 def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     """The checks, beside those of both engines, of the keys that the configured detector reads, by key."""
-    checks = dict(CHECKS)
+    checks = dict(CHECKS) | (AUGMENTATION_CHECKS if cfg.TEST.AUG.ENABLED else {})
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
         for reads, more in (
@@ -132,10 +144,12 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
 
 
 def ignore_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
-    """See :func:`dyhead.config.ignore_keys`."""
-    optional = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
-    unread = optional.keys() - detectron2_checks(cfg).keys()
-    ignore_keys(cfg, given, add_dyhead_config(get_cfg()), (*_NOT_HONOURED, *unread), "The Detectron2 engine")
+    """See :func:`dyhead.config.ignore_keys`. Nothing is known of what a meta-architecture of others does not read."""
+    ignored: Iterable[str] = ()
+    if cfg.MODEL.META_ARCHITECTURE in meta_architectures():
+        optional = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS | AUGMENTATION_CHECKS
+        ignored = (*_NOT_HONOURED, *(optional.keys() - detectron2_checks(cfg).keys()))
+    ignore_keys(cfg, given, add_dyhead_config(get_cfg()), tuple(ignored), "The Detectron2 engine")
 
 
 def check_values(cfg: CfgNode, processes: int = 1) -> None:
@@ -148,30 +162,72 @@ def check_values(cfg: CfgNode, processes: int = 1) -> None:
     Raises:
         ConfigError: names the key, what was expected and what came.
     """
-    check_config(cfg)
-    backbones = sorted(name for name, _ in BACKBONE_REGISTRY)
+    check_config(cfg, _registered(META_ARCH_REGISTRY))
+    backbones = _registered(BACKBONE_REGISTRY)
     expect(cfg, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME in backbones, f"one of {', '.join(backbones)}")
     for key, check in detectron2_checks(cfg).items():
         expect(cfg, key, check.fits(get(cfg, key)), check.text)
     _check_stages(cfg)
     _check_crop(cfg)
     _check_cascade(cfg)
+    _check_sigmas(cfg)
+    check_augmentation(cfg)
     _check_scaled(cfg, processes)
 
 
-def check_annotations(cfg: CfgNode, names: Iterable[str]) -> None:
-    """Raise :class:`ConfigError` unless these registered datasets have the masks and keypoints to train on."""
-    for name in names:
-        if cfg.MODEL.KEYPOINT_ON and MetadataCatalog.get(name).get("keypoint_names") is None:
-            raise ConfigError(f"MODEL.KEYPOINT_ON: expected False, since dataset {name!r} has no keypoints, got True")
-        if not cfg.MODEL.MASK_ON:
-            continue
-        for record in DatasetCatalog.get(name):
-            if not all(annotation.get("segmentation") for annotation in record["annotations"]):
+def _registered(registry: Registry) -> list[str]:
+    return sorted(name for name, _ in registry)
+
+
+def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str]) -> None:
+    """Check that registered datasets have the masks and keypoints to train on, and to evaluate.
+
+    Args:
+        cfg: the configuration.
+        train: names of the datasets to train on.
+        test: names of those to evaluate on.
+
+    Raises:
+        ConfigError: they have none, or not in the form that the configuration says.
+    """
+    train, test = list(train), list(test)
+    if cfg.MODEL.KEYPOINT_ON:
+        for name in (*train, *test):
+            _check_keypoints(cfg, name)
+    if cfg.MODEL.MASK_ON:
+        for name in dict.fromkeys((*train, *test)):
+            _check_masks(cfg, name, trained=name in train)
+
+
+def _check_keypoints(cfg: CfgNode, name: str) -> None:
+    keypoints = MetadataCatalog.get(name).get("keypoint_names")
+    if not keypoints:
+        raise ConfigError(f"MODEL.KEYPOINT_ON: expected False, since dataset {name!r} has no keypoints, got True")
+    count, key = len(keypoints), "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    expect(cfg, key, get(cfg, key) == count, f"{count}, the number of keypoints of dataset {name!r}")
+
+
+def _check_masks(cfg: CfgNode, name: str, *, trained: bool) -> None:
+    for record in DatasetCatalog.get(name):
+        for annotation in record.get("annotations", ()):
+            mask = annotation.get("segmentation")
+            if not mask:
                 raise ConfigError(
                     f"MODEL.MASK_ON: expected False, since dataset {name!r} has objects without a segmentation "
                     f"({record['file_name']}), got True"
                 )
+            if not isinstance(mask, dict):
+                continue
+            size = [record["height"], record["width"]]
+            if "size" in mask and list(mask["size"]) != size:
+                raise DataError(
+                    f"dataset {name!r}: {record['file_name']}: expected masks (segmentation) of {size[0]} x {size[1]} "
+                    f"pixels, the image's height and width, got {mask['size'][0]} x {mask['size'][1]}"
+                )
+            if trained and not annotation.get("iscrowd", 0):
+                bitmask = cfg.INPUT.MASK_FORMAT == "bitmask"
+                which = f"'bitmask', since dataset {name!r} has masks as RLE, not as polygons ({record['file_name']})"
+                expect(cfg, "INPUT.MASK_FORMAT", bitmask, which)
 
 
 def _check_stages(cfg: CfgNode) -> None:
@@ -201,6 +257,13 @@ def _check_cascade(cfg: CfgNode) -> None:
     expect(cfg, agnostic, get(cfg, agnostic), "True with MODEL.ROI_HEADS.NAME CascadeROIHeads")
 
 
+def _check_sigmas(cfg: CfgNode) -> None:
+    if cfg.MODEL.KEYPOINT_ON:
+        count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        fits = given == count or (given == 0 and count == COCO_KEYPOINTS)
+        expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
+
+
 def _check_scaled(cfg: CfgNode, processes: int) -> None:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, processes) or processes < 1:  # so few are refused elsewhere
@@ -208,7 +271,7 @@ def _check_scaled(cfg: CfgNode, processes: int) -> None:
     batch = cfg.SOLVER.IMS_PER_BATCH
     expect(cfg, "SOLVER.REFERENCE_WORLD_SIZE", batch % reference == 0, f"a divisor of SOLVER.IMS_PER_BATCH, {batch}")
     try:
-        check_config(DefaultTrainer.auto_scale_workers(cfg, processes))
+        check_config(DefaultTrainer.auto_scale_workers(cfg, processes), _registered(META_ARCH_REGISTRY))
     except ConfigError as error:
         raise ConfigError(
             f"SOLVER.REFERENCE_WORLD_SIZE {reference}: the schedule cannot be scaled to {processes} devices: {error}"
