@@ -40,6 +40,10 @@ from dyhead.options import Check, leaves, read
 
 _log = logging.getLogger(__name__)
 
+# The keys of meta-architectures that are not of the dense family, Detectron2's own with them.
+_NUM_CLASSES = {name: "MODEL.ROI_HEADS.NUM_CLASSES" for name in (TWO_STAGE, "GeneralizedRCNN", "PanopticFPN")}
+_NUM_CLASSES["RetinaNet"] = "MODEL.RETINANET.NUM_CLASSES"
+
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     """Add this project's keys, with their defaults, to ``cfg`` in place and return it.
@@ -59,14 +63,19 @@ def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, others: Sequence[str] = ()) -> None:
     """Check what can be checked before anything is built: every value that the configured detector's runs read.
+
+    Args:
+        cfg: the configuration.
+        others: meta-architectures that are not this project's, but the engine's. What they read is theirs to check.
 
     Raises:
         ConfigError: names the key, what was expected and what came.
     """
     name = cfg.MODEL.META_ARCHITECTURE
-    num_classes(cfg)  # the meta-architecture is one of ours
+    known = list(dict.fromkeys([*meta_architectures(), *others]))
+    expect(cfg, "MODEL.META_ARCHITECTURE", name in known, f"one of {', '.join(known)}")
     unread = {detector.node for other, detector in DETECTORS.items() if other != name}
     for node in OPTIONS:
         if node not in unread:
@@ -127,6 +136,8 @@ def _unread(cfg: CfgNode) -> list[str]:
     """Patterns of the keys of other detectors and box heads."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
+    if name not in meta_architectures():  # Detectron2's own, or a user's
+        return [f"{node}.*" for node in nodes if node != "MODEL.RETINANET"]
     keys: Sequence[str] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
@@ -141,6 +152,8 @@ def _unread(cfg: CfgNode) -> list[str]:
 
 def _of_absent_parts(cfg: CfgNode) -> list[str]:
     """Patterns of the keys of what the configured detector does not have: masks, keypoints, a cascade."""
+    if cfg.MODEL.META_ARCHITECTURE not in meta_architectures():
+        return []  # nothing is known of it
     two_stage = cfg.MODEL.META_ARCHITECTURE == TWO_STAGE
     parts = (
         (two_stage, ["MODEL.MASK_ON", "MODEL.KEYPOINT_ON"]),
@@ -190,11 +203,10 @@ def _check_together(cfg: CfgNode) -> None:
         box = cfg.MODEL.ROI_BOX_HEAD
         if box.NAME == CONV_FC_HEAD and box.NUM_CONV == 0:
             expect(cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", box.NUM_FC > 0, "at least 1 with NUM_CONV 0")
-        if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
-            count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
-            fits = len(sigmas) == count or (not sigmas and count == COCO_KEYPOINTS)
-            expected = f"{count} numbers, as MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS (none for COCO's {COCO_KEYPOINTS})"
-            expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, expected)
+        if cfg.MODEL.KEYPOINT_ON:
+            count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+            fits = given == count or (given == 0 and count == COCO_KEYPOINTS)
+            expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
 
 
 def options_of(cfg: CfgNode, node: str) -> Any:
@@ -262,15 +274,21 @@ def num_classes(cfg: CfgNode) -> int:
     """Number of classes of the configured meta-architecture.
 
     Raises:
-        ConfigError: ``MODEL.META_ARCHITECTURE`` is none of this project's.
+        ConfigError: ``MODEL.META_ARCHITECTURE`` is none whose key is known.
     """
-    return get(cfg, _num_classes_key(cfg))
+    key = _num_classes_key(cfg)
+    known = f"one of {', '.join([*meta_architectures(), *_NUM_CLASSES])}"
+    expect(cfg, "MODEL.META_ARCHITECTURE", key is not None, known)
+    return get(cfg, key)
 
 
 def check_num_classes(cfg: CfgNode, dataset: str, class_names: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless the model predicts exactly the classes of dataset ``dataset``."""
+    """Raise :class:`ConfigError` unless the model predicts exactly the classes of dataset ``dataset``.
+
+    A meta-architecture that somebody else has registered may have any number.
+    """
     key, expected = _num_classes_key(cfg), len(class_names)
-    if get(cfg, key) != expected:
+    if key is not None and get(cfg, key) != expected:
         some = ", ".join(class_names[:8]) + (", ..." if expected > 8 else "")
         raise ConfigError(
             f"{key}: expected {expected}, the number of classes of dataset {dataset!r} ({some}), got {get(cfg, key)}"
@@ -298,13 +316,9 @@ def meta_architectures() -> list[str]:
     return [*DETECTORS, TWO_STAGE]
 
 
-def _num_classes_key(cfg: CfgNode) -> str:
+def _num_classes_key(cfg: CfgNode) -> str | None:
     name = cfg.MODEL.META_ARCHITECTURE
-    if name in DETECTORS:
-        return f"{DETECTORS[name].node}.NUM_CLASSES"
-    if name == TWO_STAGE:
-        return "MODEL.ROI_HEADS.NUM_CLASSES"
-    raise ConfigError(f"MODEL.META_ARCHITECTURE: expected one of {', '.join(meta_architectures())}, got {name!r}")
+    return f"{DETECTORS[name].node}.NUM_CLASSES" if name in DETECTORS else _NUM_CLASSES.get(name)
 
 
 def _as_lists(value: Any) -> Any:

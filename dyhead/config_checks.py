@@ -193,7 +193,8 @@ MASK_CHECKS: dict[str, Check] = {
     "MODEL.ROI_MASK_HEAD.NAME": one_of("MaskRCNNConvUpsampleHead"),
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _COUNT,
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE & at_least(0),
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE  # the default, 0, is meant for detectors without a pyramid
+    & Check("at least 1, as on a pyramid, where Detectron2's own files have 4", lambda value: value >= 1),
     "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
 }

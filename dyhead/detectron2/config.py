@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from fvcore.common.registry import Registry
 
 from dyhead.config import (
     TWO_STAGE,
@@ -17,9 +18,12 @@ from dyhead.config import (
     expect,
     get,
     ignore_keys,
+    meta_architectures,
 )
 from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
+from dyhead.detectron2.augmentation import check_augmentation
 from dyhead.options import Check, above, at_least, at_least_one, between, each, of_type, one_of
+from dyhead.runs.preflight import check_parts
 
 _WHOLE, _FLAG, _NUMBER = of_type(int), of_type(bool), of_type(float)
 _COUNT, _POOLER = _WHOLE & at_least(1), one_of("ROIAlignV2", "ROIAlign", "ROIPool")
@@ -82,7 +86,15 @@ MASK_CHECKS: dict[str, Check] = {
 }
 KEYPOINT_CHECKS: dict[str, Check] = {"MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER}
 
-# What nothing reads, or what needs more than annotations of objects. Patterns, as a shell's file names.
+#: With TEST.AUG.ENABLED.
+AUGMENTATION_CHECKS: dict[str, Check] = {
+    "TEST.AUG.MIN_SIZES": of_type(tuple[int, ...]) & at_least_one("size in pixels") & each(at_least(1)),
+    "TEST.AUG.MAX_SIZE": _COUNT,
+    "TEST.AUG.FLIP": _FLAG,
+}
+
+# What nothing reads of the configured detector's, or what needs more than annotations of objects. Patterns, as a
+# shell's file names.
 _NOT_HONOURED = (
     "MODEL.LOAD_PROPOSALS",
     "DATASETS.*PROPOSAL*",
@@ -90,14 +102,13 @@ _NOT_HONOURED = (
     "MODEL.ROI_BOX_HEAD.*FED_LOSS*",
     "MODEL.SEM_SEG_HEAD.*",
     "MODEL.PANOPTIC_FPN.*",
-    "TEST.AUG.*",
     "GLOBAL.HACK",
 )
 
 
 def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     """The checks, beside those of both engines, of the keys that the configured detector reads, by key."""
-    checks = dict(CHECKS)
+    checks = dict(CHECKS) | (AUGMENTATION_CHECKS if cfg.TEST.AUG.ENABLED else {})
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
         for reads, more in (
@@ -110,9 +121,12 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
 
 
 def ignore_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
-    """See :func:`dyhead.config.ignore_keys`."""
-    unread = TWO_STAGE_CHECKS.keys() - detectron2_checks(cfg).keys()
-    ignore_keys(cfg, given, add_dyhead_config(get_cfg()), (*_NOT_HONOURED, *unread), "The Detectron2 engine")
+    """See :func:`dyhead.config.ignore_keys`. Nothing is known of what a meta-architecture of others does not read."""
+    ignored: Iterable[str] = ()
+    if cfg.MODEL.META_ARCHITECTURE in meta_architectures():
+        optional = TWO_STAGE_CHECKS | AUGMENTATION_CHECKS
+        ignored = (*_NOT_HONOURED, *(optional.keys() - detectron2_checks(cfg).keys()))
+    ignore_keys(cfg, given, add_dyhead_config(get_cfg()), tuple(ignored), "The Detectron2 engine")
 
 
 def check_values(cfg: CfgNode, processes: int = 1) -> None:
@@ -125,30 +139,37 @@ def check_values(cfg: CfgNode, processes: int = 1) -> None:
     Raises:
         ConfigError: names the key, what was expected and what came.
     """
-    check_config(cfg)
-    backbones = sorted(name for name, _ in BACKBONE_REGISTRY)
+    check_config(cfg, _registered(META_ARCH_REGISTRY))
+    backbones = _registered(BACKBONE_REGISTRY)
     expect(cfg, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME in backbones, f"one of {', '.join(backbones)}")
     for key, check in detectron2_checks(cfg).items():
         expect(cfg, key, check.fits(get(cfg, key)), check.text)
     _check_stages(cfg)
     _check_crop(cfg)
     _check_cascade(cfg)
+    check_augmentation(cfg)
     _check_scaled(cfg, processes)
 
 
-def check_annotations(cfg: CfgNode, names: Iterable[str]) -> None:
-    """Raise :class:`ConfigError` unless these registered datasets have the masks and keypoints to train on."""
-    for name in names:
-        if cfg.MODEL.KEYPOINT_ON and MetadataCatalog.get(name).get("keypoint_names") is None:
-            raise ConfigError(f"MODEL.KEYPOINT_ON: expected False, since dataset {name!r} has no keypoints, got True")
-        if not cfg.MODEL.MASK_ON:
-            continue
-        for record in DatasetCatalog.get(name):
-            if not all(annotation.get("segmentation") for annotation in record["annotations"]):
-                raise ConfigError(
-                    f"MODEL.MASK_ON: expected False, since dataset {name!r} has objects without a segmentation "
-                    f"({record['file_name']}), got True"
-                )
+def _registered(registry: Registry) -> list[str]:
+    return sorted(name for name, _ in registry)
+
+
+def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str]) -> None:
+    """Check that registered datasets have the masks and keypoints to train on, and to evaluate.
+
+    Args:
+        cfg: the configuration.
+        train: names of the datasets to train on.
+        test: names of those to evaluate on.
+
+    Raises:
+        ConfigError: they have none, or not in the form that the configuration says.
+    """
+    train = list(train)
+    for name in dict.fromkeys((*train, *test)):
+        records, keypoints = DatasetCatalog.get(name), MetadataCatalog.get(name).get("keypoint_names")
+        check_parts(cfg, name, records, keypoints, trained=name in train)
 
 
 def _check_stages(cfg: CfgNode) -> None:
@@ -185,7 +206,7 @@ def _check_scaled(cfg: CfgNode, processes: int) -> None:
     batch = cfg.SOLVER.IMS_PER_BATCH
     expect(cfg, "SOLVER.REFERENCE_WORLD_SIZE", batch % reference == 0, f"a divisor of SOLVER.IMS_PER_BATCH, {batch}")
     try:
-        check_config(DefaultTrainer.auto_scale_workers(cfg, processes))
+        check_config(DefaultTrainer.auto_scale_workers(cfg, processes), _registered(META_ARCH_REGISTRY))
     except ConfigError as error:
         raise ConfigError(
             f"SOLVER.REFERENCE_WORLD_SIZE {reference}: the schedule cannot be scaled to {processes} devices: {error}"

@@ -82,12 +82,12 @@ def format_table(reports: Sequence[Report]) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * max(map(len, lines)))
-    lines += [
-        f"{r.dataset}/{task}: {', '.join(f'{key} {_number(value, 1)}' for key, value in metrics.items())}"
-        for r in reports
-        for task, metrics in r.tasks.items()
-        if "AP" not in metrics
-    ]
+    for r in reports:
+        for task, metrics in r.tasks.items():
+            if "AP" not in metrics:  # classes have "-" in their names
+                main = {key: value for key, value in metrics.items() if "-" not in key}
+                numbers = ", ".join(f"{key} {_number(value, 1)}" for key, value in main.items())
+                lines.append(f"{r.dataset}/{task}: {numbers}")
     return "\n".join(lines + list(dict.fromkeys(_note(r) for r in reports)))
 
 

@@ -85,7 +85,8 @@ def load_splits(cfg: CfgNode, names: Sequence[str]) -> list[CocoSplit]:
     splits = [data.load(data.get(name), clip_boxes=cfg.DATASETS.CLIP_BOXES) for name in names]
     for split in splits:
         if split.annotated:
-            check_parts(cfg, split.info.name, split.records, split.keypoint_names)
+            trained = split.info.name in cfg.DATASETS.TRAIN
+            check_parts(cfg, split.info.name, split.records, split.keypoint_names, trained=trained)
     return splits
 
 

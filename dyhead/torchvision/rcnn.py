@@ -419,12 +419,11 @@ def _build_region_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) ->
 
 def _build_mask_head(cfg: CfgNode, channels: int, strides: dict[str, int]) -> dict[str, nn.Module]:
     mask = cfg.MODEL.ROI_MASK_HEAD
-    width = mask.CONV_DIM if mask.NUM_CONV else channels
     classes = 1 if mask.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return {
         "mask_roi_pool": _pool(strides, mask),
         "mask_head": MaskRCNNHeads(channels, [mask.CONV_DIM] * mask.NUM_CONV, 1, build_norm(mask.NORM)),
-        "mask_predictor": MaskRCNNPredictor(width, mask.CONV_DIM, classes),
+        "mask_predictor": MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes),
     }
 
 
