@@ -20,6 +20,7 @@ from fvcore.common.config import CfgNode
 
 from dyhead.config_checks import (
     CASCADE,
+    CASCADE_CHECKS,
     CHECKS,
     CONV_FC_HEAD,
     CONV_FC_KEYS,
@@ -94,6 +95,7 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
         checks |= FPN_CHECKS
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
+        checks |= CASCADE_CHECKS if cfg.MODEL.ROI_HEADS.NAME == CASCADE else {}
         checks |= MASK_CHECKS if cfg.MODEL.MASK_ON else {}
         checks |= KEYPOINT_CHECKS if cfg.MODEL.KEYPOINT_ON else {}
     return checks
@@ -203,10 +205,22 @@ def _check_together(cfg: CfgNode) -> None:
         box = cfg.MODEL.ROI_BOX_HEAD
         if box.NAME == CONV_FC_HEAD and box.NUM_CONV == 0:
             expect(cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", box.NUM_FC > 0, "at least 1 with NUM_CONV 0")
+        if cfg.MODEL.ROI_HEADS.NAME == CASCADE:
+            _check_cascade(cfg)
         if cfg.MODEL.KEYPOINT_ON:
             count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
             fits = given == count or (given == 0 and count == COCO_KEYPOINTS)
             expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
+
+
+def _check_cascade(cfg: CfgNode) -> None:
+    node = "MODEL.ROI_BOX_CASCADE_HEAD"
+    ious, weights = (get(cfg, f"{node}.{key}") for key in ("IOUS", "BBOX_REG_WEIGHTS"))
+    first = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]
+    expect(cfg, f"{node}.IOUS", ious[0] == first, f"MODEL.ROI_HEADS.IOU_THRESHOLDS, {first}, first")
+    expect(cfg, f"{node}.BBOX_REG_WEIGHTS", len(weights) == len(ious), f"{len(ious)} lists, as many as IOUS")
+    agnostic = "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
+    expect(cfg, agnostic, get(cfg, agnostic), f"True with MODEL.ROI_HEADS.NAME {CASCADE}")
 
 
 def options_of(cfg: CfgNode, node: str) -> Any:
@@ -367,7 +381,8 @@ def _sections(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 def _types() -> dict[str, Check]:
     """Which values have a key's type, for each key that is checked."""
     options = {f"{node}.{leaf.key}": leaf.type for node, options in OPTIONS.items() for leaf in leaves(options)}
-    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
+    two_stage = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
+    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | two_stage
 
 
 def _nearest(key: str, known: set[str]) -> str:

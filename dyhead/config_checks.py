@@ -185,6 +185,19 @@ TWO_STAGE_CHECKS: dict[str, Check] = {
     "MODEL.ROI_BOX_HEAD.FC_DIM": _COUNT,
     "MODEL.ROI_BOX_HEAD.NUM_CONV": _WHOLE & at_least(0),
     "MODEL.ROI_BOX_HEAD.CONV_DIM": _COUNT,
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": _FLAG,
+}
+
+#: Of two-stage detectors with the RoI heads CascadeROIHeads.
+CASCADE_CHECKS: dict[str, Check] = {
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": _NUMBERS & at_least_one("stage") & each(between(0, 1)),
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Check(
+        "lists of 4 numbers above 0",
+        lambda stages: (
+            of_type(tuple[tuple[float, ...], ...]).fits(stages)
+            and all(len(stage) == 4 and min(stage) > 0 for stage in stages)
+        ),
+    ),
 }
 
 #: Of two-stage detectors with MODEL.MASK_ON.

@@ -11,7 +11,16 @@ from typing import Any
 
 import yaml
 
-from dyhead.config_checks import CHECKS, FPN_CHECKS, KEYPOINT_CHECKS, MASK_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_checks import (
+    CASCADE,
+    CASCADE_CHECKS,
+    CHECKS,
+    FPN_CHECKS,
+    KEYPOINT_CHECKS,
+    MASK_CHECKS,
+    RESNET_CHECKS,
+    TWO_STAGE_CHECKS,
+)
 from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
 from dyhead.detection.dense_options import DenseOptions
@@ -54,6 +63,7 @@ _CHECKED_TABLES = (
     ("Backbones with `resnet` in `MODEL.BACKBONE.NAME`", RESNET_CHECKS),
     ("Backbones with `fpn` in `MODEL.BACKBONE.NAME`", FPN_CHECKS),
     (f"`{TWO_STAGE}`", TWO_STAGE_CHECKS),
+    (f"`{TWO_STAGE}` with `MODEL.ROI_HEADS.NAME {CASCADE}`", CASCADE_CHECKS),
     (f"`{TWO_STAGE}` with `MODEL.MASK_ON`", MASK_CHECKS),
     (f"`{TWO_STAGE}` with `MODEL.KEYPOINT_ON`", KEYPOINT_CHECKS),
 )

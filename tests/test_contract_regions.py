@@ -115,6 +115,20 @@ def test_both_engines_find_the_same_masks_and_keypoints(tmp_path):
             torch.testing.assert_close(keypoints[i], other.pred_keypoints[j], rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.detectron2
+def test_weights_of_masks_and_keypoints_go_from_detectron2_to_torchvision(tmp_path):
+    ours, theirs = (build(engine, "keypoint_rcnn", **BOTH) for engine in ("torchvision", "detectron2"))
+    with torch.no_grad():
+        for parameter in theirs.model.roi_heads.parameters():
+            parameter.normal_()
+    theirs.save(tmp_path / "w.pth")
+    ours.load(tmp_path / "w.pth")
+    (tmp_path / "w.pth").unlink()
+    ours.save(tmp_path / "w.pth")
+    state, given = torch.load(tmp_path / "w.pth")["model"], theirs.model.state_dict()
+    assert all(torch.equal(state[key], given[key]) for key in given if key.startswith("roi_heads."))
+
+
 def test_an_image_without_detections_has_no_masks_and_no_keypoints():
     adapter = build("torchvision", "keypoint_rcnn", **BOTH, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 1.0})
     with torch.no_grad():

@@ -32,7 +32,12 @@ HONOURED = {
     "SEED",
 }
 HONOURED_WITH = {
-    "faster_rcnn": {"MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON"},
+    "faster_rcnn": {
+        "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+        "MODEL.MASK_ON",
+        "MODEL.KEYPOINT_ON",
+    },
     "detectron2": {
         "MODEL.RESNETS.DEFORM_MODULATED",
         "INPUT.CROP.ENABLED",
@@ -40,7 +45,6 @@ HONOURED_WITH = {
         "TEST.PRECISE_BN.ENABLED",
     },
     "detectron2 faster_rcnn": {
-        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
         "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES",
         "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE",
     },

@@ -22,7 +22,7 @@ from dyhead.config import (
 )
 from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
 from dyhead.detectron2.augmentation import check_augmentation
-from dyhead.options import Check, above, at_least, at_least_one, between, each, of_type, one_of
+from dyhead.options import Check, above, at_least, at_least_one, each, of_type, one_of
 from dyhead.runs.preflight import check_parts
 
 _WHOLE, _FLAG, _NUMBER = of_type(int), of_type(bool), of_type(float)
@@ -62,21 +62,8 @@ TWO_STAGE_CHECKS: dict[str, Check] = {
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": one_of(*BOX_LOSSES),
     "MODEL.ROI_BOX_HEAD.NORM": _NORM,
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": _FLAG,
     "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": _FLAG,
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": _FLAG,
-}
-
-#: With the RoI heads CascadeROIHeads.
-CASCADE_CHECKS: dict[str, Check] = {
-    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": of_type(tuple[float, ...]) & at_least_one("stage") & each(between(0, 1)),
-    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Check(
-        "lists of 4 numbers above 0",
-        lambda stages: (
-            of_type(tuple[tuple[float, ...], ...]).fits(stages)
-            and all(len(stage) == 4 and min(stage) > 0 for stage in stages)
-        ),
-    ),
 }
 
 #: With MODEL.MASK_ON, and with MODEL.KEYPOINT_ON, beside those of both engines.
@@ -112,7 +99,6 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
         for reads, more in (
-            (cfg.MODEL.ROI_HEADS.NAME == CASCADE, CASCADE_CHECKS),
             (cfg.MODEL.MASK_ON, MASK_CHECKS),
             (cfg.MODEL.KEYPOINT_ON, KEYPOINT_CHECKS),
         ):
@@ -146,7 +132,6 @@ def check_values(cfg: CfgNode, processes: int = 1) -> None:
         expect(cfg, key, check.fits(get(cfg, key)), check.text)
     _check_stages(cfg)
     _check_crop(cfg)
-    _check_cascade(cfg)
     check_augmentation(cfg)
     _check_scaled(cfg, processes)
 
@@ -185,18 +170,6 @@ def _check_crop(cfg: CfgNode) -> None:
         expect(cfg, "INPUT.CROP.SIZE", max(size) <= 1, f"parts of the image, at most 1, with INPUT.CROP.TYPE {kind}")
     else:
         expect(cfg, "INPUT.CROP.SIZE", all(map(_WHOLE.fits, size)), f"pixels with INPUT.CROP.TYPE {kind}")
-
-
-def _check_cascade(cfg: CfgNode) -> None:
-    if cfg.MODEL.META_ARCHITECTURE != TWO_STAGE or cfg.MODEL.ROI_HEADS.NAME != CASCADE:
-        return
-    ious, weights = cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS, cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
-    first = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]
-    cascade = "MODEL.ROI_BOX_CASCADE_HEAD"
-    expect(cfg, f"{cascade}.IOUS", ious[0] == first, f"MODEL.ROI_HEADS.IOU_THRESHOLDS, {first}, first")
-    expect(cfg, f"{cascade}.BBOX_REG_WEIGHTS", len(weights) == len(ious), f"{len(ious)} lists, as many as IOUS")
-    agnostic = "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
-    expect(cfg, agnostic, get(cfg, agnostic), "True with MODEL.ROI_HEADS.NAME CascadeROIHeads")
 
 
 def _check_scaled(cfg: CfgNode, processes: int) -> None:

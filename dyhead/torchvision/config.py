@@ -13,7 +13,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get, ignore_keys, values
-from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES
+from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
 from dyhead.config_files import shown
 from dyhead.torchvision.backbone import BACKBONES
 
@@ -35,7 +35,7 @@ _TWO_STAGE_CHOICES: dict[str, tuple] = {
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
     "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", CASCADE),
     "MODEL.ROI_BOX_HEAD.NAME": BOX_HEAD_NAMES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.NORM": _NORMS,

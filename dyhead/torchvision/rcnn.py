@@ -1,4 +1,4 @@
-"""Faster, Mask and Keypoint R-CNN: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
+"""Faster, Mask, Keypoint and Cascade R-CNN: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
 
 N batch, C channels, K classes, Q proposals of all images, S side of a pooled region in cells, J keypoints of an object.
 """
@@ -18,10 +18,11 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 
 from dyhead.build import build_box_head
 from dyhead.config import ConfigError, get, options_of
+from dyhead.config_checks import CASCADE
 from dyhead.detection import Anchors
 from dyhead.detection.boxes import Deltas
 from dyhead.detection.roi import BOX_HEADS
@@ -76,12 +77,14 @@ class BoxPredictor(nn.Module):
     Args:
         channels: of a region's features.
         num_classes: classes K.
+        class_agnostic: predict the same deltas for all classes.
     """
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, *, class_agnostic: bool = False) -> None:
         super().__init__()
         self.cls_score = nn.Linear(channels, num_classes + 1)
-        self.bbox_pred = nn.Linear(channels, 4 * num_classes)
+        self.repeats = num_classes if class_agnostic else 1
+        self.bbox_pred = nn.Linear(channels, 4 * num_classes // self.repeats)
         for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -89,7 +92,7 @@ class BoxPredictor(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Regions (Q, C, ...) to logits (Q, 1 + K) and deltas (Q, 4 + 4K), the background first."""
         x = x.flatten(1)
-        return self.cls_score(x).roll(1, dims=1), F.pad(self.bbox_pred(x), (4, 0))
+        return self.cls_score(x).roll(1, dims=1), F.pad(self.bbox_pred(x).repeat(1, self.repeats), (4, 0))
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -245,12 +248,24 @@ class RegionHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Losses of sampled proposals, each with the object that it overlaps most and its label."""
-        logits, deltas = self._predict(features, proposals, image_shapes)
+        predictions = self._predict(features, proposals, image_shapes)
+        return self._costs(self.box_form, *predictions, proposals, matched, labels, targets)
+
+    def _costs(
+        self,
+        box_form: Deltas,
+        logits: Tensor,
+        deltas: Tensor,
+        proposals: list[Tensor],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
         truth = [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
         labels, truth, boxes = torch.cat(labels), torch.cat(truth), torch.cat(proposals)
         positive = torch.where(labels > 0)[0]
         own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
-        loss_box = self.box_form.loss(own_class, boxes[positive], truth[positive]).sum()
+        loss_box = box_form.loss(own_class, boxes[positive], truth[positive]).sum()
         return {
             # Summed and divided, not averaged: the mean of no proposals would be NaN.
             "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1),
@@ -295,6 +310,108 @@ class RegionHeads(RoIHeads):
         return found
 
 
+class CascadeStage(nn.Module):
+    """One stage of a cascade.
+
+    Args:
+        head: of the boxes.
+        predictor: of classes and deltas, the same deltas for all classes.
+        box_form: what the deltas mean, and what they cost.
+        threshold: IoU from which on a box is an object's.
+    """
+
+    def __init__(self, head: nn.Module, predictor: BoxPredictor, box_form: Deltas, threshold: float) -> None:
+        super().__init__()
+        self.head = head
+        self.predictor = predictor
+        self.box_form = box_form
+        self.threshold = threshold
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Regions (Q, C, S, S) to logits (Q, 1 + K) and deltas (Q, 4 + 4K) in float32, the background first."""
+        logits, deltas = self.predictor(self.head(regions))
+        return logits.float(), deltas.float()
+
+    def label(self, boxes: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """For each box the object that it overlaps most, and that one's label, or 0 below the threshold."""
+        if not len(target["boxes"]):
+            nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+            return nothing, nothing
+        overlap, index = box_iou(target["boxes"], boxes).max(dim=0)
+        return index, target["labels"][index] * (overlap >= self.threshold)
+
+
+class CascadeHeads(RegionHeads):
+    """Cascade R-CNN (Cai and Vasconcelos, CVPR 2018): each stage starts from the boxes of the one before.
+
+    Args:
+        stages: in their order; the first one's boxes are the sampled proposals.
+        args, kwargs: of :class:`RegionHeads`, whose own box head and predictor are None.
+    """
+
+    def __init__(self, *args, stages: Sequence[CascadeStage], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.stages = nn.ModuleList(stages)
+
+    def box_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """The losses of all stages, see :class:`RegionHeads`."""
+        losses = {}
+        for number, stage in enumerate(self.stages):
+            if number:
+                # What has become empty is no proposal.
+                proposals = [boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)] for boxes in proposals]
+                pairs = [stage.label(boxes, t) for boxes, t in zip(proposals, targets, strict=True)]
+                matched, labels = (list(part) for part in zip(*pairs, strict=True))
+            logits, deltas = self._run(stage, features, proposals, image_shapes)
+            costs = self._costs(stage.box_form, logits, deltas, proposals, matched, labels, targets)
+            losses |= {f"{name}_stage{number}": loss for name, loss in costs.items()}
+            proposals = self._refined(stage, deltas, proposals, image_shapes)
+        return losses
+
+    def detect_boxes(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The last stage's boxes, with the mean of all stages' probabilities as scores."""
+        probabilities = 0.0
+        for stage in self.stages:
+            before = proposals
+            logits, deltas = self._run(stage, features, before, image_shapes)
+            probabilities = probabilities + logits.softmax(dim=1) / len(self.stages)
+            proposals = self._refined(stage, deltas, before, image_shapes)
+        self.box_coder = BoxCoder(stage.box_form)
+        # Logits of which these are the probabilities.
+        found = self.postprocess_detections(probabilities.log(), deltas, before, image_shapes)
+        return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
+
+    def _run(
+        self,
+        stage: CascadeStage,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor]:
+        regions = self.box_roi_pool(features, boxes, image_shapes)
+        if regions.requires_grad:  # the stages' losses are added up for the heads, and averaged for what is below
+            regions.register_hook(lambda gradient: gradient / len(self.stages))
+        return stage(regions)
+
+    @staticmethod
+    @torch.no_grad()
+    def _refined(
+        stage: CascadeStage, deltas: Tensor, boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        refined = stage.box_form.decode(deltas[:, -4:], torch.cat(boxes)).split([len(own) for own in boxes])
+        return [clip_boxes_to_image(own, size) for own, size in zip(refined, image_shapes, strict=True)]
+
+
 class PyramidPool(nn.Module):
     """RoI pooling from the level that fits a region's size (Lin et al., "Feature Pyramid Networks", Eq. 1).
 
@@ -335,7 +452,8 @@ class PyramidPool(nn.Module):
 def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     """Faster R-CNN with DyHead, of ``MODEL.RPN``, ``ROI_HEADS`` and ``ROI_BOX_HEAD``; labels 0 to K - 1.
 
-    ``MODEL.MASK_ON`` makes it Mask R-CNN, ``MODEL.KEYPOINT_ON`` Keypoint R-CNN.
+    ``MODEL.MASK_ON`` makes it Mask R-CNN, ``MODEL.KEYPOINT_ON`` Keypoint R-CNN, and ``MODEL.ROI_HEADS.NAME
+    CascadeROIHeads`` Cascade R-CNN.
 
     Raises:
         ConfigError, ValueError: levels that are not there, labels that are not supported.
@@ -385,7 +503,6 @@ def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]
 def _build_region_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> RegionHeads:
     options, box, points = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_KEYPOINT_HEAD
     low, high = iou_thresholds(cfg, "MODEL.ROI_HEADS")
-    head, features = _build_box_head(cfg, channels)
     parts: dict[str, nn.Module] = {}
     if cfg.MODEL.MASK_ON:
         parts |= _build_mask_head(cfg, channels, strides)
@@ -396,25 +513,31 @@ def _build_region_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) ->
             "keypoint_predictor": KeypointRCNNPredictor(points.CONV_DIMS[-1], points.NUM_KEYPOINTS),
         }
     sampled = options.BATCH_SIZE_PER_IMAGE * options.POSITIVE_FRACTION * points.NUM_KEYPOINTS
-    return RegionHeads(
-        _pool(strides, box),
-        head,
-        BoxPredictor(features, options.NUM_CLASSES),
-        high,
-        low,
-        options.BATCH_SIZE_PER_IMAGE,
-        options.POSITIVE_FRACTION,
-        None,  # its own coder of boxes is not read
-        options.SCORE_THRESH_TEST,
-        options.NMS_THRESH_TEST,
-        cfg.TEST.DETECTIONS_PER_IMAGE,
-        box_form=Deltas(tuple(box.BBOX_REG_WEIGHTS), box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA),
-        loss_weight=box.BBOX_REG_LOSS_WEIGHT,
-        append_truth=options.PROPOSAL_APPEND_GT,
-        keypoint_loss_weight=points.LOSS_WEIGHT,
-        keypoint_divisor=None if points.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS else sampled,
+    shared = {
+        "fg_iou_thresh": high,
+        "bg_iou_thresh": low,
+        "batch_size_per_image": options.BATCH_SIZE_PER_IMAGE,
+        "positive_fraction": options.POSITIVE_FRACTION,
+        "bbox_reg_weights": None,  # its own coder of boxes is not read
+        "score_thresh": options.SCORE_THRESH_TEST,
+        "nms_thresh": options.NMS_THRESH_TEST,
+        "detections_per_img": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "box_form": _box_form(box, box.BBOX_REG_WEIGHTS),
+        "loss_weight": box.BBOX_REG_LOSS_WEIGHT,
+        "append_truth": options.PROPOSAL_APPEND_GT,
+        "keypoint_loss_weight": points.LOSS_WEIGHT,
+        "keypoint_divisor": None if points.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS else sampled,
         **parts,
-    )
+    }
+    pool = _pool(strides, box)
+    if options.NAME != CASCADE:
+        return RegionHeads(pool, *_build_box_head(cfg, channels), **shared)
+    cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    stages = [
+        CascadeStage(*_build_box_head(cfg, channels), _box_form(box, weights), threshold)
+        for weights, threshold in zip(cascade.BBOX_REG_WEIGHTS, cascade.IOUS, strict=True)
+    ]
+    return CascadeHeads(pool, None, None, stages=stages, **shared)
 
 
 def _build_mask_head(cfg: CfgNode, channels: int, strides: dict[str, int]) -> dict[str, nn.Module]:
@@ -432,14 +555,21 @@ def _pool(strides: dict[str, int], node: CfgNode) -> PyramidPool:
     return PyramidPool(strides, node.POOLER_RESOLUTION, node.POOLER_SAMPLING_RATIO, aligned)
 
 
-def _build_box_head(cfg: CfgNode, channels: int) -> tuple[nn.Module, int]:
-    """The head of ``MODEL.ROI_BOX_HEAD``, and how many features of a region it puts out."""
-    box = cfg.MODEL.ROI_BOX_HEAD
+def _box_form(box: CfgNode, weights: Sequence[float]) -> Deltas:
+    return Deltas(tuple(weights), box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA)
+
+
+def _build_box_head(cfg: CfgNode, channels: int) -> tuple[nn.Module, BoxPredictor]:
+    """The head of ``MODEL.ROI_BOX_HEAD``, and what predicts from its features."""
+    box, side = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
     if box.NAME in BOX_HEADS:
         head = build_box_head(cfg, box.NAME, channels)
-        return head, head.out_features
-    side = box.POOLER_RESOLUTION
-    head = FastRCNNConvFCHead(
-        (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, build_norm(box.NORM)
-    )
-    return head, box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
+        features = head.out_features
+    else:
+        norm = build_norm(box.NORM)
+        head = FastRCNNConvFCHead(
+            (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, norm
+        )
+        features = box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
+    agnostic = box.CLS_AGNOSTIC_BBOX_REG
+    return head, BoxPredictor(features, cfg.MODEL.ROI_HEADS.NUM_CLASSES, class_agnostic=agnostic)
