@@ -71,11 +71,14 @@ def test_keys_that_cannot_be_honoured_are_named_with_their_values_in_one_warning
 
 def test_the_shipped_configurations_are_honoured_in_full(tiny, command, caplog):
     caplog.set_level(logging.WARNING)
-    for detector in (*(registered.name.lower() for registered in DETECTORS.values()), "faster_rcnn"):
+    two_stage = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn")
+    for detector in (*(registered.name.lower() for registered in DETECTORS.values()), *two_stage):
         args = command({key: tiny[key] for key in ("MODEL.DEVICE", "OUTPUT_DIR")}, detector)
         for config in (args.config_file, args.config_file.replace("quickstart/", "").replace("R18_shapes", "R50")):
             args.config_file = config
             setup(args)
+    args.config_file = args.config_file.replace("_dyhead", "_dyhead_box_head")
+    setup(args)
     assert not [r for r in caplog.records if re.search("cannot honour|does not read", r.getMessage())]
 
 
