@@ -91,3 +91,23 @@ def test_panoptic_fpn_takes_a_step(name):
     with torch.no_grad():
         (found,) = model.eval()([{"image": IMAGE, "height": 64, "width": 96}])
     assert set(found) == {"sem_seg", "instances", "panoptic_seg"}
+
+
+@pytest.mark.detectron2
+def test_panoptic_fpn_loads_its_checkpoints_and_starts_with_weights_of_the_baseline(tmp_path):
+    from detectron2.config import get_cfg as detectron2_cfg
+    from detectron2.modeling import build_model as build_detectron2_model
+
+    from dyhead.detectron2 import Checkpointer
+
+    def build(name):
+        return build_detectron2_model(configured(add_dyhead_config(detectron2_cfg()), name))
+
+    plain, same, other = build("panoptic_fpn"), build("panoptic_fpn"), build("panoptic_fpn_dyhead")
+    Checkpointer(plain, str(tmp_path)).save("w")
+    Checkpointer(same).load(str(tmp_path / "w.pth"))
+    Checkpointer(other).load(str(tmp_path / "w.pth"), checkpointables=[])
+    state, loaded = same.state_dict(), other.state_dict()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(state[key], value)
+        assert torch.equal(loaded[f"backbone.{key}" if key.startswith("backbone.") else key], value)

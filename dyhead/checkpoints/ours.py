@@ -37,6 +37,9 @@ from dyhead.checkpoints.source import Row, Source
 PARTS = (BOTTOM_UP, BACKBONE, "backbone.dyhead.", "backbone.sepc.", "detector.", "proposal_generator.", "roi_heads.")
 
 _PREDICTORS = "logits|deltas|quality|delta_scale"
+# Of Detectron2's own meta-architectures, where no neck wraps the backbone.
+_PLAIN_BACKBONE = Row(r"backbone\.((?:bottom_up|fpn_|top_block|net|simfp_).*)", BACKBONE + r"\1")
+
 # Of Faster R-CNN, and of a stage of Cascade R-CNN.
 _BOX_HEAD = r"roi_heads\.(?:box_head|stages\.(\d+)\.head)\.(\d+)\."
 _LINEAR = _BOX_HEAD + "(weight|bias)"
@@ -57,7 +60,7 @@ def canonical_names(keys: Iterable[str], first: int | None = None) -> dict[str, 
         own.
     """
     keys = list(keys)
-    rows = [*_torchvision_rows(keys, first), *_EARLIER]
+    rows = [_PLAIN_BACKBONE, *_torchvision_rows(keys, first), *_EARLIER]
     return {key: next((name for row in rows if (name := row.rename(key)) is not None), key) for key in keys}
 
 
