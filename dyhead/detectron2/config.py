@@ -89,7 +89,8 @@ MASK_CHECKS: dict[str, Check] = {
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _COUNT,
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE & at_least(1),  # the default, 0, is meant for heads without a pyramid
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE  # the default, 0, is meant for detectors without a pyramid
+    & Check("at least 1, as on a pyramid, where Detectron2's own files have 4", lambda value: value >= 1),
     "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
     "MODEL.ROI_MASK_HEAD.NORM": _NORM,
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
@@ -179,7 +180,7 @@ def _registered(registry: Registry) -> list[str]:
     return sorted(name for name, _ in registry)
 
 
-def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str]) -> None:
+def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str] = ()) -> None:
     """Check that registered datasets have the masks and keypoints to train on, and to evaluate.
 
     Args:
