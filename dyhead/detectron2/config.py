@@ -140,7 +140,7 @@ def _registered(registry: Registry) -> list[str]:
     return sorted(name for name, _ in registry)
 
 
-def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str]) -> None:
+def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str] = ()) -> None:
     """Check that registered datasets have the masks and keypoints to train on, and to evaluate.
 
     Args:
