@@ -1,10 +1,17 @@
 """What two-stage detectors keep to beside boxes, under both engines: masks and keypoints; see test_contract.py."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import nn
 
+from dyhead.config import OPTIONS
+from dyhead.detection.roi import BOX_HEADS, Registered
 from dyhead.detection.roi.masks import paste_masks
-from tests.test_contract import Detectron2, Torchvision, build, inputs
+from dyhead.options import option
+from dyhead.torchvision import config
+from tests.test_contract import Detectron2, Torchvision, assert_engines_agree, build, inputs
 
 BOTH = {
     "MODEL.MASK_ON": True,
@@ -135,3 +142,47 @@ def test_an_image_without_detections_has_no_masks_and_no_keypoints():
         (found,) = adapter.model.eval()([torch.zeros(3, 64, 80, dtype=torch.uint8)])
     assert found["masks"].shape[0] == found["keypoints"].shape[0] == len(found["boxes"]) == 0
     assert found["keypoints"].shape[1:] == (5, 3)
+
+
+class TwoViews(nn.Module):
+    """A box head that sees a region as it is for its class, and more of it for its box."""
+
+    scales = (1.0, 1.3)
+
+    def __init__(self, channels, side, width):
+        super().__init__()
+        self.of_class = nn.Linear(channels, width)
+        self.of_box = nn.Linear(channels * side**2, 2 * width)
+        self.out_features = (width, 2 * width)
+
+    def forward(self, regions):
+        plain, enlarged = regions.chunk(2, dim=1)
+        features = self.of_class(plain.mean(dim=(2, 3))), self.of_box(enlarged.flatten(1))
+        return torch.cat(features, dim=1).relu()
+
+
+@dataclass(frozen=True)
+class TwoViewsOptions:
+    width: int = option(12, "features for classes")
+
+    def build(self, channels, side):
+        return TwoViews(channels, side, self.width)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", ["faster_rcnn", "cascade_rcnn"])
+def test_a_box_head_may_see_several_views_and_predict_boxes_from_features_of_their_own(name, tmp_path, monkeypatch):
+    from detectron2.modeling import ROI_BOX_HEAD_REGISTRY
+
+    from dyhead.detectron2 import rcnn
+
+    monkeypatch.setitem(BOX_HEADS, "TwoViews", Registered("TwoViews", "MODEL.TWO_VIEWS", TwoViewsOptions))
+    monkeypatch.setitem(OPTIONS, "MODEL.TWO_VIEWS", TwoViewsOptions)
+    monkeypatch.setitem(config._TWO_STAGE_CHOICES, "MODEL.ROI_BOX_HEAD.NAME", ("TwoViews",))
+    monkeypatch.setattr(ROI_BOX_HEAD_REGISTRY, "_obj_map", dict(ROI_BOX_HEAD_REGISTRY._obj_map))
+    rcnn._register_box_head("TwoViews")
+    options = {"MODEL.ROI_BOX_HEAD.NAME": "TwoViews", "MODEL.TWO_VIEWS.WIDTH": 8}
+    assert_engines_agree(name, "_dyhead", "objects", tmp_path, **options)
+    heads = build("torchvision", name, **options).model.roi_heads
+    predictor = heads.stages[1].predictor if name == "cascade_rcnn" else heads.box_predictor
+    assert (predictor.cls_score.in_features, predictor.bbox_pred.in_features) == (8, 16)

@@ -18,7 +18,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from dyhead.build import build_box_head
 from dyhead.config import ConfigError, get, options_of
@@ -28,6 +28,8 @@ from dyhead.detection.boxes import Deltas
 from dyhead.detection.roi import BOX_HEADS
 from dyhead.detection.roi.keypoints import find_keypoints, keypoint_loss
 from dyhead.detection.roi.masks import crop_masks, mask_loss, mask_probabilities
+from dyhead.detection.roi.pooling import PyramidPool
+from dyhead.detection.roi.prediction import class_and_box_layers
 from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.backbone import build_norm, build_pyramid
 from dyhead.torchvision.config import iou_thresholds
@@ -75,19 +77,16 @@ class BoxPredictor(nn.Module):
     read.
 
     Args:
-        channels: of a region's features.
+        features: of a region, see :attr:`dyhead.detection.roi.Registered.options`.
         num_classes: classes K.
         class_agnostic: predict the same deltas for all classes.
     """
 
-    def __init__(self, channels: int, num_classes: int, *, class_agnostic: bool = False) -> None:
+    def __init__(self, features: int | tuple[int, int], num_classes: int, *, class_agnostic: bool = False) -> None:
         super().__init__()
-        self.cls_score = nn.Linear(channels, num_classes + 1)
         self.repeats = num_classes if class_agnostic else 1
-        self.bbox_pred = nn.Linear(channels, 4 * num_classes // self.repeats)
-        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        boxes = 4 * num_classes // self.repeats
+        self.cls_score, self.bbox_pred = class_and_box_layers(features, num_classes + 1, boxes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Regions (Q, C, ...) to logits (Q, 1 + K) and deltas (Q, 4 + 4K), the background first."""
@@ -412,43 +411,6 @@ class CascadeHeads(RegionHeads):
         return [clip_boxes_to_image(own, size) for own, size in zip(refined, image_shapes, strict=True)]
 
 
-class PyramidPool(nn.Module):
-    """RoI pooling from the level that fits a region's size (Lin et al., "Feature Pyramid Networks", Eq. 1).
-
-    torchvision's own guesses the strides from the first images it sees, without their padding, and does not align.
-
-    Args:
-        strides: of the levels to pool from, by name, fine to coarse.
-        resolution: side S of the pooled regions.
-        sampling_ratio: samples in a cell, per axis; 0 is as many as there are pixels.
-        aligned: shift by half a pixel ("ROIAlignV2" of Detectron2).
-    """
-
-    def __init__(self, strides: dict[str, int], resolution: int, sampling_ratio: int, aligned: bool) -> None:
-        super().__init__()
-        self.strides = dict(strides)
-        self.resolution = resolution
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
-
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Levels (N, C, H, W) and boxes of each image in pixels to (Q, C, S, S); the sizes do not matter."""
-        index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
-        regions = torch.cat([index, torch.cat(boxes)], dim=1)
-        size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))
-        numbers = [stride.bit_length() - 1 for stride in self.strides.values()]  # log2
-        # A region of 224 pixels, ImageNet's image, belongs to level 4, of stride 16.
-        wanted = (4 + torch.log2(size / 224 + 1e-8)).floor().clamp(numbers[0], numbers[-1])
-        levels = [features[name] for name in self.strides]
-        pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], self.resolution, self.resolution)
-        for level, number in zip(levels, numbers, strict=True):
-            here = torch.where(wanted == number)[0]
-            scale = 1 / 2**number
-            out = roi_align(level, regions[here], self.resolution, scale, self.sampling_ratio, self.aligned)
-            pooled[here] = out.to(pooled.dtype)
-        return pooled
-
-
 def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     """Faster R-CNN with DyHead, of ``MODEL.RPN``, ``ROI_HEADS`` and ``ROI_BOX_HEAD``; labels 0 to K - 1.
 
@@ -529,15 +491,15 @@ def _build_region_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) ->
         "keypoint_divisor": None if points.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS else sampled,
         **parts,
     }
-    pool = _pool(strides, box)
     if options.NAME != CASCADE:
-        return RegionHeads(pool, *_build_box_head(cfg, channels), **shared)
+        head, predictor = _build_box_head(cfg, channels)
+        return RegionHeads(_pool(strides, box, head), head, predictor, **shared)
     cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
     stages = [
         CascadeStage(*_build_box_head(cfg, channels), _box_form(box, weights), threshold)
         for weights, threshold in zip(cascade.BBOX_REG_WEIGHTS, cascade.IOUS, strict=True)
     ]
-    return CascadeHeads(pool, None, None, stages=stages, **shared)
+    return CascadeHeads(_pool(strides, box, stages[0].head), None, None, stages=stages, **shared)
 
 
 def _build_mask_head(cfg: CfgNode, channels: int, strides: dict[str, int]) -> dict[str, nn.Module]:
@@ -550,9 +512,9 @@ def _build_mask_head(cfg: CfgNode, channels: int, strides: dict[str, int]) -> di
     }
 
 
-def _pool(strides: dict[str, int], node: CfgNode) -> PyramidPool:
-    aligned = node.POOLER_TYPE == "ROIAlignV2"
-    return PyramidPool(strides, node.POOLER_RESOLUTION, node.POOLER_SAMPLING_RATIO, aligned)
+def _pool(strides: dict[str, int], node: CfgNode, head: nn.Module | None = None) -> PyramidPool:
+    aligned, scales = node.POOLER_TYPE == "ROIAlignV2", getattr(head, "scales", (1.0,))
+    return PyramidPool(strides, node.POOLER_RESOLUTION, node.POOLER_SAMPLING_RATIO, aligned, scales)
 
 
 def _box_form(box: CfgNode, weights: Sequence[float]) -> Deltas:

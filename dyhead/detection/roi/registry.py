@@ -18,7 +18,9 @@ class Registered:
         node: of its options in the configuration. Of ``MODEL.ROI_BOX_HEAD`` it reads nothing: pooling and box losses,
             which do not depend on the head, are the engine's, and the rest is Detectron2's own head's.
         options: their dataclass, with the method ``build(channels, side) -> nn.Module``. The module maps pooled regions
-            (Q, C, S, S) to features (Q, ``out_features``), from which the engine predicts classes and boxes.
+            (Q, V * C, S, S) to features (Q, D), from which the engine predicts classes and boxes. Its ``out_features``
+            are D, or a pair of numbers, of the features for classes and, behind them, of those for boxes. It pools a
+            region V times where it has ``scales``, V factors by which the region is enlarged around its center.
     """
 
     name: str
