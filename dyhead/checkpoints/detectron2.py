@@ -24,8 +24,8 @@ _BORDERDET = {
     "border_bbox_pred": "border_deltas",
 }
 
-#: Two-stage detectors have the canonical names.
-TWO_STAGE = Row(r"((?:proposal_generator|roi_heads)\..+)", r"\1")
+#: Two-stage detectors have the canonical names, and so has Panoptic FPN.
+TWO_STAGE = Row(r"((?:proposal_generator|roi_heads|sem_seg_head)\..+)", r"\1")
 
 
 def dense_rows(state: Mapping[str, Tensor]) -> list[Row]:

@@ -172,14 +172,15 @@ def test_a_two_stage_detector_of_detectron2_keeps_the_names_behind_its_backbone(
         "proposal_generator.rpn_head.conv.weight",
         "roi_heads.box_predictor.cls_score.bias",
         "roi_heads.mask_head.x",
+        "sem_seg_head.predictor.weight",
     )
     state = {key: torch.rand(3) for key in names}
-    state |= {"backbone.bottom_up.stem.conv1.weight": torch.rand(1), "sem_seg_head.predictor.weight": torch.rand(1)}
+    state |= {"backbone.bottom_up.stem.conv1.weight": torch.rand(1), "panoptic_head.weight": torch.rand(1)}
     state |= {"proposal_generator.anchor_generator.cell_anchors.0": torch.rand(3, 4)}
     conversion = convert(state)
     check_pairs(state, conversion, {key: key for key in names})
     check_account(state, conversion)
-    assert list(conversion.left_over) == ["sem_seg_head.predictor.weight"]
+    assert list(conversion.left_over) == ["panoptic_head.weight"]
     assert list(conversion.dropped) == ["proposal_generator.anchor_generator.cell_anchors.0"]
 
 
