@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dyhead.layers import SEPC, DyHead
 from dyhead.ops import backend, border_align, channelwise, deform_conv2d, flop_handlers, flops, pyramid_deform_conv2d
@@ -119,6 +119,14 @@ def test_counters_agree_on_whole_necks_and_with_the_definition(make):
     with backend("reference"):
         products = by_torch(neck, levels)["aten.bmm"]
     assert products == ours["dyhead.pyramid_deform_conv2d"]
+
+
+def test_no_operator_is_left_out():
+    names = {name.removeprefix("dyhead::") for name in torch._C._dispatch_get_all_op_names() if "dyhead::" in name}
+    assert "pyramid_deform_conv2d" in names
+    assert {name for name in names if getattr(torch.ops.dyhead, name) not in flop_registry} == set()
+    forward = {name for name in names if not name.endswith("_backward")}
+    assert {name.removeprefix("dyhead::") for name in flop_handlers()} == forward
 
 
 def test_fvcore_may_have_no_defaults_to_add_to(monkeypatch):
