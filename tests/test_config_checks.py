@@ -26,6 +26,7 @@ CONFIGS = {
         "DyHeadNoisyAnchors": "noisyanchors",
         "DyHeadRepPoints": "reppoints",
         "DyHeadRetinaNet": "retinanet",
+        "DyHeadSaccadeNet": "saccadenet",
         "DyHeadRCNN": "faster_rcnn",
     }.items()
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.originals import border, heads, losses, recipes, sepc
+from tools.originals import border, heads, losses, recipes, saccadenet, sepc
 from tools.originals.rows import Row, table
 
 #: What is compared: functions of the folder that yield rows.
@@ -24,6 +24,7 @@ COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (
     border.rows,
     losses.rows,
     recipes.rows,
+    saccadenet.rows,
     sepc.rows,
 )
 

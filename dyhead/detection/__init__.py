@@ -9,8 +9,18 @@ cell, K classes, P positive places. Boxes are (x0, y0, x1, y1) in pixels of the 
 from the finest level to the coarsest, row by row, cell by cell, anchor by anchor.
 """
 
-# These register themselves.
-from dyhead.detection import atss, autoassign, borderdet, fcos, gfl, noisy_anchors, reppoints, retinanet
+# Importing a detector registers it.
+from dyhead.detection import (
+    atss,
+    autoassign,
+    borderdet,
+    fcos,
+    gfl,
+    noisy_anchors,
+    reppoints,
+    retinanet,
+    saccadenet,
+)
 from dyhead.detection.anchors import Anchors, Places
 from dyhead.detection.detector import DenseDetector, Detections, Predictions, Targets
 from dyhead.detection.heads import DenseHead
@@ -35,4 +45,5 @@ __all__ = [
     "register_detector",
     "reppoints",
     "retinanet",
+    "saccadenet",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import ATSSAssigner
 from dyhead.detection.boxes import Deltas
 from dyhead.detection.dense_options import DenseOptions, square_anchors
@@ -36,6 +36,6 @@ class ATSSOptions(DenseOptions):
         """The paper's."""
         return square_anchors(strides, offset=0.5)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> DenseHead:
+    def build_head(self, channels: int, anchors: Anchors) -> DenseHead:
         """With the centerness, and a factor for each level."""
-        return self.head(channels, num_levels, num_anchors, quality="box", delta_scale=True)
+        return self.head(channels, anchors, quality="box", delta_scale=True)

@@ -44,9 +44,9 @@ class AutoAssignOptions(DenseOptions):
         """The corner of every cell."""
         return points_of(strides, offset=0.0)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> DenseHead:
+    def build_head(self, channels: int, anchors: Anchors) -> DenseHead:
         """With the objectness, a factor for each level, and boxes of some size from the start."""
-        head = self.head(channels, num_levels, quality="box", delta_scale=True)
+        head = self.head(channels, anchors, quality="box", delta_scale=True)
         nn.init.constant_(head.deltas.bias, _FIRST_DISTANCE)
         return head
 

@@ -51,7 +51,7 @@ class BorderDetOptions(FCOSOptions):
         """The corner of every cell."""
         return points_of(strides, offset=0.0)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> BorderHead:
+    def build_head(self, channels: int, anchors: Anchors) -> BorderHead:
         """With the border modules."""
         return BorderHead(
             channels,
@@ -62,7 +62,8 @@ class BorderDetOptions(FCOSOptions):
             border_norm=self.border_norm,
             quality=self.centerness_on,
             delta_scale=self.scale_per_level,
-            **self.head_arguments(num_levels),
+            num_levels=len(anchors.strides),
+            **self.head_arguments(),
         )
 
     def build_criterion(self) -> BorderCriterion:

@@ -48,7 +48,7 @@ class DenseOptions:
     )
     score_thresh_test: float = option(0.05, "detections have a score above it", between(0, 1))
     topk_candidates_test: int = option(1000, "so many best of every level go to NMS", at_least(1))
-    nms_thresh_test: float = option(0.6, "largest IoU of two detections of a class", between(0, 1))
+    nms_thresh_test: float = option(0.6, "largest IoU of two detections of a class; 1: no NMS", between(0, 1))
     clip_boxes: str = option(
         "after_nms",
         "when boxes are cut to the image: after NMS and the limit of detections (Detectron2), or before",
@@ -85,7 +85,7 @@ class DenseOptions:
         anchors = anchors or self.default_anchors(strides)
         grid = self.build_anchors(strides, anchors)
         return DenseDetector(
-            head=self.build_head(channels, len(strides), grid.per_cell),
+            head=self.build_head(channels, grid),
             in_features=self.in_features,
             anchors=grid,
             box_form=self.build_box_form(),
@@ -107,9 +107,9 @@ class DenseOptions:
         """The boxes or points that predictions are relative to."""
         return anchors_of(anchors, strides)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> nn.Module:
-        """The head for levels of so many channels, with so many anchors a cell."""
-        return self.head(channels, num_levels, num_anchors)
+    def build_head(self, channels: int, anchors: Anchors) -> nn.Module:
+        """The head for levels of so many channels, with a prediction for each of the anchors."""
+        return self.head(channels, anchors)
 
     def build_box_form(self) -> BoxForm:
         """What the head's box numbers mean."""
@@ -129,16 +129,21 @@ class DenseOptions:
         """What predictions cost."""
         return self.criterion
 
-    def head(self, channels: int, num_levels: int, num_anchors: int = 1, **more: Any) -> DenseHead:
+    def head(self, channels: int, anchors: Anchors, **more: Any) -> DenseHead:
         """The standard head that the options describe; ``more`` are arguments of :class:`DenseHead`."""
-        if "box_numbers" not in more:
-            more["box_numbers"] = self.box_form.per_place
-        return DenseHead(channels, self.num_classes, num_anchors, **self.head_arguments(num_levels), **more)
+        return DenseHead(
+            channels,
+            self.num_classes,
+            anchors.per_cell,
+            num_levels=len(anchors.strides),
+            box_numbers=self.box_form.per_place,
+            **self.head_arguments(),
+            **more,
+        )
 
-    def head_arguments(self, num_levels: int) -> dict[str, Any]:
+    def head_arguments(self) -> dict[str, Any]:
         """What the options say of every head, as arguments of :class:`DenseHead` and the heads that inherit from it."""
         return {
-            "num_levels": num_levels,
             "num_convs": self.num_convs,
             "norm": self.norm,
             "kernel_size": self.predictor_kernel,

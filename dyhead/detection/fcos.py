@@ -36,6 +36,6 @@ class FCOSOptions(DenseOptions):
         """The middle of every cell."""
         return points_of(strides, offset=0.5)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> DenseHead:
+    def build_head(self, channels: int, anchors: Anchors) -> DenseHead:
         """With the centerness."""
-        return self.head(channels, num_levels, quality=self.centerness_on, delta_scale=self.scale_per_level)
+        return self.head(channels, anchors, quality=self.centerness_on, delta_scale=self.scale_per_level)

@@ -50,9 +50,9 @@ class GFLOptions(DenseOptions):
             raise ValueError(f"MODEL.ANCHOR_GENERATOR: expected one anchor a cell, got {grid.per_cell}")
         return _OnAnchors(self.assigner, grid)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> DenseHead:
+    def build_head(self, channels: int, anchors: Anchors) -> DenseHead:
         """With a factor for each level."""
-        return self.head(channels, num_levels, delta_scale=True)
+        return self.head(channels, anchors, delta_scale=True)
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,15 @@ class RepPointsOptions(DenseOptions):
         """The corner of every cell."""
         return points_of(strides, offset=0.0)
 
-    def build_head(self, channels: int, num_levels: int, num_anchors: int) -> PointHead:
+    def build_head(self, channels: int, anchors: Anchors) -> PointHead:
         """With two sets of points."""
-        shared = self.head_arguments(num_levels)
         return PointHead(
-            channels, self.num_classes, num_points=self.num_points, points_gradient=self.points_gradient, **shared
+            channels,
+            self.num_classes,
+            num_points=self.num_points,
+            points_gradient=self.points_gradient,
+            num_levels=len(anchors.strides),
+            **self.head_arguments(),
         )
 
     def build_box_form(self) -> Points:

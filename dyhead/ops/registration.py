@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import flops
 from .border import define_border_align
 from .channelwise import define_affine_maximum, define_channel_statistics
 from .checks import accumulation_dtype, check_arguments, check_borders, check_map, check_maps
@@ -105,15 +104,14 @@ _register_autocast("cuda", "AutocastCUDA")
 
 @register_flop_formula(torch.ops.dyhead.pyramid_deform_conv2d)
 def _flops(features, offset, weight, *others, **unused) -> int:
-    """Two per multiply-add of the weights; sampling is not counted."""
-    return 2 * prod(weight) * offset[0] * offset[2] * offset[3]
+    return 2 * flops.deform_conv(weight, offset)
 
 
 @register_flop_formula(torch.ops.dyhead._pyramid_deform_conv2d_backward)
 def _backward_flops(grad, features, offset, weight, bias, mask, level_weight, *others, **unused) -> int:
     needs_features, needs_offset, needs_weight, _, needs_mask, needs_level_weight = others[GEOMETRY]
     samples = needs_features or needs_offset or needs_mask or needs_level_weight
-    return (bool(samples) + bool(needs_weight)) * _flops(features, offset, weight)
+    return 2 * flops.deform_conv_backward(weight, offset, samples, needs_weight)
 
 
 STATISTICS, MAXIMUM, MAXIMUM_BACKWARD = (
@@ -167,6 +165,21 @@ register_derivative(_library, "affine_maximum", _save_maps, _differentiate_maxim
 register_derivative(_library, "_affine_maximum_backward", _save_nothing, refuse_second_derivative, None)
 for _name in ("channel_statistics", "affine_maximum", "_affine_maximum_backward"):
     register_folded(_name)
+
+
+@register_flop_formula(torch.ops.dyhead.channel_statistics)
+def _statistics_flops(x, **unused) -> int:
+    return 2 * flops.channel_statistics(x)
+
+
+@register_flop_formula(torch.ops.dyhead.affine_maximum)
+def _maximum_flops(xs, slopes, intercepts, **unused) -> int:
+    return 2 * flops.affine_maximum(slopes, xs[0])
+
+
+@register_flop_formula(torch.ops.dyhead._affine_maximum_backward)
+def _maximum_backward_flops(grad, xs, slopes, intercepts, **unused) -> int:
+    return 2 * flops.affine_maximum_backward(slopes, grad)
 
 
 @torch.library.register_fake("dyhead::border_align")

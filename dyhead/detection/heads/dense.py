@@ -34,6 +34,8 @@ class DenseHead(nn.Module):
         delta_scale: give the box numbers of each level a learned factor of its own, starting at 1.
         prior_prob: initial probability of every class, in (0, 1).
         box_numbers: numbers per anchor that describe a box.
+        predictor_channels: channels that the predictors read, where a head puts something between towers and
+            predictors; None: those of the levels.
 
     Raises:
         ValueError: an argument outside its range.
@@ -64,6 +66,7 @@ class DenseHead(nn.Module):
         delta_scale: bool = False,
         prior_prob: float = 0.01,
         box_numbers: int = 4,
+        predictor_channels: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, low in (
@@ -73,6 +76,7 @@ class DenseHead(nn.Module):
             ("num_levels", num_levels, 1),
             ("num_convs", num_convs, 0),
             ("box_numbers", box_numbers, 1),
+            ("predictor_channels", channels if predictor_channels is None else predictor_channels, 1),
         ):
             if value < low:
                 raise ValueError(f"{name}: expected at least {low}, got {value}")
@@ -91,7 +95,7 @@ class DenseHead(nn.Module):
             return nn.ModuleList(_ConvNorm(channels, norm, norm_groups, num_levels) for _ in range(num_convs))
 
         def predictor(out_channels: int) -> nn.Conv2d:
-            return convolution(channels, out_channels, kernel_size)
+            return convolution(predictor_channels or channels, out_channels, kernel_size)
 
         self.num_classes = num_classes
         self.num_anchors = num_anchors
