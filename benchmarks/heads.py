@@ -41,6 +41,7 @@ PAPERS = {
     "Dai et al., CVPR 2021": "2106.08322",
     "Girshick et al., CVPR 2014": "1311.2524",
     "Lan et al., CVPR 2020": "2003.12125",
+    "Law and Deng, ECCV 2018": "1808.01244",
     "Li et al., CVPR 2020": "1912.05086",
     "Li et al., NeurIPS 2020": "2006.04388",
     "Lin et al., ICCV 2017": "1708.02002",
@@ -55,7 +56,7 @@ PAPERS = {
     "Zheng et al., AAAI 2020": "1911.08287",
     "Zhu et al., 2020": "2007.03496",
 }
-_CITATION = re.compile(r"\((?P<who>[A-Z]\w+ et al\.)[^()]*?, (?P<where>(?:[A-Z]\w+ )?\d{4})")
+_CITATION = re.compile(r"\((?P<who>[A-Z]\w+ (?:et al\.|and [A-Z]\w+))[^()]*?, (?P<where>(?:[A-Z]\w+ )?\d{4})")
 _BOX_LOSS_PAPERS = {
     "smooth_l1": "",
     "iou": "Yu et al., 2016",

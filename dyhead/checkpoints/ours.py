@@ -10,10 +10,10 @@ canonical key                         what
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
                                       RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``;
-                                      BorderDet: ``border_logits``, ``border_deltas``, ``class_border`` and
-                                      ``box_border``, each with ``point``, ``sides`` and ``out``;
                                       SaccadeNet: ``class_conv``, ``box_conv``, ``center_conv``, ``centers``,
                                       ``corner_conv``, ``corners``, ``aggregation.*``
+                                      BorderDet: ``border_logits``, ``border_deltas``, ``class_border`` and
+                                      ``box_border``, each with ``point``, ``sides`` and ``out``
 ``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``detector.criterion.*``              what a dense detector's losses learn, for training: AutoAssign's center prior of

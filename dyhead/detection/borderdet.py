@@ -60,9 +60,9 @@ class BorderDetOptions(FCOSOptions):
             box_channels=self.border_box_channels,
             pool_size=self.border_pool_size,
             border_norm=self.border_norm,
+            num_levels=len(anchors.strides),
             quality=self.centerness_on,
             delta_scale=self.scale_per_level,
-            num_levels=len(anchors.strides),
             **self.head_arguments(),
         )
 

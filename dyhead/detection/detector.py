@@ -261,14 +261,15 @@ class DenseDetector(nn.Module):
             for part in (predictions.logits, predictions.quality, predictions.refined_logits)
         )
         thresholded, ranked, score = self.score(logits, quality, refined)
+        chosen = (thresholded > self.inference.score_thresh) & ~score.isnan()
         numbers = predictions.boxes[image]
         found, first = [], 0
         for count, shape in zip(places.counts, predictions.shapes, strict=True):
             level = slice(first, first + count)
             first += count
-            passes = (thresholded[level] > self.inference.score_thresh) & ~score[level].isnan()
+            passes = chosen[level]
             if self.inference.peak_kernel > 1:
-                passes &= _are_peaks(ranked[level], shape, self.inference.peak_kernel)
+                passes = passes & _are_peaks(ranked[level], shape, self.inference.peak_kernel)
             place, label = torch.nonzero(passes, as_tuple=True)
             rank = ranked[level][place, label]
             best = rank.topk(min(self.inference.topk, len(rank))).indices

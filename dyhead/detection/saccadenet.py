@@ -79,7 +79,6 @@ class SaccadeNetOptions(DenseOptions):
             points=self.aggregation,
             size_gradient=self.size_gradient,
             refine_center=self.refine_center,
-            num_levels=len(anchors.strides),
             **self.head_arguments(),
         )
 

@@ -213,3 +213,13 @@ register_derivative(_library, "border_align", _save_border, _differentiate_borde
 register_derivative(_library, "_border_align_backward", _save_nothing, refuse_second_derivative, None)
 for _name in ("border_align", "_border_align_backward"):
     register_folded(_name)
+
+
+@register_flop_formula(torch.ops.dyhead.border_align)
+def _border_flops(x, boxes, pool_size, **unused) -> int:
+    return 2 * flops.border_align((*x[:2], *boxes[2:]), pool_size)
+
+
+@register_flop_formula(torch.ops.dyhead._border_align_backward)
+def _border_backward_flops(grad, *unused, **unused_too) -> int:
+    return 2 * flops.border_align_backward(grad)

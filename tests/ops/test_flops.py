@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead.layers import SEPC, DyHead
-from dyhead.ops import backend, channelwise, deform_conv2d, flop_handlers, flops, pyramid_deform_conv2d
+from dyhead.ops import backend, border_align, channelwise, deform_conv2d, flop_handlers, flops, pyramid_deform_conv2d
 from dyhead.ops.reference import pyramid_deform_conv
 
 operator = torch.ops.dyhead.pyramid_deform_conv2d
@@ -94,6 +94,15 @@ def test_channelwise_operators_in_both():
     backward = forward + pixels * (2 + 2 + 1)  # for each input its gradient and its slope's, and the intercept's
     counted = by_torch(lambda: maximum(*inputs).sum().backward())
     assert counted == {"dyhead.affine_maximum": forward, "dyhead._affine_maximum_backward": backward}
+
+
+def test_border_alignment_in_both():
+    x, boxes = torch.rand(2, 12, 7, 6, requires_grad=True), torch.rand(2, 4, 5, 3)
+    forward = 2 * 12 * 5 * 3 * 11 * 4  # eleven samples of four pixels each
+    assert by_fvcore(border_align, x, boxes) == {"border_align": forward}
+    assert by_torch(border_align, x, boxes) == {"dyhead.border_align": forward}
+    counted = by_torch(lambda: border_align(x, boxes).sum().backward())
+    assert counted == {"dyhead.border_align": forward, "dyhead._border_align_backward": forward // 11}
 
 
 @pytest.mark.parametrize(
