@@ -11,7 +11,7 @@ canonical key                         what
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
                                       RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``;
                                       SaccadeNet: ``class_conv``, ``box_conv``, ``center_conv``, ``centers``,
-                                      ``corner_conv``, ``corners``, ``aggregation.*``
+                                      ``corner_conv``, ``corners``, ``aggregation.*``;
                                       BorderDet: ``border_logits``, ``border_deltas``, ``class_border`` and
                                       ``box_border``, each with ``point``, ``sides`` and ``out``
 ``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
