@@ -214,6 +214,12 @@ def test_both_engines_have_the_same_cascade(name, case, tmp_path):
     assert_engines_agree("cascade_rcnn", "_dyhead", case, tmp_path, **{"MODEL.ROI_BOX_HEAD.NAME": name})
 
 
+@pytest.mark.detectron2
+def test_both_engines_have_the_same_cascade_of_two_branches(tmp_path):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": "DoubleHeadExt"}
+    assert_engines_agree("cascade_rcnn", "_dyhead", "none in one image", tmp_path, **options)
+
+
 def assert_engines_agree(name, neck, case, tmp_path, **options):
     """The same losses, gradients and boxes, and statistics after a step."""
     ours, theirs = build("torchvision", name, neck, **options), build("detectron2", name, neck, **options)
