@@ -242,7 +242,7 @@ class DenseDetector(nn.Module):
             first += count
             place, label = torch.nonzero(thresholded[level] > self.inference.score_thresh, as_tuple=True)
             rank = ranked[level][place, label]
-            best = rank.topk(min(self.inference.topk, len(rank))).indices
+            best = _largest(rank, self.inference.topk)
             place, label = place[best], label[best]
             boxes = self.box_form.decode(numbers[level][place], places.anchors[level][place])
             known = ~boxes.isnan().any(dim=1)  # NMS would take one NaN to all boxes
@@ -254,6 +254,13 @@ class DenseDetector(nn.Module):
         lowest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).min()
         keep = batched_nms(boxes - lowest, scores, labels, self.inference.nms_thresh)[: self.inference.limit]
         return Detections(*_inside(boxes[keep], scores[keep], labels[keep], size))
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """The indices of the largest numbers, in their order, at most ``count``."""
+    if torch.jit.is_tracing():  # where how many there are must not become a constant
+        return x.sort(descending=True).indices[:count]
+    return x.topk(min(count, len(x))).indices
 
 
 def _by_place(level: Tensor, anchors: int) -> Tensor:
