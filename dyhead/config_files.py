@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import operator
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import yaml
 
 BASE = "_BASE_"
+_EVAL = "tag:yaml.org,2002:python/object/apply:eval"
 _MOST_NODES = 100_000  # a file of a few lines whose aliases nest stands for billions
 _NULLS = ("~", "null", "Null", "NULL")
 _NUMBER = re.compile(r"[-+]?(\d[\w.]*([eE][-+]\d+)?|\.\d[\w.]*([eE][-+]\d+)?)")
@@ -72,8 +74,8 @@ def read_file(file: str | os.PathLike) -> list[Setting]:
     A relative base starts at the folder of the file that names it; ``~`` is the home folder.
 
     Raises:
-        ConfigError: a file is missing, is not UTF-8 or not YAML, has a tag, is no mapping, or has a key twice; bases
-            that name each other.
+        ConfigError: a file is missing, is not UTF-8 or not YAML, has a tag (but :func:`_arithmetic`), is no mapping, or
+            has a key twice; bases that name each other.
     """
     try:
         return _read_with_bases(os.path.expanduser(file), [])
@@ -220,6 +222,8 @@ class _Reader:
             yield from entries
 
     def _written(self, node: yaml.Node) -> Any:
+        if node.tag == _EVAL:
+            return self._evaluated(node)
         self._count(node)
         if isinstance(node, yaml.SequenceNode):
             return [self._written(part) for part in node.value]
@@ -228,6 +232,19 @@ class _Reader:
         if not node.style and node.value in ("", *_NULLS):
             return None
         return Scalar(node.value, quoted=bool(node.style))
+
+    def _evaluated(self, node: yaml.Node) -> Any:
+        """What Detectron2's Base-RetinaNet.yaml has for the sizes of its anchors; see :func:`_arithmetic`."""
+        parts = node.value if isinstance(node, yaml.SequenceNode) else []
+        text = parts[0].value if len(parts) == 1 and isinstance(parts[0], yaml.ScalarNode) else None
+        try:
+            return _arithmetic(text)
+        except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self._origin(node)}: not YAML that can be read safely: after the tag !!python/object/apply:eval, "
+                f'expected ["<list of numbers>"], with + - * / ** and "for x in [...]" alone, got {shown(text)} '
+                f"({error})"
+            ) from error
 
     def _count(self, node: yaml.Node) -> None:
         if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
@@ -239,6 +256,72 @@ class _Reader:
 
     def _origin(self, node: yaml.Node) -> str:
         return f"config file {self._file}, line {node.start_mark.line + 1}"
+
+
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+_MOST_STEPS = 10_000
+_LARGEST = 2.0**53
+
+
+def _arithmetic(text: str) -> list[Any]:
+    """The list that an expression such as ``[[x, x * 2**(1.0/3)] for x in [32, 64]]`` stands for, as if it was written.
+
+    Lists of numbers and nothing else: no names but those that ``for`` introduces, no calls, no attributes.
+    """
+    nodes = 0
+
+    def value(node: ast.expr, names: dict[str, float]) -> Any:
+        nonlocal nodes
+        nodes += 1
+        if nodes > _MOST_STEPS:
+            raise ValueError(f"more than {_MOST_STEPS} steps")
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [value(part, names) for part in node.elts]
+        if isinstance(node, ast.ListComp) and len(node.generators) == 1:
+            (loop,) = node.generators
+            if isinstance(loop.target, ast.Name) and isinstance(loop.iter, (ast.List, ast.Tuple)) and not loop.ifs:
+                entries = [number(part, names) for part in loop.iter.elts]
+                return [value(node.elt, names | {loop.target.id: entry}) for entry in entries]
+        if isinstance(node, ast.Name) and node.id in names:
+            return names[node.id]
+        if isinstance(node, ast.Constant):
+            result = node.value
+        elif isinstance(node, (ast.BinOp, ast.UnaryOp)) and type(node.op) in _OPERATORS:
+            operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
+            numbers = [number(operand, names) for operand in operands]
+            if isinstance(node.op, ast.Pow):  # of integers it may have millions of digits
+                numbers[0] = numbers[0] if 0 <= numbers[1] <= 64 else float(numbers[0])
+            result = _OPERATORS[type(node.op)](*numbers)
+        else:
+            raise ValueError(f"{type(node).__name__} in column {node.col_offset + 1}")
+        if type(result) not in (int, float) or not abs(result) <= _LARGEST:
+            raise ValueError(f"expected numbers up to {_LARGEST:g}")
+        return result
+
+    def number(node: ast.expr, names: dict[str, float]) -> float:
+        result = value(node, names)
+        if isinstance(result, list):
+            raise ValueError("a list in place of a number")
+        return result
+
+    if not isinstance(text, str):
+        raise ValueError("no text")
+    result = value(ast.parse(text.strip(), mode="eval").body, {})
+    if not isinstance(result, list):
+        raise ValueError("no list")
+    return _as_written(result)
+
+
+def _as_written(result: Any) -> Any:
+    return list(map(_as_written, result)) if isinstance(result, list) else Scalar(repr(result))
 
 
 def _near_file(file: str) -> str:

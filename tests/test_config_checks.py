@@ -20,6 +20,7 @@ CONFIGS = {
     for name, stem in {
         "DyHeadATSS": "atss",
         "DyHeadAutoAssign": "autoassign",
+        "DyHeadBorderDet": "borderdet",
         "DyHeadFCOS": "fcos",
         "DyHeadGFL": "gfl",
         "DyHeadNoisyAnchors": "noisyanchors",

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from dyhead import cli
 from dyhead.config import OPTIONS
-from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_checks import (
+    CASCADE_CHECKS,
+    CHECKS,
+    FPN_CHECKS,
+    KEYPOINT_CHECKS,
+    MASK_CHECKS,
+    RESNET_CHECKS,
+    TWO_STAGE_CHECKS,
+)
 from dyhead.config_page import page
 from dyhead.options import leaves
 
@@ -37,7 +45,9 @@ def test_the_page_lists_every_key_with_its_meaning():
             assert leaf.doc in row
             assert leaf.check is None or leaf.check.text in row
     rows = {key: row for section in sections.values() for key, row in section.items()}
-    for key, check in (CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS).items():
+    for key, check in (
+        CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
+    ).items():
         assert check.text in rows[key]
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from dyhead.config import OPTIONS, ConfigError, add_dyhead_config, get, load_config
+from dyhead.data import DataError
 from dyhead.options import leaves as options_of
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
@@ -32,19 +33,22 @@ HONOURED = {
     "SEED",
 }
 HONOURED_WITH = {
-    "faster_rcnn": {"MODEL.ROI_HEADS.PROPOSAL_APPEND_GT"},
+    "faster_rcnn": {
+        "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+        "MODEL.MASK_ON",
+        "MODEL.KEYPOINT_ON",
+    },
     "detectron2": {
         "MODEL.RESNETS.DEFORM_MODULATED",
         "INPUT.CROP.ENABLED",
         "DATALOADER.REPEAT_SQRT",
         "TEST.PRECISE_BN.ENABLED",
+        "TEST.AUG.ENABLED",
     },
     "detectron2 faster_rcnn": {
-        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
         "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES",
         "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE",
-        "MODEL.MASK_ON",
-        "MODEL.KEYPOINT_ON",
     },
 }
 
@@ -197,10 +201,21 @@ def test_what_is_ignored_is_said_to_be_as_it_is_by_default(engine, outcome):
             {"MODEL.RESNETS.OUT_FEATURES": ["res6"]},
             "MODEL.RESNETS.OUT_FEATURES: expected .* each one of 'stem', 'res2', 'res3', 'res4', 'res5', got",
         ),
-        ({"MODEL.MASK_ON": True, "MODEL.ROI_MASK_HEAD.NUM_CONV": -1}, "MODEL.ROI_MASK_HEAD.NUM_CONV: expected"),
+        (
+            {"MODEL.MASK_ON": True},  # Detectron2's default leaves the mask head without its convolutions
+            "MODEL.ROI_MASK_HEAD.NUM_CONV: expected .* at least 1, as on a pyramid, where Detectron2's .* 4, got 0",
+        ),
         (
             {"MODEL.KEYPOINT_ON": True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": ()},
             "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS: exp",
+        ),
+        (
+            {"MODEL.KEYPOINT_ON": True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3},
+            r"TEST.KEYPOINT_OKS_SIGMAS: expected 3 numbers, as many as NUM_KEYPOINTS, got \[\]",
+        ),
+        (
+            {"MODEL.KEYPOINT_ON": True, "TEST.KEYPOINT_OKS_SIGMAS": [0.1]},
+            r"TEST.KEYPOINT_OKS_SIGMAS: expected 17 numbers, as many as NUM_KEYPOINTS, got \[0.1\]",
         ),
     ],
 )
@@ -225,30 +240,43 @@ def test_masks_and_keypoints_need_annotations():
     from dyhead.detectron2.config import check_annotations
 
     cfg = defaults("detectron2")
-    records = [{"file_name": "a.png", "annotations": [{"segmentation": [[0, 0, 4, 0, 4, 4]]}]}]
-    DatasetCatalog.register("with_masks", lambda: records)
-    DatasetCatalog.register("without_masks", lambda: [*records, {"file_name": "b.png", "annotations": [{}]}])
+    runs = {"size": [4, 6], "counts": "0h0"}
+    sets = {
+        "polygons": [{"segmentation": [[0, 0, 4, 0, 4, 4]], "keypoints": [1, 1, 2]}],
+        "no_masks": [{}],
+        "runs": [{"segmentation": runs}],
+        "runs_for_crowds": [{"segmentation": runs, "iscrowd": 1}],
+        "runs_of_another_size": [{"segmentation": runs | {"size": [6, 4]}}],
+    }
+    for name, annotations in sets.items():
+        record = {"file_name": f"{name}.png", "height": 4, "width": 6, "annotations": annotations}
+        DatasetCatalog.register(name, lambda record=record: [record])
     try:
-        check_annotations(cfg, ["with_masks", "without_masks"])
+        check_annotations(cfg, sets)
         cfg.MODEL.MASK_ON = True
-        check_annotations(cfg, ["with_masks"])
-        with pytest.raises(ConfigError, match=r"^MODEL.MASK_ON: .*'without_masks' .*without a segmentation \(b.png\)"):
-            check_annotations(cfg, ["with_masks", "without_masks"])
+        check_annotations(cfg, ["polygons", "runs_for_crowds"], ["polygons", "runs"])
+        for train, test in ((["no_masks"], []), (["polygons"], ["no_masks"])):
+            with pytest.raises(
+                ConfigError, match=r"^MODEL.MASK_ON: .*'no_masks' .*without a segmentation \(no_masks.p"
+            ):
+                check_annotations(cfg, train, test)
+        with pytest.raises(ConfigError, match=r"INPUT.MASK_FORMAT: expected 'bitmask', since dataset 'runs' has masks"):
+            check_annotations(cfg, ["polygons", "runs"])
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+        check_annotations(cfg, ["polygons", "runs"])
+        with pytest.raises(DataError, match=r"runs_of_another_size.png: expected masks .* of 4 x 6 .* got 6 x 4"):
+            check_annotations(cfg, ["runs_of_another_size"])
         cfg.MODEL.KEYPOINT_ON = True
-        with pytest.raises(ConfigError, match="^MODEL.KEYPOINT_ON: expected False, since dataset 'with_masks' has no"):
-            check_annotations(cfg, ["with_masks"])
+        with pytest.raises(
+            ConfigError, match="^MODEL.KEYPOINT_ON: expected False, since dataset 'polygons' has no key"
+        ):
+            check_annotations(cfg, ["polygons"])
+        MetadataCatalog.get("polygons").keypoint_names = ["a"]
+        with pytest.raises(ConfigError, match=r"NUM_KEYPOINTS: expected 1, the number of keypoints of dataset 'polyg"):
+            check_annotations(cfg, ["polygons"])
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 1
+        check_annotations(cfg, ["polygons"])
     finally:
-        for name in ("with_masks", "without_masks"):
+        for name in sets:
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)
-
-
-@pytest.mark.detectron2
-@pytest.mark.parametrize("key", ["MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"])
-def test_levels_of_two_stage_detectors_are_those_of_the_backbone(key):
-    from dyhead.detectron2 import Trainer
-
-    cfg = defaults("detectron2")
-    load_config(cfg, QUICKSTART / "faster_rcnn_dyhead_R18_shapes.yaml", ["MODEL.DEVICE", "cpu", key, "['p9']"])
-    with pytest.raises(ConfigError, match=rf"^{key}: expected some of the levels p2, p3, p4, p5, p6, got \['p9'\]$"):
-        Trainer.build_model(cfg)

@@ -12,6 +12,7 @@ import dyhead
 from dyhead.config import OPTIONS
 from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.necks import NECKS
 from dyhead.options import above, at_least, choice, each, leaves, of_type, one_of, option, part
 from tests.detection.objects import levels_of
@@ -150,9 +151,17 @@ def test_that_covers_every_option_of_every_neck():
     }
 
 
+@pytest.mark.parametrize("name", BOX_HEADS)
+def test_a_box_head_reads_each_of_its_options(name, watch):
+    options = BOX_HEADS[name].options()
+    seen = watch({type(options)})
+    options.build(8, 3)
+    assert {field for _, field in declared(options)} <= {field for _, field in seen}
+
+
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
 def test_each_engine_reads_each_option_that_belongs_to_no_part(engine):
-    parts = {registered.node for registered in (*DETECTORS.values(), *NECKS.values())}
+    parts = {registered.node for registered in (*DETECTORS.values(), *NECKS.values(), *BOX_HEADS.values())}
     shared = [path for path in PACKAGE.glob("*.py") if path.stem not in ("config_page", "config_options")]
     read_names = set()
     folders = (PACKAGE / name for name in (engine, "evaluation", "runs"))

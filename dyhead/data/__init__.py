@@ -1,7 +1,7 @@
 """Datasets by name: COCO, any COCO-format JSON file, and `shapes`, which the project draws itself. Needs no torch."""
 
 from dyhead.data.catalog import DatasetInfo, get, names, register_coco_json, register_from_config
-from dyhead.data.coco import CocoSplit, load, train_records
+from dyhead.data.coco import CocoSplit, flip_pairs, keypoint_names, load, read_json, train_records
 from dyhead.data.errors import DataError
 from dyhead.data.images import read_image
 
@@ -9,10 +9,13 @@ __all__ = [
     "CocoSplit",
     "DataError",
     "DatasetInfo",
+    "flip_pairs",
     "get",
+    "keypoint_names",
     "load",
     "names",
     "read_image",
+    "read_json",
     "register_coco_json",
     "register_from_config",
     "train_records",

@@ -9,7 +9,8 @@ tolerance:
   is an error, or with `clip_boxes` clipped, too.
 * A box of exactly zero width or height (COCO train2017 has a few) is dropped; with `clip_boxes` so is one that lies
   wholly outside.
-* A missing, null or negative area is width x height. A segmentation that is neither polygons nor RLE is left out.
+* A missing, null or negative area is width x height. A segmentation that is neither polygons nor RLE is left out, and
+  so are keypoints that are not three numbers for each one that the categories name.
 * An id may be written 3.0; it is 3.
 * Images without annotations and crowd annotations (iscrowd 1) are valid and kept. A file without the section
   annotations, such as COCO's image_info_test-dev, is a dataset to detect on only.
@@ -23,7 +24,7 @@ import logging
 import os
 import reprlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,6 +35,7 @@ from dyhead.data.catalog import DatasetInfo
 from dyhead.data.errors import DataError
 
 TOLERANCE = 1.0
+COCO_KEYPOINTS = 17  # of a person; for so many pycocotools knows how far each may be off
 _NAMED = 5  # an error names this many of a file's faults and counts the rest
 _XYXY_ABS = 0  # detectron2.structures.BoxMode.XYXY_ABS
 _LARGEST_AREA = 1e10  # the evaluation leaves larger objects out, without a word
@@ -52,9 +54,10 @@ class CocoSplit:
         category_ids: the ids in the file, whole numbers or text; `category_ids[i]` is the id of class i.
         records: one dict per image, in Detectron2's standard form: file_name (with the folder), height, width,
             image_id (the file's) and annotations, a list of dicts with bbox [x0, y0, x1, y1] in pixels, bbox_mode 0
-            (BoxMode.XYXY_ABS), category_id (the class 0, 1, ...), iscrowd, area in pixels, and segmentation as in
-            the file, if it has one.
+            (BoxMode.XYXY_ABS), category_id (the class 0, 1, ...), iscrowd, area in pixels, and segmentation and
+            keypoints as in the file, if it has them.
         annotated: whether the file has annotations. Without, there are only detections to be had.
+        keypoint_names: of all categories that have keypoints; none where these differ.
     """
 
     info: DatasetInfo
@@ -62,6 +65,7 @@ class CocoSplit:
     category_ids: list[int | str]
     records: list[dict[str, Any]]
     annotated: bool = True
+    keypoint_names: Sequence[str] = ()
 
 
 def read_json(json_file: str | os.PathLike) -> dict[str, Any]:
@@ -122,6 +126,35 @@ def is_crowd(annotation: dict[str, Any]) -> int:
     return int(annotation.get("iscrowd") or 0)
 
 
+def is_mask(segmentation: Any) -> bool:
+    """Whether it has the form of polygons or of RLE, which is all that those who read masks rely on."""
+    if isinstance(segmentation, dict):
+        counts, size = segmentation.get("counts"), segmentation.get("size")
+        return (
+            isinstance(size, (list, tuple))
+            and [type(n) for n in size] == [int, int]
+            and (isinstance(counts, (str, bytes)) or _are_runs(counts, size[0] * size[1]))
+        )
+    return isinstance(segmentation, list) and all(
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and set(map(type, p)) <= {int, float}
+        for p in segmentation
+    )
+
+
+def _are_runs(counts: Any, pixels: int) -> bool:
+    """Whether these are the lengths of runs in an image of so many pixels; pycocotools would read past others."""
+    return isinstance(counts, list) and set(map(type, counts)) == {int} and min(counts) >= 0 and sum(counts) == pixels
+
+
+def flip_pairs(keypoint_names: Sequence[str]) -> list[tuple[str, str]]:
+    """The keypoints that change places in a mirror: left_eye and right_eye, those alike but for "left" and "right"."""
+    return [
+        (name, name.replace("left", "right"))
+        for name in keypoint_names
+        if "left" in name and name.replace("left", "right") in keypoint_names
+    ]
+
+
 def load(info: DatasetInfo, *, clip_boxes: bool = False) -> CocoSplit:
     """Loads and checks a dataset; the module's docstring says what makes it valid.
 
@@ -150,12 +183,26 @@ def load(info: DatasetInfo, *, clip_boxes: bool = False) -> CocoSplit:
     _fail(info, [f"category name '{name}' appears more than once" for name in repeated])
     records = _records(data["images"], info)
     classes = {c: i for i, c in enumerate(category_ids)}
-    _attach_annotations(records, data.get("annotations", []), classes, info, clip_boxes)
-    return CocoSplit(info, class_names, category_ids, list(records.values()), annotated="annotations" in data)
+    names = keypoint_names(categories.values())
+    _attach_annotations(records, data.get("annotations", []), classes, info, clip_boxes, len(names))
+    annotated = "annotations" in data
+    return CocoSplit(info, class_names, category_ids, list(records.values()), annotated, names)
 
 
-def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[dict[str, Any]]:
-    """The records to train on; with `filter_empty` without images that show no object but crowds.
+def keypoint_names(categories: Iterable[dict[str, Any]]) -> list[str]:
+    """The names of the keypoints in an annotation file's categories; none where categories have different ones."""
+    names = [category["keypoints"] for category in categories if isinstance(category.get("keypoints"), list)]
+    same = names and all(other == names[0] for other in names) and all(isinstance(name, str) for name in names[0])
+    return list(names[0]) if same else []
+
+
+def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool, min_keypoints: int = 0) -> list[dict[str, Any]]:
+    """The records to train on.
+
+    Args:
+        splits: the datasets.
+        filter_empty: leave out images that show no object but crowds.
+        min_keypoints: leave out images with fewer annotated keypoints.
 
     Raises:
         DataError: there is none, or a dataset has no annotations.
@@ -169,10 +216,19 @@ def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[di
     records = [record for split in splits for record in split.records]
     if filter_empty:
         records = [record for record in records if any(not a["iscrowd"] for a in record["annotations"])]
+    if min_keypoints:
+        records = [record for record in records if _count_keypoints(record) >= min_keypoints]
+        if not records:
+            names = ", ".join(split.info.name for split in splits)
+            raise DataError(f"dataset {names}: no image with {min_keypoints} annotated keypoints, nothing to train on")
     if not records:
         names = ", ".join(split.info.name for split in splits)
         raise DataError(f"dataset {names}: no image with an annotation that is not a crowd, nothing to train on")
     return records
+
+
+def _count_keypoints(record: dict[str, Any]) -> int:
+    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
 
 
 def _name_fault(category_id: int | str, name: Any) -> str | None:
@@ -235,6 +291,7 @@ def _attach_annotations(
     classes: dict[int | str, int],
     info: DatasetInfo,
     clip_boxes: bool,
+    num_keypoints: int,
 ) -> None:
     ids, faults = set(), []
     for i, a in enumerate(annotations):
@@ -268,7 +325,7 @@ def _attach_annotations(
     negative = [a["id"] for a in annotations if a.get("area") is not None and a["area"] < 0]
     _warn(info, negative, len(boxes), "areas", "are negative and became width x height")
 
-    not_masks = []
+    not_masks, not_keypoints = [], []
     for a, box, skip in zip(annotations, corners.tolist(), empty.tolist(), strict=True):
         if skip:
             continue
@@ -280,12 +337,18 @@ def _attach_annotations(
             "area": area(a),
         }
         if a.get("segmentation"):
-            if _is_mask(a["segmentation"]):
+            if is_mask(a["segmentation"]):
                 entry["segmentation"] = a["segmentation"]
             else:
                 not_masks.append(a["id"])
+        if a.get("keypoints") and num_keypoints:
+            if _are_keypoints(a["keypoints"], num_keypoints):
+                entry["keypoints"] = a["keypoints"]
+            else:
+                not_keypoints.append(a["id"])
         records[a["image_id"]]["annotations"].append(entry)
     _warn(info, not_masks, len(boxes), "segmentations", "are neither polygons nor RLE and were left out")
+    _warn(info, not_keypoints, len(boxes), "lists of keypoints", "do not fit the categories' and were left out")
 
 
 def _annotation_fault(position: int, a: dict, ids: set, records: dict, classes: dict) -> str | None:
@@ -362,18 +425,11 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _is_mask(segmentation: Any) -> bool:
-    """Whether it has the form of polygons or of RLE, which is all that those who read masks rely on."""
-    if isinstance(segmentation, dict):
-        counts, size = segmentation.get("counts"), segmentation.get("size")
-        return (
-            (isinstance(counts, str) or (isinstance(counts, list) and set(map(type, counts)) == {int}))
-            and isinstance(size, list)
-            and [type(n) for n in size] == [int, int]
-        )
-    return isinstance(segmentation, list) and all(
-        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and set(map(type, p)) <= {int, float}
-        for p in segmentation
+def _are_keypoints(keypoints: Any, count: int) -> bool:
+    return (
+        isinstance(keypoints, list)
+        and len(keypoints) == 3 * count
+        and all(type(v) in (int, float) and abs(v) < _FARTHEST for v in keypoints)
     )
 
 

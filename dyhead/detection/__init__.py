@@ -13,6 +13,7 @@ from the finest level to the coarsest, row by row, cell by cell, anchor by ancho
 from dyhead.detection import (
     atss,
     autoassign,
+    borderdet,
     fcos,
     gfl,
     noisy_anchors,
@@ -37,6 +38,7 @@ __all__ = [
     "Targets",
     "atss",
     "autoassign",
+    "borderdet",
     "fcos",
     "gfl",
     "noisy_anchors",

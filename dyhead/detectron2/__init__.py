@@ -1,5 +1,8 @@
 """The Dynamic Head in Detectron2: backbones, detectors and the trainer. Importing it registers them with Detectron2.
 
+The ``shapes`` sets are then in its catalogs, and its ``build_optimizer`` takes ``SOLVER.OPTIMIZER ADAMW`` and the
+clipping ``full_model`` where :func:`add_dyhead_config` has added these keys (:mod:`dyhead.detectron2.solver`).
+
 In a Detectron2 project of one's own:
 
     from detectron2.config import get_cfg
@@ -14,6 +17,7 @@ In a Detectron2 project of one's own:
 arguments, as LazyConfig wants them.
 """
 
+import dyhead.detectron2.solver  # noqa: F401
 from dyhead.config import add_dyhead_config
 from dyhead.detectron2.backbone import (
     DyHeadBackbone,
@@ -24,7 +28,7 @@ from dyhead.detectron2.backbone import (
     build_retinanet_resnet_fpn_dyhead_backbone,
 )
 from dyhead.detectron2.checkpoint import Checkpointer
-from dyhead.detectron2.datasets import NamingMapper, register_datasets
+from dyhead.detectron2.datasets import NamingMapper, register_datasets, register_shapes
 from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
@@ -32,6 +36,7 @@ from dyhead.detectron2.trainer import Trainer
 from dyhead.ops.flops import register_with_fvcore
 
 register_with_fvcore()
+register_shapes()
 globals().update(META_ARCHITECTURES)  # DyHeadFCOS, DyHeadRetinaNet, ...
 
 __all__ = [

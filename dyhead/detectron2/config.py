@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from fvcore.common.registry import Registry
 
 from dyhead.config import (
     TWO_STAGE,
@@ -17,9 +18,12 @@ from dyhead.config import (
     expect,
     get,
     ignore_keys,
+    meta_architectures,
 )
-from dyhead.config_checks import BOX_LOSSES
-from dyhead.options import Check, above, at_least, at_least_one, between, each, of_type, one_of
+from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
+from dyhead.detectron2.augmentation import check_augmentation
+from dyhead.options import Check, above, at_least, at_least_one, each, of_type, one_of
+from dyhead.runs.preflight import check_parts
 
 _WHOLE, _FLAG, _NUMBER = of_type(int), of_type(bool), of_type(float)
 _COUNT, _POOLER = _WHOLE & at_least(1), one_of("ROIAlignV2", "ROIAlign", "ROIPool")
@@ -49,61 +53,35 @@ CHECKS: dict[str, Check] = {
 
 #: Of two-stage detectors, likewise.
 TWO_STAGE_CHECKS: dict[str, Check] = {
-    "MODEL.MASK_ON": _FLAG,
-    "MODEL.KEYPOINT_ON": _FLAG,
     "MODEL.PROPOSAL_GENERATOR.NAME": one_of("RPN"),
     "MODEL.RPN.HEAD_NAME": one_of("StandardRPNHead"),
     "MODEL.RPN.BOUNDARY_THRESH": _WHOLE & at_least(-1),
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": one_of(*BOX_LOSSES),
-    "MODEL.ROI_HEADS.NAME": one_of("StandardROIHeads", "CascadeROIHeads"),
-    "MODEL.ROI_BOX_HEAD.NAME": one_of("FastRCNNConvFCHead"),
+    "MODEL.ROI_HEADS.NAME": one_of("StandardROIHeads", CASCADE),
+    "MODEL.ROI_BOX_HEAD.NAME": one_of(*BOX_HEAD_NAMES),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": one_of(*BOX_LOSSES),
     "MODEL.ROI_BOX_HEAD.NORM": _NORM,
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": _FLAG,
     "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": _FLAG,
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": _FLAG,
 }
 
-#: With the RoI heads CascadeROIHeads.
-CASCADE_CHECKS: dict[str, Check] = {
-    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": of_type(tuple[float, ...]) & at_least_one("stage") & each(between(0, 1)),
-    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Check(
-        "lists of 4 numbers above 0",
-        lambda stages: (
-            of_type(tuple[tuple[float, ...], ...]).fits(stages)
-            and all(len(stage) == 4 and min(stage) > 0 for stage in stages)
-        ),
-    ),
-}
-
-#: With MODEL.MASK_ON.
+#: With MODEL.MASK_ON, and with MODEL.KEYPOINT_ON, beside those of both engines.
 MASK_CHECKS: dict[str, Check] = {
-    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
-    "MODEL.ROI_MASK_HEAD.NAME": one_of("MaskRCNNConvUpsampleHead"),
-    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _COUNT,
-    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE & at_least(0),
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
     "MODEL.ROI_MASK_HEAD.NORM": _NORM,
-    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
+}
+KEYPOINT_CHECKS: dict[str, Check] = {"MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER}
+
+#: With TEST.AUG.ENABLED.
+AUGMENTATION_CHECKS: dict[str, Check] = {
+    "TEST.AUG.MIN_SIZES": of_type(tuple[int, ...]) & at_least_one("size in pixels") & each(at_least(1)),
+    "TEST.AUG.MAX_SIZE": _COUNT,
+    "TEST.AUG.FLIP": _FLAG,
 }
 
-#: With MODEL.KEYPOINT_ON.
-KEYPOINT_CHECKS: dict[str, Check] = {
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": one_of("KRCNNConvDeconvUpsampleHead"),
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": _COUNT,
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER,
-    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": of_type(tuple[int, ...]) & at_least_one("convolution") & each(at_least(1)),
-    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": _COUNT,
-    "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _WHOLE & at_least(0),
-    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _FLAG,
-    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NUMBER & at_least(0),
-}
-
-# What nothing reads, or what needs more than annotations of objects. Patterns, as a shell's file names.
+# What nothing reads of the configured detector's, or what needs more than annotations of objects. Patterns, as a
+# shell's file names.
 _NOT_HONOURED = (
     "MODEL.LOAD_PROPOSALS",
     "DATASETS.*PROPOSAL*",
@@ -111,19 +89,16 @@ _NOT_HONOURED = (
     "MODEL.ROI_BOX_HEAD.*FED_LOSS*",
     "MODEL.SEM_SEG_HEAD.*",
     "MODEL.PANOPTIC_FPN.*",
-    "TEST.KEYPOINT_OKS_SIGMAS",
-    "TEST.AUG.*",
     "GLOBAL.HACK",
 )
 
 
 def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     """The checks, beside those of both engines, of the keys that the configured detector reads, by key."""
-    checks = dict(CHECKS)
+    checks = dict(CHECKS) | (AUGMENTATION_CHECKS if cfg.TEST.AUG.ENABLED else {})
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
         for reads, more in (
-            (cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads", CASCADE_CHECKS),
             (cfg.MODEL.MASK_ON, MASK_CHECKS),
             (cfg.MODEL.KEYPOINT_ON, KEYPOINT_CHECKS),
         ):
@@ -132,10 +107,12 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
 
 
 def ignore_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
-    """See :func:`dyhead.config.ignore_keys`."""
-    optional = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
-    unread = optional.keys() - detectron2_checks(cfg).keys()
-    ignore_keys(cfg, given, add_dyhead_config(get_cfg()), (*_NOT_HONOURED, *unread), "The Detectron2 engine")
+    """See :func:`dyhead.config.ignore_keys`. Nothing is known of what a meta-architecture of others does not read."""
+    ignored: Iterable[str] = ()
+    if cfg.MODEL.META_ARCHITECTURE in meta_architectures():
+        optional = TWO_STAGE_CHECKS | AUGMENTATION_CHECKS
+        ignored = (*_NOT_HONOURED, *(optional.keys() - detectron2_checks(cfg).keys()))
+    ignore_keys(cfg, given, add_dyhead_config(get_cfg()), tuple(ignored), "The Detectron2 engine")
 
 
 def check_values(cfg: CfgNode, processes: int = 1) -> None:
@@ -148,30 +125,36 @@ def check_values(cfg: CfgNode, processes: int = 1) -> None:
     Raises:
         ConfigError: names the key, what was expected and what came.
     """
-    check_config(cfg)
-    backbones = sorted(name for name, _ in BACKBONE_REGISTRY)
+    check_config(cfg, _registered(META_ARCH_REGISTRY))
+    backbones = _registered(BACKBONE_REGISTRY)
     expect(cfg, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME in backbones, f"one of {', '.join(backbones)}")
     for key, check in detectron2_checks(cfg).items():
         expect(cfg, key, check.fits(get(cfg, key)), check.text)
     _check_stages(cfg)
     _check_crop(cfg)
-    _check_cascade(cfg)
+    check_augmentation(cfg)
     _check_scaled(cfg, processes)
 
 
-def check_annotations(cfg: CfgNode, names: Iterable[str]) -> None:
-    """Raise :class:`ConfigError` unless these registered datasets have the masks and keypoints to train on."""
-    for name in names:
-        if cfg.MODEL.KEYPOINT_ON and MetadataCatalog.get(name).get("keypoint_names") is None:
-            raise ConfigError(f"MODEL.KEYPOINT_ON: expected False, since dataset {name!r} has no keypoints, got True")
-        if not cfg.MODEL.MASK_ON:
-            continue
-        for record in DatasetCatalog.get(name):
-            if not all(annotation.get("segmentation") for annotation in record["annotations"]):
-                raise ConfigError(
-                    f"MODEL.MASK_ON: expected False, since dataset {name!r} has objects without a segmentation "
-                    f"({record['file_name']}), got True"
-                )
+def _registered(registry: Registry) -> list[str]:
+    return sorted(name for name, _ in registry)
+
+
+def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str] = ()) -> None:
+    """Check that registered datasets have the masks and keypoints to train on, and to evaluate.
+
+    Args:
+        cfg: the configuration.
+        train: names of the datasets to train on.
+        test: names of those to evaluate on.
+
+    Raises:
+        ConfigError: they have none, or not in the form that the configuration says.
+    """
+    train = list(train)
+    for name in dict.fromkeys((*train, *test)):
+        records, keypoints = DatasetCatalog.get(name), MetadataCatalog.get(name).get("keypoint_names")
+        check_parts(cfg, name, records, keypoints, trained=name in train)
 
 
 def _check_stages(cfg: CfgNode) -> None:
@@ -189,18 +172,6 @@ def _check_crop(cfg: CfgNode) -> None:
         expect(cfg, "INPUT.CROP.SIZE", all(map(_WHOLE.fits, size)), f"pixels with INPUT.CROP.TYPE {kind}")
 
 
-def _check_cascade(cfg: CfgNode) -> None:
-    if cfg.MODEL.META_ARCHITECTURE != TWO_STAGE or cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
-        return
-    ious, weights = cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS, cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
-    first = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]
-    cascade = "MODEL.ROI_BOX_CASCADE_HEAD"
-    expect(cfg, f"{cascade}.IOUS", ious[0] == first, f"MODEL.ROI_HEADS.IOU_THRESHOLDS, {first}, first")
-    expect(cfg, f"{cascade}.BBOX_REG_WEIGHTS", len(weights) == len(ious), f"{len(ious)} lists, as many as IOUS")
-    agnostic = "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
-    expect(cfg, agnostic, get(cfg, agnostic), "True with MODEL.ROI_HEADS.NAME CascadeROIHeads")
-
-
 def _check_scaled(cfg: CfgNode, processes: int) -> None:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, processes) or processes < 1:  # so few are refused elsewhere
@@ -208,7 +179,7 @@ def _check_scaled(cfg: CfgNode, processes: int) -> None:
     batch = cfg.SOLVER.IMS_PER_BATCH
     expect(cfg, "SOLVER.REFERENCE_WORLD_SIZE", batch % reference == 0, f"a divisor of SOLVER.IMS_PER_BATCH, {batch}")
     try:
-        check_config(DefaultTrainer.auto_scale_workers(cfg, processes))
+        check_config(DefaultTrainer.auto_scale_workers(cfg, processes), _registered(META_ARCH_REGISTRY))
     except ConfigError as error:
         raise ConfigError(
             f"SOLVER.REFERENCE_WORLD_SIZE {reference}: the schedule cannot be scaled to {processes} devices: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,13 @@ from torch.utils.data import get_worker_info
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes
 from dyhead.data import CocoSplit, DataError
+from dyhead.data.shapes import SPECS
+from dyhead.evaluation.coco import as_rle
 from dyhead.runs.interruption import leave_to_main_process
 
 # What this module has put into Detectron2's catalogs, and whether boxes were clipped.
 _registered: dict[str, tuple[CocoSplit, bool]] = {}
+_drawn_when_used: set[str] = set()
 
 
 def register_datasets(names: Iterable[str], entries: Iterable[Sequence[str]] = (), *, clip_boxes: bool = False) -> None:
@@ -50,17 +54,52 @@ def register_datasets(names: Iterable[str], entries: Iterable[Sequence[str]] = (
     entries = list(entries)
     data.register_from_config(entries)
     for name, *_ in entries:
-        if name in DatasetCatalog and name not in _registered:
+        if _is_of_others(name):
             raise DataError(f"dataset name '{name}': it is the name of a dataset of Detectron2, choose another")
     for name in names:
-        if name in DatasetCatalog and name not in _registered:
+        if _is_of_others(name):
             if name in data.names():
                 data.get(name)  # says what to do where COCO's files are missing
+            _name_classes(name)
             continue
         info = data.get(name)
         known, clipped = _registered.get(name, (None, None))
         if known is None or known.info != info or clipped != clip_boxes:
             _register(data.load(info, clip_boxes=clip_boxes), clip_boxes)
+
+
+def register_shapes() -> None:
+    """Put the ``shapes`` sets into Detectron2's catalogs; one is drawn, and checked, when it is first asked for."""
+    for name, spec in SPECS.items():
+        if name not in DatasetCatalog:
+            DatasetCatalog.register(name, partial(_draw, name))
+            MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=list(spec.classes))
+            _drawn_when_used.add(name)
+
+
+def _draw(name: str) -> list[dict[str, Any]]:
+    register_datasets([name])
+    return DatasetCatalog.get(name)
+
+
+def _is_of_others(name: str) -> bool:
+    return name in DatasetCatalog and name not in _registered and name not in _drawn_when_used
+
+
+def name_keypoints(names: Iterable[str]) -> None:
+    """Fill in the names of keypoints, and which of them mirrors exchange, of registered datasets that do not say them.
+
+    The annotation file has the names; see :func:`dyhead.data.flip_pairs` for the mirrors.
+    """
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        keypoints = metadata.get("keypoint_names")
+        if keypoints is None and metadata.get("json_file"):
+            content = data.read_json(PathManager.get_local_path(metadata.json_file))
+            keypoints = data.keypoint_names(content["categories"])
+        for key, value in _keypoint_metadata(keypoints or ()).items():
+            if metadata.get(key) is None:
+                metadata.set(**{key: value})
 
 
 def registered_split(name: str) -> CocoSplit | None:
@@ -104,6 +143,10 @@ class NamingMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Arguments of the constructor."""
+        if not is_train and cfg.MODEL.KEYPOINT_ON:  # Detectron2 would ask for the keypoints that are trained on
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(cfg, is_train)
         arguments["augmentations"] = [_leaving_a_pixel(augmentation) for augmentation in arguments["augmentations"]]
         return arguments
@@ -219,16 +262,51 @@ def _read(sample: dict[str, Any], image_format: str) -> np.ndarray:
 
 def _register(split: CocoSplit, clip_boxes: bool) -> None:
     name = split.info.name
-    if name in _registered:  # from other files, before
+    if name in DatasetCatalog:
         DatasetCatalog.remove(name)
+    if name in _registered:  # from other files, before
         MetadataCatalog.remove(name)
+    records = [_as_detectron2s(record, 3 * len(split.keypoint_names)) for record in split.records]
     # Detectron2 hands the records out; who changes them must not change the next one's.
-    DatasetCatalog.register(name, lambda: copy.deepcopy(split.records))
-    MetadataCatalog.get(name).set(
-        json_file=split.info.json_file,
+    DatasetCatalog.register(name, lambda: copy.deepcopy(records))
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("json_file") is None:  # or an evaluator of Detectron2's has made one, before the set was drawn
+        metadata.set(json_file=split.info.json_file)
+    metadata.set(
         image_root=split.info.image_root,
         evaluator_type="coco",
         thing_classes=split.class_names,
         thing_dataset_id_to_contiguous_id={category: i for i, category in enumerate(split.category_ids)},
+        **_keypoint_metadata(split.keypoint_names),
     )
     _registered[name] = split, clip_boxes
+
+
+def _as_detectron2s(record: dict[str, Any], numbers: int) -> dict[str, Any]:
+    """A record whose masks are polygons or compressed RLE, and whose keypoints are those of the image's plane.
+
+    All objects have keypoints, of which so many ``numbers`` make a list, if any has: 0 where there are none.
+    """
+    annotations = []
+    for annotation in record["annotations"]:
+        own = dict(annotation)
+        if isinstance(own.get("segmentation"), dict):
+            own["segmentation"] = as_rle(own["segmentation"], record["height"], record["width"])
+        if numbers:  # COCO's count pixels
+            points = annotation.get("keypoints") or [0] * numbers
+            own["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(points)]
+        annotations.append(own)
+    return record | {"annotations": annotations}
+
+
+def _keypoint_metadata(names: Sequence[str]) -> dict[str, Any]:
+    return {"keypoint_names": list(names), "keypoint_flip_map": data.flip_pairs(names)} if names else {}
+
+
+def _name_classes(name: str) -> None:
+    """Load a dataset of others whose classes have no names yet, as ``register_coco_instances`` leaves it."""
+    if MetadataCatalog.get(name).get("thing_classes") is None:
+        try:
+            DatasetCatalog.get(name)
+        except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
+            raise DataError(f"dataset {name!r} cannot be loaded ({type(error).__name__}: {error})") from error

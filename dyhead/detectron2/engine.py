@@ -18,7 +18,7 @@ from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.config_files import Scalar, resolve
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
-from dyhead.detectron2.datasets import check_classes, check_trainable, register_datasets
+from dyhead.detectron2.datasets import check_classes, check_trainable, name_keypoints, register_datasets
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
@@ -108,6 +108,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
         checkpointer.load(checkpointer.get_checkpoint_file() if args.resume else cfg.MODEL.WEIGHTS)
         results = Trainer.test(cfg, model)
+        Trainer.test_augmented(cfg, model, results)
     else:
         trainer = Trainer(cfg)
         if args.resume and not trainer.checkpointer.has_checkpoint():
@@ -117,6 +118,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
             write_config(cfg)
         results = trainer.train()
         model = trainer.checkpointer.model
+        trainer.test_augmented(cfg, model, results)
     if comm.is_main_process():
         if not args.eval_only:
             report_losses(cfg)
@@ -131,7 +133,9 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     register_datasets(names, cfg.DATASETS.REGISTER, clip_boxes=cfg.DATASETS.CLIP_BOXES)
     check_classes(cfg, names)
     check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
-    check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN)
+    if cfg.MODEL.KEYPOINT_ON:
+        name_keypoints(names)
+    check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     if not args.eval_only:
         check_trainable(cfg)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from typing import Any
@@ -17,11 +18,14 @@ from torch import nn
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
+from dyhead.detectron2.augmentation import with_augmentation
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import evaluation_loader, train_loader
-from dyhead.detectron2.evaluation import BoxEvaluator, defined
+from dyhead.detectron2.evaluation import InstanceEvaluator, build_evaluator, defined
 from dyhead.detectron2.schedule import build_lr_scheduler
+from dyhead.evaluation.expected import WITH_TTA
 from dyhead.evaluation.results import check_weights
+from dyhead.necks import Necked
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.optimizer import build_optimizer, resumed_state
@@ -135,11 +139,18 @@ class Trainer(DefaultTrainer):
             known = ", ".join(sorted(name for name, _ in BACKBONE_REGISTRY))
             raise ConfigError(f"MODEL.BACKBONE.NAME: expected one of {known}, got {cfg.MODEL.BACKBONE.NAME!r}")
         try:
-            return super().build_model(cfg)
+            model = super().build_model(cfg)
         except ConfigError:
             raise
         except (AssertionError, KeyError, ValueError) as error:
             raise ConfigError(f"the model cannot be built from this config: {type(error).__name__}: {error}") from error
+        if cfg.MODEL.NECKS and not any(isinstance(module, Necked) for module in model.modules()):
+            raise ConfigError(
+                f"MODEL.NECKS {list(cfg.MODEL.NECKS)}: {cfg.MODEL.META_ARCHITECTURE} does not know of necks: set "
+                "MODEL.BACKBONE.NAME to a backbone with DyHead in its name, such as build_resnet_fpn_dyhead_backbone, "
+                f"or build another with DyHeadBackbone, got {cfg.MODEL.BACKBONE.NAME!r}"
+            )
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -172,9 +183,30 @@ class Trainer(DefaultTrainer):
         return super().test(cfg, model, evaluators)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
-        """COCO's evaluation of boxes, the same as the torchvision engine's."""
-        return BoxEvaluator(dataset_name, cfg.OUTPUT_DIR)
+    def test_augmented(cls, cfg: CfgNode, model: nn.Module, results: dict[str, Any]) -> None:
+        """Evaluate once more with ``TEST.AUG``, if it is enabled, as tasks "bbox_TTA", ... of the same datasets.
+
+        Args:
+            cfg: the config.
+            model: the detector, not wrapped in DistributedDataParallel.
+            results: what :meth:`test` has returned, in the main process; it is completed.
+        """
+        names = cfg.DATASETS.TEST
+        if not cfg.TEST.AUG.ENABLED or not names:
+            return
+        model.eval()
+        _log.info("Evaluating with test-time augmentation")
+        evaluators = [InstanceEvaluator(name, os.path.join(cfg.OUTPUT_DIR, "inference_TTA")) for name in names]
+        augmented = super().test(cfg, with_augmentation(cfg, model).eval(), evaluators)
+        if comm.is_main_process():
+            for name in names:
+                own, more = (each if len(names) == 1 else each[name] for each in (results, augmented))
+                own.add({f"{task}{WITH_TTA}": metrics for task, metrics in more.items()})
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> InstanceEvaluator:
+        """See :func:`dyhead.detectron2.evaluation.build_evaluator`; of boxes the same as the torchvision engine's."""
+        return build_evaluator(cfg, dataset_name)
 
 
 class _StopHook(hooks.HookBase):

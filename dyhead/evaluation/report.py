@@ -35,13 +35,14 @@ class Report:
     Attributes:
         model: name of what was evaluated (the meta-architecture, or the config file).
         dataset: its name.
-        metrics: result of `evaluate_coco`.
+        metrics: result of `evaluate_coco` for boxes.
         parameters: number of parameters.
         timing: result of `measure`, or None.
         gflops: result of `count_flops` for one image of `input_size`, or None.
         input_size: (height, width) in pixels of the image that `gflops` is for.
         engine: library that trained or ran it, with its version.
         machine: result of `describe_machine`.
+        tasks: metrics in percent of what is evaluated beside boxes, by Detectron2's names: "segm", "keypoints", ...
     """
 
     model: str
@@ -53,10 +54,14 @@ class Report:
     input_size: tuple[int, int] | None = None
     engine: str = ""
     machine: dict[str, Any] = field(default_factory=describe_machine)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def format_table(reports: Sequence[Report]) -> str:
-    """One aligned plain-text table, one row per report, followed by how the columns were measured."""
+    """One aligned plain-text table, one row per report, followed by how the columns were measured.
+
+    Other tasks have a row of their own, `<dataset>/<task>`, and those without an AP a line below the table.
+    """
     header = ["model", "dataset", *METRICS, "ms", "ms p95", "images/s", "MiB", "params (M)", "GFLOPs"]
     rows = [header]
     for r in reports:
@@ -65,6 +70,10 @@ def format_table(reports: Sequence[Report]) -> str:
         numbers = [r.metrics.get(key) for key in METRICS] + list(speed)
         cells = [_number(n, 1) for n in numbers] + [_number(r.parameters / 1e6, 2), _number(r.gflops, 2)]
         rows.append([r.model, r.dataset, *cells])
+        for task, metrics in r.tasks.items():
+            if "AP" in metrics:
+                average = [_number(metrics.get(key), 1) for key in METRICS]
+                rows.append([r.model, f"{r.dataset}/{task}", *average, *["-"] * (len(header) - 2 - len(METRICS))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -73,6 +82,12 @@ def format_table(reports: Sequence[Report]) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * max(map(len, lines)))
+    for r in reports:
+        for task, metrics in r.tasks.items():
+            if "AP" not in metrics:  # classes have "-" in their names
+                main = {key: value for key, value in metrics.items() if "-" not in key}
+                numbers = ", ".join(f"{key} {_number(value, 1)}" for key, value in main.items())
+                lines.append(f"{r.dataset}/{task}: {numbers}")
     return "\n".join(lines + list(dict.fromkeys(_note(r) for r in reports)))
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,17 +33,25 @@ class Evaluated:
 
     Attributes:
         split: the dataset.
-        metrics: those of :func:`dyhead.evaluation.evaluate_coco`.
+        metrics: of the boxes, those of :func:`dyhead.evaluation.evaluate_coco`.
         detections: COCO's result dicts of all images.
+        tasks: the metrics of what else is evaluated, by Detectron2's names: "segm", "keypoints", "sem_seg", ...
     """
 
     split: CocoSplit
     metrics: dict[str, float]
     detections: list[dict[str, Any]]
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def evaluate_detections(
-    split: CocoSplit, detections: list[dict[str, Any]], output_dir: str, truth: dict[str, Any] | None = None
+    split: CocoSplit,
+    detections: list[dict[str, Any]],
+    output_dir: str,
+    truth: dict[str, Any] | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    sigmas: Sequence[float] = (),
 ) -> Evaluated:
     """Write the detections of a dataset, see :func:`detections_file`, and compute their AP.
 
@@ -54,6 +62,8 @@ def evaluate_detections(
         detections: COCO's result dicts of all its images.
         output_dir: ``OUTPUT_DIR``.
         truth: the annotations in COCO's format, where the dataset has no file of them.
+        tasks: what is evaluated beside the boxes, "segm" or "keypoints".
+        sigmas: see :func:`dyhead.evaluation.evaluate_coco`.
     """
     file = detections_file(output_dir, split.info.name)
     try:
@@ -61,7 +71,9 @@ def evaluate_detections(
         write_json(detections, file)
     except (OSError, ValueError) as error:
         _log.warning("%s: the detections cannot be written (%s)", file, error)
-    return Evaluated(split, evaluate_coco(split.info if truth is None else truth, detections), detections)
+    truth = split.info if truth is None else truth
+    others = {task: evaluate_coco(truth, detections, task, sigmas=sigmas) for task in tasks}
+    return Evaluated(split, evaluate_coco(truth, detections), detections, others)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -124,6 +136,7 @@ def report_evaluation(
             count_parameters(model),
             engine=engine,
             machine=machine,
+            tasks=result.tasks,
         )
         for result in results
     ]
@@ -140,7 +153,7 @@ def report_evaluation(
     _warn_of_limits(cfg, results)
     picture = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
     _attempt(f"Drawing {picture}", lambda: draw_predictions(first.split, first.detections, picture))
-    check_expected_results(cfg, {report.dataset: report.metrics for report in reports})
+    check_expected_results(cfg, {report.dataset: {"bbox": report.metrics} | report.tasks for report in reports})
 
 
 def report_losses(cfg: CfgNode) -> None:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from dyhead.data.coco import CocoSplit
 from dyhead.data.images import read_image
 from dyhead.evaluation import lettering
+from dyhead.evaluation.coco import as_rle
 from dyhead.files import replacing
 
 _SIDE = 320  # pixels: the longer side of each image on the sheet
@@ -35,6 +36,8 @@ def draw_predictions(
     score_threshold: float = 0.3,
 ) -> None:
     """Draws some images of a dataset in pairs, ground truth on the left and predictions on the right.
+
+    Masks and keypoints are drawn where objects and predictions have them.
 
     Names of classes are drawn in any script that there is a font for. Where there is none, a class has its number, from
     0, and its name with escapes; a warning says so once.
@@ -56,14 +59,14 @@ def draw_predictions(
 
     pairs = []
     for record in chosen:
-        truth = [(a["bbox"], a["category_id"], "") for a in record["annotations"] if not a["iscrowd"]]
+        truth = [(a["bbox"], a["category_id"], "", a) for a in record["annotations"] if not a["iscrowd"]]
         predicted = [
-            ([x, y, x + w, y + h], classes[d["category_id"]], f" {d['score']:.2f}")
+            ([x, y, x + w, y + h], classes[d["category_id"]], f" {d['score']:.2f}", d)
             for d in sorted(found[record["image_id"]], key=lambda d: d["score"])  # the most confident on top
             for x, y, w, h in [d["bbox"]]
         ]
         image = Image.fromarray(read_image(record["file_name"], size=(record["height"], record["width"])))
-        pairs.append([_with_boxes(image, boxes, names) for boxes in (truth, predicted)])
+        pairs.append([_with_boxes(_with_masks(image, objects), objects, names) for objects in (truth, predicted)])
 
     columns = min(2, max(1, count))  # of pairs
     rows = [pairs[i : i + columns] for i in range(0, count, columns)]
@@ -141,14 +144,31 @@ def _drawable(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def _with_boxes(image: Image.Image, boxes: Sequence[tuple[Sequence[float], int, str]], names: list[str]) -> Image.Image:
+_Drawn = tuple[Sequence[float], int, str, dict[str, Any]]  # box, class, score, and what masks and keypoints are in
+
+
+def _with_masks(image: Image.Image, objects: Sequence[_Drawn]) -> Image.Image:
+    """The image, with masks as a tint of it where there are any."""
+    if not any("segmentation" in entry for *_, entry in objects):
+        return image
+    from pycocotools import mask as coco_masks
+
+    pixels = np.asarray(image).astype(np.float32)
+    for _, class_index, _, entry in objects:
+        if "segmentation" in entry:
+            mask = coco_masks.decode(as_rle(entry["segmentation"], image.height, image.width)).astype(bool)
+            pixels[mask] += 0.45 * (np.float32(_colour(class_index)) - pixels[mask])
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _with_boxes(image: Image.Image, boxes: Sequence[_Drawn], names: list[str]) -> Image.Image:
     """A copy that fits the sheet's cell, with boxes (x0, y0, x1, y1 in pixels of the image), classes and scores."""
     scale = _SIDE / max(image.size)
     resized = image.resize([max(1, round(n * scale)) for n in image.size])
     small = Image.new("RGB", [max(_SHORT, n) for n in resized.size], "lightgrey")
     small.paste(resized)
     pen = ImageDraw.Draw(small)
-    for box, class_index, score in boxes:
+    for box, class_index, score, entry in boxes:
         x0, y0, x1, y1 = (min(max(v * scale, -9), 2 * _SIDE) for v in box)  # Pillow draws what cannot be seen, too
         colour = _colour(class_index)
         pen.rectangle((x0 - 1, y0 - 1, max(x0, x1 - 1) + 1, max(y0, y1 - 1) + 1), outline="black")
@@ -160,6 +180,11 @@ def _with_boxes(image: Image.Image, boxes: Sequence[tuple[Sequence[float], int, 
         y = y0 - height - 2 if y0 > height + 2 else min(y1, small.height - height - 2)
         pen.rectangle((x, y, x + width + 1, y + height + 1), fill="black")
         lettering.write(pen, x + 1, y, text, colour, _LETTERS)
+        points = np.reshape(entry.get("keypoints", ()), (-1, 3))
+        for u, v, shown in points.tolist():  # in the truth, the third number is 0 where there is no point
+            if shown > 0:
+                u, v = (min(max((n + 0.5) * scale, -9), 2 * _SIDE) for n in (u, v))
+                pen.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colour, outline="black")
     return small
 
 

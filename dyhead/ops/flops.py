@@ -1,8 +1,9 @@
 """Multiply-adds of the operators, for PyTorch's FLOP counter and for fvcore's.
 
 Of a deformable convolution the products with its weights are counted, as of a dense convolution, and not the sampling;
-of a channelwise operator each sum and product of every pixel. Importing `dyhead.ops` registers them with
-`torch.utils.flop_counter`, which counts two for a multiply-add; fvcore, which counts one, takes `flop_handlers()`.
+of a channelwise operator each sum and product of every pixel; of border alignment the four products of each sample.
+Importing `dyhead.ops` registers them with `torch.utils.flop_counter`, which counts two for a multiply-add; fvcore,
+which counts one, takes `flop_handlers()`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,16 @@ def affine_maximum_backward(slopes: Shape, grad: Shape) -> int:
     return affine_maximum(slopes, grad) + (2 * slopes[2] + 1) * prod(grad)
 
 
+def border_align(out: Shape, pool_size: int) -> int:
+    """Of a result (N, 4*C, H, W): the largest of ``pool_size`` + 1 samples each."""
+    return 4 * (pool_size + 1) * prod(out)
+
+
+def border_align_backward(out: Shape) -> int:
+    """To the four pixels of the one sample that each number of a result (N, 4*C, H, W) is."""
+    return 4 * prod(out)
+
+
 def flop_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """What `set_op_handle` of fvcore's FlopCountAnalysis, and of Detectron2's, takes to count the operators.
 
@@ -52,8 +63,12 @@ def flop_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def shape(value: Any) -> Shape:
         return value.type().sizes()
 
+    def of_borders(inputs: list[Any], outputs: list[Any]) -> int:
+        return border_align(shape(outputs[0]), inputs[2].toIValue())
+
     return {
         "dyhead::pyramid_deform_conv2d": lambda inputs, outputs: deform_conv(shape(inputs[2]), shape(inputs[1])),
+        "dyhead::border_align": of_borders,
         "dyhead::channel_statistics": lambda inputs, outputs: channel_statistics(shape(inputs[0])),
         "dyhead::affine_maximum": lambda inputs, outputs: affine_maximum(shape(inputs[1]), shape(outputs[0])),
     }

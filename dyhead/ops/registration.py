@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import flops
+from .border import define_border_align
 from .channelwise import define_affine_maximum, define_channel_statistics
-from .checks import accumulation_dtype, check_arguments, check_map, check_maps
+from .checks import accumulation_dtype, check_arguments, check_borders, check_map, check_maps
 from .reference import autocast_values, pyramid_deform_conv
 from .transforms import refuse_second_derivative, register_derivative, register_folded, register_loop
 
@@ -179,3 +180,46 @@ def _maximum_flops(xs, slopes, intercepts, **unused) -> int:
 @register_flop_formula(torch.ops.dyhead._affine_maximum_backward)
 def _maximum_backward_flops(grad, xs, slopes, intercepts, **unused) -> int:
     return 2 * flops.affine_maximum_backward(slopes, grad)
+
+
+@torch.library.register_fake("dyhead::border_align")
+def _border_fake(x, boxes, pool_size):
+    check_borders(x, boxes, pool_size)
+    size = (*x.shape[:2], *boxes.shape[2:])
+    values = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return values, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("dyhead::_border_align_backward")
+def _border_backward_fake(grad, x, boxes, index, pool_size, deterministic=False):
+    check_borders(x, boxes, pool_size)
+    return _empty_like(x)
+
+
+def _save_border(ctx, arguments, result):
+    x, boxes, ctx.pool_size = arguments
+    ctx.set_materialize_grads(False)  # of the points' numbers: they have none
+    ctx.save_for_backward(x, boxes, result[1])
+
+
+def _differentiate_border(ctx, needs, grad, _):
+    if grad is None or not needs[0]:
+        return None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.ops.dyhead._border_align_backward(grad, *ctx.saved_tensors, ctx.pool_size, deterministic)
+
+
+register_derivative(_library, "border_align", _save_border, _differentiate_border, define_border_align)
+register_derivative(_library, "_border_align_backward", _save_nothing, refuse_second_derivative, None)
+for _name in ("border_align", "_border_align_backward"):
+    register_folded(_name)
+
+
+@register_flop_formula(torch.ops.dyhead.border_align)
+def _border_flops(x, boxes, pool_size, **unused) -> int:
+    return 2 * flops.border_align((*x[:2], *boxes[2:]), pool_size)
+
+
+@register_flop_formula(torch.ops.dyhead._border_align_backward)
+def _border_backward_flops(grad, *unused, **unused_too) -> int:
+    return 2 * flops.border_align_backward(grad)

@@ -51,6 +51,11 @@ def test_multiply_adds_by_hand():
     # and 18 numbers more.
     points = (3 * 9 * 256 * 256 + 256 * (18 + 80 + 18)) * pixels
     assert table["RepPoints"][-2] == f"{points / 1e9:.1f}"
+    # BorderDet, besides FCOS's: of either module 1 x 1 convolutions to the point and the four sides, one of all five to
+    # 256 channels, and the predictor; of each side's channel eleven samples of four pixels.
+    widths = {256: 80, 128: 4}
+    borders = sum(2 * 5 * width * 256 + 256 * outputs + 4 * width * 11 * 4 for width, outputs in widths.items())
+    assert table["BorderDet"][-2] == f"{(expected['FCOS'] + borders * pixels) / 1e9:.1f}"
     # PConv, four times: at each level its own convolution; at all but the finest, one that reads the finer level and
     # one whose result the finer level gets. Then a convolution of each task.
     pconv = (4 * (pixels + 2 * (pixels - 100 * 168)) + 2 * pixels) * 9 * 256 * 256

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dyhead.data import DataError, DatasetInfo, load, train_records
-from dyhead.data.coco import area, is_crowd, read_json
+from dyhead.data.coco import area, flip_pairs, is_crowd, read_json
 
 
 def test_records_are_in_detectron2s_form(small_set):
@@ -309,6 +309,41 @@ def test_segmentations_that_are_no_masks_are_left_out_with_one_warning(small_set
     kept = [a.get("segmentation") for record in split.records for a in record["annotations"]]
     assert kept == [None, second["segmentation"], None]
     assert warnings == ["2 of 3 segmentations are neither polygons nor RLE and were left out (annotation ids 11, 13)"]
+
+
+@pytest.mark.parametrize("counts", [[0, 1200], [600, 600]])
+def test_runs_that_do_not_fill_the_image_are_no_mask(small_set, counts):
+    first = small_set.data["annotations"][0]
+    first["segmentation"] = {"counts": counts, "size": [30, 40]}
+    assert "segmentation" in load(small_set.write()).records[0]["annotations"][0]
+    for wrong in (counts[:1], [*counts, 1], [-1, *counts, 1]):
+        first["segmentation"]["counts"] = wrong
+        assert "segmentation" not in load(small_set.write()).records[0]["annotations"][0]
+
+
+def test_keypoints_are_passed_on_with_the_names_that_all_categories_share(small_set, caplog):
+    names = ["nose", "left_eye", "right_eye"]
+    cat, dog = small_set.data["categories"]
+    assert load(small_set.write()).keypoint_names == []
+    cat["keypoints"] = names
+    first, second, third = small_set.data["annotations"]
+    first["keypoints"] = [1, 2, 2, 3, 4, 1, 0, 0, 0]
+    second["keypoints"] = [1, 2, 2]
+    third["keypoints"] = [1, 2, 2, "3", 4, 1, 0, 0, 0]
+    split, warnings = warnings_of(caplog, lambda: load(small_set.write()))
+    assert split.keypoint_names == names
+    kept = [a.get("keypoints") for record in split.records for a in record["annotations"]]
+    assert kept == [first["keypoints"], None, None]
+    assert warnings == [
+        "2 of 3 lists of keypoints do not fit the categories' and were left out (annotation ids 12, 13)"
+    ]
+    dog["keypoints"] = ["tail"]
+    assert load(small_set.write()).keypoint_names == []
+
+
+def test_keypoints_that_change_places_in_a_mirror_are_known_by_their_names():
+    names = ["nose", "left_eye", "right_eye", "lefthand", "a_left_b", "a_right_b"]
+    assert flip_pairs(names) == [("left_eye", "right_eye"), ("a_left_b", "a_right_b")]
 
 
 def test_paths_of_images_may_be_absolute_or_lead_elsewhere_and_be_no_unicode(small_set):

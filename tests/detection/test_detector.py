@@ -8,7 +8,7 @@ from dyhead.detection import DETECTORS, DenseDetector, DenseHead, Predictions, T
 from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import IGNORED, CenterAssigner
 from dyhead.detection.boxes import Distances
-from dyhead.detection.criteria import TwoStage
+from dyhead.detection.criteria import BorderCriterion, TwoStage
 from dyhead.detection.detector import BoxLoss, Inference
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detection.losses import FocalLoss
@@ -219,7 +219,7 @@ def test_levels_that_are_not_read_get_a_gradient_of_0(as_pairs):
 
 
 def losses_by_loops(detector, predictions, targets, quality_name, by_centerness=False, weight=1.0, smallest=1e-6):
-    logits, numbers, quality, _ = predictions
+    logits, numbers, quality = predictions[:3]
     places = detector.places(predictions)
     assigned = detector.assign(places, targets).tolist()
     of_class, of_box, of_quality, total = 0.0, 0.0, 0.0, 0.0
@@ -311,6 +311,8 @@ def test_ignored_places_cost_nothing(name):
     detector.assigner = Ignoring()
     if isinstance(detector.criterion, TwoStage):
         detector.criterion.first_assigner = Ignoring()
+    if isinstance(detector.criterion, BorderCriterion):
+        detector.criterion.border_assigner = Ignoring()
     losses = detector.losses(detector(make_pyramid(1)), make_targets(2))
     assert all(value == 0 for value in losses.values())
 
@@ -319,12 +321,20 @@ def test_ignored_places_cost_nothing(name):
 @pytest.mark.parametrize("counts", [(0, 0), (3, 0), (4, 2)])
 def test_gradients_reach_every_parameter(name, counts):
     detector = build(name)
+    if name == "DyHeadBorderDet":
+        nn.init.constant_(detector.head.deltas.bias, 2.0)  # its first boxes overlap no object enough to be refined
     sum(detector.losses(detector(make_pyramid()), make_targets(*counts)).values()).backward()
     for key, parameter in detector.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
-        # The factor of a level without an object has none to reach it from, nor has what is before a 0.
-        without = key == "head.delta_scale" or key.startswith("head.aggregation.")
+        # The factor of a level without an object has none to reach it from, nor has what is before a 0; a bias before a
+        # norm has none at all.
+        without = (
+            key == "head.delta_scale"
+            or key.startswith("head.aggregation.")
+            or "border.point.bias" in key
+            or "border.sides.bias" in key
+        )
         assert parameter.grad.any() or not sum(counts) or without, key
         if "logits" in key:
             assert parameter.grad.any(), key
@@ -337,7 +347,7 @@ def test_autocast_computes_losses_in_float32(name):
         predictions = detector(make_pyramid())
         inside = detector.losses(predictions, targets)
         found = detector.eval().detections(predictions, [(HEIGHT, WIDTH)] * 2)
-    assert {part.dtype for part in predictions[:3] if part is not None} == {torch.float32}
+    assert {part.dtype for part in predictions.values} == {torch.float32}
     assert {loss.dtype for loss in inside.values()} == {torch.float32}
     assert {each.boxes.dtype for each in found} == {torch.float32}
 
@@ -506,6 +516,16 @@ def test_a_nan_does_not_hide_the_peak_beside_it():
     predictions = predict(boxes, [[math.nan, -9, -9], [3.0, -9, -9], [2.0, -9, -9], [4.0, -9, -9]])
     (found,) = detector.detections(predictions, [(8, 32)])
     assert found.scores.tolist() == pytest.approx([sigmoid(4), sigmoid(3)])
+
+
+@pytest.mark.parametrize("topk_by", ["class", "score"])
+def test_what_has_no_score_is_not_detected_where_the_class_is_what_is_compared(topk_by):
+    score = Score("product", score_thresh_on="class", topk_by=topk_by)
+    detector = make_detector(score=score, inference=Inference(0.1, topk=1), strides=(8,))
+    predictions = predict([[0, 0, 8, 8], [8, 0, 16, 8]], [[5.0, -9, -9], [3.0, -9, -9]], quality=[math.nan, 0.0])
+    (found,) = detector.detections(predictions, [(8, 32)])
+    assert found.boxes.tolist() == [[8, 0, 16, 8]]
+    assert found.scores.tolist() == pytest.approx([sigmoid(3) / 2])
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(0.5, 0), (0.4999, 1)])

@@ -18,7 +18,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventWriter
 
-from dyhead.detectron2.evaluation import BoxEvaluator
+from dyhead.config import ConfigError
+from dyhead.detectron2.evaluation import InstanceEvaluator
 from dyhead.detectron2.trainer import Dispensable
 
 IDS = {"as usual": lambda i: i + 1, "beyond 64 bits beside small ones": lambda i: 2**63 + i if i % 2 else i}
@@ -78,7 +79,7 @@ def test_ap_is_that_of_detectron2_also_by_class(catalog, tmp_path):
     theirs = COCOEvaluator("mine", distributed=False, use_fast_impl=False, output_dir=str(tmp_path / "theirs"))
     expected = evaluated(theirs, copy.deepcopy(inputs), copy.deepcopy(outputs))["bbox"]
     assert 5 < expected["AP"] < 95
-    results = evaluated(BoxEvaluator("mine", str(tmp_path)), inputs, outputs)
+    results = evaluated(InstanceEvaluator("mine", str(tmp_path)), inputs, outputs)
     assert dict(results) == {"bbox": pytest.approx(dict(expected), nan_ok=True)}
     written = json.loads((tmp_path / "inference/mine/coco_instances_results.json").read_text())
     assert written == json.loads((tmp_path / "theirs/coco_instances_results.json").read_text())
@@ -92,6 +93,65 @@ def test_ap_is_that_of_detectron2_also_by_class(catalog, tmp_path):
     assert results.evaluated.split.class_names == ["four", "seven"]
 
 
+def with_masks_and_keypoints(data, outputs, count=5):
+    """Polygons and ``count`` keypoints for every object, and for every detection a mask and keypoints near to them."""
+    rng = np.random.default_rng(5)
+    for category in data["categories"]:
+        category["keypoints"] = [f"point {k}" for k in range(count)]
+    for a in data["annotations"]:
+        x, y, w, h = a["bbox"]
+        a["segmentation"] = [[x, y, x + w, y, x + w / 2, y + h]]  # a triangle
+        points = rng.uniform((x, y), (x + w, y + h), (count, 2))
+        a["keypoints"] = np.column_stack([points, rng.integers(0, 3, count)]).flatten().tolist()
+        a["num_keypoints"] = sum(v > 0 for v in a["keypoints"][2::3])
+    for image, output in zip(data["images"], outputs, strict=True):
+        found = output["instances"]
+        objects = [a for a in data["annotations"] if a["image_id"] == image["id"]]
+        masks, points = torch.zeros((len(found), 150, 200), dtype=torch.bool), torch.zeros((len(found), count, 3))
+        rows, columns = torch.arange(150)[:, None] + 0.5, torch.arange(200)[None] + 0.5
+        for i, (x0, y0, x1, y1) in enumerate(found.pred_boxes.tensor.tolist()):
+            depth = (rows - y0) / (y1 - y0) / 2
+            masks[i] = (
+                (rows > y0) & (rows < y1) & (columns > x0 + depth * (x1 - x0)) & (columns < x1 - depth * (x1 - x0))
+            )
+            nearest = min(objects, key=lambda a: abs(a["bbox"][0] - x0) + abs(a["bbox"][1] - y0))
+            own = np.array(nearest["keypoints"]).reshape(count, 3)
+            own[:, :2] += 0.5 + rng.normal(0, 2, (count, 2))
+            own[:, 2] = rng.random(count)
+            points[i] = torch.tensor(own)
+        found.pred_masks, found.pred_keypoints = masks, points
+
+
+@pytest.mark.parametrize("count", [5, 17])
+def test_the_ap_of_masks_and_keypoints_is_that_of_detectron2(catalog, tmp_path, count):
+    data, inputs, outputs = annotated()
+    with_masks_and_keypoints(data, outputs, count)
+    (tmp_path / "truth.json").write_text(json.dumps(data))
+    register_coco_instances("mine", {}, str(tmp_path / "truth.json"), str(tmp_path))
+    DatasetCatalog.get("mine")
+    sigmas = [0.05 + 0.01 * k for k in range(count)] if count != 17 else []
+    theirs = COCOEvaluator("mine", distributed=False, use_fast_impl=False, kpt_oks_sigmas=sigmas)
+    expected = evaluated(theirs, copy.deepcopy(inputs), copy.deepcopy(outputs))
+    results = evaluated(InstanceEvaluator("mine", str(tmp_path), sigmas=sigmas), inputs, outputs)
+    assert list(results) == ["bbox", "segm", "keypoints"]
+    for task in results:
+        assert 5 < expected[task]["AP"] < 95
+        assert dict(results[task]) == pytest.approx(dict(expected[task]), nan_ok=True), task
+    assert results.evaluated.tasks == {
+        task: pytest.approx(results[task], nan_ok=True) for task in ("segm", "keypoints")
+    }
+    record = results.evaluated.split.records[0]["annotations"][0]
+    assert record["keypoints"] == pytest.approx(data["annotations"][0]["keypoints"])  # Detectron2 adds half a pixel
+
+
+def test_a_detector_of_no_objects_is_named(catalog, tmp_path):
+    DatasetCatalog.register("none", lambda: [])
+    MetadataCatalog.get("none").set(thing_classes=["seven"])
+    evaluator = InstanceEvaluator("none", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"META_ARCHITECTURE: expected one that detects objects.*'proposals'"):
+        evaluator.process([{"image_id": 1}], [{"proposals": None}])
+
+
 def test_ids_of_any_size_give_the_same_ap_and_come_back(catalog, tmp_path):
     results = {}
     for kind, change in IDS.items():
@@ -103,7 +163,7 @@ def test_ids_of_any_size_give_the_same_ap_and_come_back(catalog, tmp_path):
             thing_classes=["four", "seven"],
             thing_dataset_id_to_contiguous_id={4: 0, 7: 1},
         )
-        results[kind] = evaluated(BoxEvaluator(kind, str(tmp_path)), inputs, outputs)
+        results[kind] = evaluated(InstanceEvaluator(kind, str(tmp_path)), inputs, outputs)
         found = {d["image_id"] for d in results[kind].evaluated.detections}
         assert found <= {change(i) for i in range(8)}
         assert len(found) > 4
@@ -126,7 +186,9 @@ def test_a_set_of_records_without_a_file_is_evaluated_too(catalog, tmp_path):
     MetadataCatalog.get("records").set(thing_classes=["four", "seven"])
     register_coco_instances("file", {}, str(tmp_path / "truth.json"), str(tmp_path))
     DatasetCatalog.get("file")
-    found, expected = (evaluated(BoxEvaluator(name, str(tmp_path)), inputs, outputs) for name in ("records", "file"))
+    found, expected = (
+        evaluated(InstanceEvaluator(name, str(tmp_path)), inputs, outputs) for name in ("records", "file")
+    )
     assert found["bbox"] == pytest.approx(expected["bbox"], abs=0.01, nan_ok=True)  # its boxes are rounded
     assert {d["category_id"] for d in found.evaluated.detections} == {0, 1}
 
@@ -139,7 +201,7 @@ def test_one_class_has_its_ap_and_no_detections_are_zero(catalog, tmp_path):
     register_coco_instances("one", {}, str(tmp_path / "truth.json"), str(tmp_path))
     DatasetCatalog.get("one")
     nothing = [{"instances": output["instances"][:0]} for output in outputs]
-    metrics = evaluated(BoxEvaluator("one", str(tmp_path)), inputs, nothing)["bbox"]
+    metrics = evaluated(InstanceEvaluator("one", str(tmp_path)), inputs, nothing)["bbox"]
     assert list(metrics) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AP-four"]
     assert {value for value in metrics.values() if not math.isnan(value)} == {0.0}
 

@@ -1,4 +1,5 @@
 # ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,15 @@ pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
+from dyhead.data.shapes import SPECS
 from dyhead.detectron2 import Trainer, register_datasets
-from dyhead.detectron2.datasets import NamingMapper, check_classes
+from dyhead.detectron2.datasets import NamingMapper, check_classes, name_keypoints, register_shapes
 
 import torch  # isort: skip
 
@@ -147,3 +151,78 @@ def test_the_evaluator_takes_files_without_area_and_iscrowd(own_set, tiny_cfg):
     metrics = evaluator.evaluate()["bbox"]
     assert metrics["AP"] == pytest.approx(100)
     assert metrics["AP-cat"] == pytest.approx(100)
+
+
+POINTS = ["left_ear", "right_ear", "tail"]
+
+
+def with_parts(data):
+    """Masks of all kinds, and keypoints of the first object."""
+    data["categories"][0]["keypoints"] = POINTS
+    first, second = data["annotations"]
+    first["segmentation"] = {"size": [40, 60], "counts": [405, 30, 1965]}  # a column of 30 pixels
+    first["keypoints"] = [10, 5, 2, 29, 5, 1, 0, 0, 0]
+    second["segmentation"] = [[30, 0, 60, 0, 60, 20]]
+
+
+def test_masks_and_keypoints_have_detectron2s_form(own_set, tiny_cfg):
+    own_set("own_parts", with_parts)
+    metadata = MetadataCatalog.get("own_parts")
+    assert metadata.keypoint_names == POINTS
+    assert metadata.keypoint_flip_map == [("left_ear", "right_ear")]
+    first, second = DatasetCatalog.get("own_parts")[0]["annotations"]
+    assert first["keypoints"] == [10.5, 5.5, 2, 29.5, 5.5, 1, 0.5, 0.5, 0]
+    assert len(second["keypoints"]) == 9
+    assert not any(second["keypoints"][2::3])
+    settings = {
+        "MODEL.MASK_ON": True,
+        "MODEL.KEYPOINT_ON": True,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3,
+        "TEST.KEYPOINT_OKS_SIGMAS": [0.1, 0.1, 0.1],
+        "INPUT.MASK_FORMAT": "bitmask",
+        "INPUT.MIN_SIZE_TRAIN": (40,),
+        "INPUT.RANDOM_FLIP": "none",
+        "DATASETS.TRAIN": ("own_parts",),
+    }
+    (record,) = DatasetCatalog.get("own_parts")
+    instances = NamingMapper(tiny_cfg("faster_rcnn", settings), is_train=True)(record)["instances"]
+    mask = torch.zeros(40, 60, dtype=torch.bool)
+    mask[5:35, 10] = True
+    assert torch.equal(instances.gt_masks.tensor[0], mask)
+    assert instances.gt_keypoints.tensor[0].tolist() == [[10.5, 5.5, 2], [29.5, 5.5, 1], [0, 0, 0]]
+    # To evaluate, nothing is asked of the sets that were trained on.
+    settings["DATASETS.TRAIN"] = ("not_registered",)
+    assert "instances" not in NamingMapper(tiny_cfg("faster_rcnn", settings), is_train=False)(record)
+
+
+def test_sets_that_others_register_have_names_once_they_are_needed(own_set, tiny_cfg, tmp_path):
+    file = own_set("own_file", with_parts)
+    for name, metadata in (("others_plain", {}), ("others_told", {"keypoint_names": ["a", "b", "c"]})):
+        register_coco_instances(name, metadata, str(file), str(tmp_path))
+        assert MetadataCatalog.get(name).get("thing_classes") is None
+        register_datasets([name])
+        check_classes(tiny_cfg(), [name, "own_file"])
+    name_keypoints(["others_plain", "others_told"])
+    plain, told = (MetadataCatalog.get(name) for name in ("others_plain", "others_told"))
+    assert (plain.keypoint_names, plain.keypoint_flip_map) == (POINTS, [("left_ear", "right_ear")])
+    assert (told.keypoint_names, told.keypoint_flip_map) == (["a", "b", "c"], [])
+    register_coco_instances("others_gone", {}, str(tmp_path / "gone.json"), str(tmp_path))
+    with pytest.raises(DataError, match=r"dataset 'others_gone' cannot be loaded .*gone.json"):
+        register_datasets(["others_gone"])
+
+
+def test_shapes_are_in_the_catalogs_and_drawn_when_they_are_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    spec = dataclasses.replace(SPECS["shapes_easy_val"], images=2, side=(64, 64), size=(16, 24))
+    monkeypatch.setitem(SPECS, "shapes_tiny", spec)
+    assert set(SPECS) - {"shapes_tiny"} <= set(DatasetCatalog.list())
+    register_shapes()
+    assert MetadataCatalog.get("shapes_tiny").thing_classes == ["circle", "triangle", "square"]
+    assert not (tmp_path / "shapes").exists()
+    evaluator = COCOEvaluator("shapes_tiny", output_dir=str(tmp_path / "evaluated"))  # before anything has loaded it
+    assert len(evaluator._coco_api.imgs) == 2
+    records = DatasetCatalog.get("shapes_tiny")
+    assert len(records) == 2
+    assert all(Path(record["file_name"]).is_file() for record in records)
+    assert MetadataCatalog.get("shapes_tiny").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}

@@ -199,3 +199,97 @@ def test_a_box_that_is_not_a_number_is_not_dropped_in_silence(truth):
     found = coco_results(1, [5], boxes, torch.ones(1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(DataError, match="detection 0 of image 1: expected a finite box"):
         evaluate_coco(truth, found)
+
+
+def square(x, y, side):
+    return [[x, y, x + side, y, x + side, y + side, x, y + side]]
+
+
+def rle(x, y, w, h, height=100, width=200):
+    """Uncompressed RLE of a box: runs of 0 and 1 in turn, column by column."""
+    mask = [x <= column < x + w and y <= row < y + h for column in range(width) for row in range(height)]
+    counts, last, run = [], False, 0
+    for value in mask:
+        if value != last:
+            counts, last, run = [*counts, run], value, 0
+        run += 1
+    return {"size": [height, width], "counts": [*counts, run]}
+
+
+@pytest.fixture
+def masked(truth):
+    """The truth of `truth` with masks: a polygon that fills the box, RLE of the same, and RLE of half the dog's box."""
+    data = json.loads(truth.read_text())
+    data["annotations"][0]["segmentation"] = square(0, 0, 50)
+    data["annotations"][1]["segmentation"] = rle(100, 0, 20, 20)
+    data["annotations"][2]["segmentation"] = rle(10, 10, 40, 20)
+    return data
+
+
+def mask(x, y, w, h):
+    grid = torch.zeros(1, 100, 200, dtype=torch.bool)
+    grid[0, y : y + h, x : x + w] = True
+    return grid
+
+
+def found(image, category, box, grid):
+    x, y, w, h = box
+    boxes, scores, labels = torch.tensor([[x, y, x + w, y + h]]), torch.tensor([0.9]), torch.tensor([0])
+    return coco_results(image, [category], boxes, scores, labels, masks=grid)
+
+
+def test_masks_are_compared_whatever_the_boxes(masked):
+    right = found(1, 5, (3, 3, 9, 9), mask(0, 0, 50, 50)) + found(2, 5, KITTEN, mask(100, 0, 20, 20))
+    metrics = evaluate_coco(masked, right + found(2, 7, DOG, mask(10, 10, 40, 20)), "segm")
+    assert metrics["AP"] == pytest.approx(100)
+    assert list(metrics)[:6] == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    # The dog's whole box is twice its mask: an overlap of 0.5 reaches one of ten thresholds.
+    metrics = evaluate_coco(masked, right + found(2, 7, DOG, mask(10, 10, 40, 40)), "segm")
+    assert (metrics["AP-cat"], metrics["AP-dog"]) == pytest.approx((100, 10))
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (None, r"annotation 2 of image 2: expected polygons or RLE"),
+        ([], r"annotation 2 of image 2: expected polygons or RLE"),
+        (rle(0, 0, 4, 4, height=90), r"annotation 2 of image 2: expected RLE of the size of its image, \(100, 200\)"),
+    ],
+)
+def test_objects_without_a_mask_are_named_where_masks_are_evaluated(masked, segmentation, message):
+    masked["annotations"][2]["segmentation"] = segmentation
+    with pytest.raises(DataError, match=message):
+        evaluate_coco(masked, [], "segm")
+    assert evaluate_coco(masked, [])["AP"] == 0
+
+
+def test_detections_without_a_mask_are_named(masked):
+    with pytest.raises(DataError, match="detection 0: expected image_id, .* and segmentation, got no segmentation"):
+        evaluate_coco(masked, [detection(1, 5, CAT)], "segm")
+
+
+def test_keypoints_count_by_their_distance_and_sigmas(truth):
+    data = json.loads(truth.read_text())
+    data["annotations"] = data["annotations"][2:]  # the dog, of 1600 pixels
+    data["annotations"][0]["keypoints"] = [20, 20, 2, 30, 40, 1, 0, 0, 0]  # two that are there
+    sigmas = (0.1, 0.2, 0.05)
+
+    def average(dx, dy):
+        points = torch.tensor([[[20.5 + dx, 20.5, 0.3], [30.5, 40.5 + dy, 0.4], [90.0, 90.0, 0.1]]])
+        boxes = torch.tensor([[10.0, 10.0, 50.0, 50.0]])
+        results = coco_results(2, [7], boxes, torch.tensor([0.9]), torch.tensor([0]), keypoints=points)
+        metrics = evaluate_coco(data, results, "keypoints", sigmas=sigmas)
+        assert list(metrics) == ["AP", "AP50", "AP75", "APm", "APl", "AP-cat", "AP-bird", "AP-dog"]
+        return metrics["AP-dog"]
+
+    assert average(0, 0) == pytest.approx(100)
+    for dx, dy in ((4, 0), (0, 12), (5, 9)):
+        # COCO's object keypoint similarity, of the points that are there.
+        similarity = sum(
+            math.exp(-(d**2) / (2 * 1600 * (2 * s) ** 2)) / 2 for d, s in zip((dx, dy), sigmas[:2], strict=True)
+        )
+        reached = sum(similarity >= 0.5 + 0.05 * t for t in range(10))
+        assert average(dx, dy) == pytest.approx(10 * reached)
+        assert 0 < reached < 10
+    with pytest.raises(DataError, match="expected keypoints of 17 times x, y and visibility, got 9 numbers"):
+        evaluate_coco(data, [], "keypoints")

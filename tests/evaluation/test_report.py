@@ -51,3 +51,16 @@ def test_results_are_valid_json_with_the_machine(report, tmp_path):
     assert result["input_size"] == [192, 256]
     assert {"device", "threads", "torch"} <= set(result["machine"])
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_other_tasks_have_rows_or_lines_and_are_in_the_json(report, tmp_path):
+    report.tasks = {"segm": {**METRICS, "AP": 12.34}, "sem_seg": {"mIoU": 56.78, "fwIoU": math.nan, "IoU-sky": 3.0}}
+    lines = format_table([report]).splitlines()
+    row = next(line for line in lines if "/segm" in line)
+    assert row.split()[1:3] == [f"{report.dataset}/segm", "12.3"]
+    assert row.split()[-1] == "-"
+    assert f"{report.dataset}/sem_seg: mIoU 56.8, fwIoU -" in lines
+    write_results([report], tmp_path)
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert result["tasks"]["segm"]["AP"] == 12.34
+    assert result["tasks"]["sem_seg"] == {"mIoU": 56.78, "fwIoU": None, "IoU-sky": 3.0}

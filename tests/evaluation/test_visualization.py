@@ -44,6 +44,21 @@ def test_predictions_are_drawn_right_of_the_ground_truth_and_in_place(split, tmp
     assert grey[top + 50, left + 100 : left + 200].all()
 
 
+def test_masks_tint_the_image_and_keypoints_are_dots(split, tmp_path):
+    plain = drawn(split, [detection(10)], tmp_path, count=1)
+    mask = np.zeros((160, 320), bool)
+    mask[70:90, 210:250] = True
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], mask.T.flatten(), [0]]))), prepend=0, append=mask.size)
+    with_mask = detection(10) | {"segmentation": {"size": [160, 320], "counts": [int(n) for n in runs]}}
+    left, top = 8 + 320 + 8, 22
+    changed = (drawn(split, [with_mask], tmp_path, count=1) != plain).any(axis=2)
+    np.testing.assert_array_equal(changed[top : top + 160, left : left + 320], mask)
+    points = detection(10) | {"keypoints": [230, 80, 0.7, 10, 10, 0]}  # the second is none
+    changed = np.argwhere((drawn(split, [points], tmp_path, count=1) != plain).any(axis=2))
+    assert np.abs(changed - (top + 80, left + 230)).max() <= 3
+    assert len(changed) > 8
+
+
 def test_unsure_detections_and_those_of_other_images_are_not_drawn(split, tmp_path):
     empty = drawn(split, [], tmp_path, count=1)
     np.testing.assert_array_equal(drawn(split, [detection(10, 0.29), detection(11)], tmp_path, count=1), empty)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dyhead.layers import SEPC, DyHead
-from dyhead.ops import backend, channelwise, deform_conv2d, flop_handlers, flops, pyramid_deform_conv2d
+from dyhead.ops import backend, border_align, channelwise, deform_conv2d, flop_handlers, flops, pyramid_deform_conv2d
 from dyhead.ops.reference import pyramid_deform_conv
 
 operator = torch.ops.dyhead.pyramid_deform_conv2d
@@ -96,6 +96,15 @@ def test_channelwise_operators_in_both():
     assert counted == {"dyhead.affine_maximum": forward, "dyhead._affine_maximum_backward": backward}
 
 
+def test_border_alignment_in_both():
+    x, boxes = torch.rand(2, 12, 7, 6, requires_grad=True), torch.rand(2, 4, 5, 3)
+    forward = 2 * 12 * 5 * 3 * 11 * 4  # eleven samples of four pixels each
+    assert by_fvcore(border_align, x, boxes) == {"border_align": forward}
+    assert by_torch(border_align, x, boxes) == {"dyhead.border_align": forward}
+    counted = by_torch(lambda: border_align(x, boxes).sum().backward())
+    assert counted == {"dyhead.border_align": forward, "dyhead._border_align_backward": forward // 11}
+
+
 @pytest.mark.parametrize(
     "make", [lambda: DyHead(32, num_blocks=2), lambda: SEPC(32, num_blocks=2)], ids=["DyHead", "SEPC"]
 )
@@ -110,6 +119,14 @@ def test_counters_agree_on_whole_necks_and_with_the_definition(make):
     with backend("reference"):
         products = by_torch(neck, levels)["aten.bmm"]
     assert products == ours["dyhead.pyramid_deform_conv2d"]
+
+
+def test_no_operator_is_left_out():
+    names = {name.removeprefix("dyhead::") for name in torch._C._dispatch_get_all_op_names() if "dyhead::" in name}
+    assert "pyramid_deform_conv2d" in names
+    assert {name for name in names if getattr(torch.ops.dyhead, name) not in flop_registry} == set()
+    forward = {name for name in names if not name.endswith("_backward")}
+    assert {name.removeprefix("dyhead::") for name in flop_handlers()} == forward
 
 
 def test_fvcore_may_have_no_defaults_to_add_to(monkeypatch):

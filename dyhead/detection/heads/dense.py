@@ -106,7 +106,7 @@ class DenseHead(nn.Module):
         self.deltas = predictor(num_anchors * box_numbers)
         self.quality = predictor(num_anchors) if quality else None
         self.delta_scale = nn.Parameter(torch.ones(num_levels)) if delta_scale else None
-        nn.init.constant_(self.logits.bias, -math.log((1 - prior_prob) / prior_prob))
+        start_at(self.logits, prior_prob)
 
     def forward(
         self, levels: Sequence[Tensor | tuple[Tensor, Tensor]]
@@ -125,14 +125,9 @@ class DenseHead(nn.Module):
         self.check(levels)
         logits, boxes, quality = [], [], []
         for i, level in enumerate(levels):
-            of_class, of_box = self.towers(level, i)
-            numbers = self.deltas(of_box)
-            if self.delta_scale is not None:
-                numbers = numbers * self.delta_scale[i]
-            logits.append(at_least_float32(self.logits(of_class)))
-            boxes.append(at_least_float32(numbers))
-            if self.quality is not None:
-                quality.append(at_least_float32(self.quality(of_box if self.quality_from == "box" else of_class)))
+            predicted = self.predict(*self.towers(level, i), i)
+            for levels_of, values in zip((logits, boxes, quality), predicted, strict=True):
+                levels_of.append(values)
         return logits, boxes, quality if self.quality is not None else None
 
     def check(self, levels: Sequence[Tensor]) -> None:
@@ -148,6 +143,16 @@ class DenseHead(nn.Module):
         for layer in self.box_tower:
             of_box = layer(of_box, i)
         return of_class, of_box
+
+    def predict(self, of_class: Tensor, of_box: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Class logits, raw box numbers and quality logits, if any, from what the towers make of the ``i``-th level."""
+        numbers = self.deltas(of_box)
+        if self.delta_scale is not None:
+            numbers = numbers * self.delta_scale[i]
+        quality = None
+        if self.quality is not None:
+            quality = at_least_float32(self.quality(of_box if self.quality_from == "box" else of_class))
+        return at_least_float32(self.logits(of_class)), at_least_float32(numbers), quality
 
 
 class _ConvNorm(nn.Module):
@@ -178,6 +183,11 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Con
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def start_at(predictor: nn.Conv2d, probability: float) -> None:
+    """Makes the predictor of logits say this probability of everything at the start of training."""
+    nn.init.constant_(predictor.bias, -math.log((1 - probability) / probability))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

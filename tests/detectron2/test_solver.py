@@ -1,0 +1,86 @@
+# ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
+"""What Detectron2's own build_optimizer, in anybody's trainer, makes of this project's keys."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.detectron2
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.config import get_cfg
+from detectron2.solver import build_optimizer
+
+import dyhead.detectron2
+import dyhead.runs.optimizer
+from dyhead.config import ConfigError, add_dyhead_config
+from dyhead.detectron2.solver import maybe_add_gradient_clipping
+
+
+def config(ours=True, **solver):
+    cfg = add_dyhead_config(get_cfg()) if ours else get_cfg()
+    for key, value in {"BASE_LR": 0.01, "WEIGHT_DECAY": 0.2, "WEIGHT_DECAY_NORM": 0.1, **solver}.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+def clipping(kind, value=0.01):
+    cfg = config()
+    cfg.SOLVER.CLIP_GRADIENTS.merge_from_other_cfg(type(cfg)({"ENABLED": True, "CLIP_TYPE": kind, "CLIP_VALUE": value}))
+    return cfg
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+def after_steps(model, optimizer):
+    x = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        config(OPTIMIZER="ADAMW"),
+        config(OPTIMIZER="ADAMW", BIAS_LR_FACTOR=2.0, WEIGHT_DECAY_BIAS=0.0),
+        config(OPTIMIZER="SGD", NESTEROV=True),
+        clipping("full_model"),
+        clipping("norm"),
+        clipping("value"),
+    ],
+    ids=["AdamW", "AdamW with biases", "SGD", "full_model", "norm", "value"],
+)
+def test_steps_are_those_of_this_projects_trainers(cfg):
+    ours, theirs = network(), network()
+    expected = after_steps(ours, dyhead.runs.optimizer.build_optimizer(cfg, ours))
+    for got, want in zip(after_steps(theirs, build_optimizer(cfg, theirs)), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_class_of_optimizers_clips_the_whole_model_as_well():
+    cfg, model = clipping("full_model", 0.5), network()
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(model.parameters(), lr=0.1)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() == pytest.approx(0.5)
+
+
+def test_an_unknown_optimizer_is_refused_and_other_projects_keys_are_left_alone():
+    with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER: expected 'SGD' or 'ADAMW', got 'LAMB'"):
+        build_optimizer(config(OPTIMIZER="LAMB"), network())
+    other = config(ours=False, OPTIMIZER="LAMB")
+    assert type(build_optimizer(other, network())) is torch.optim.SGD
+    own = torch.optim.RMSprop(network().parameters(), lr=0.1)  # what a project makes itself stays its own
+    before = copy.deepcopy(own.state_dict())
+    assert maybe_add_gradient_clipping(config(OPTIMIZER="ADAMW"), own) is own
+    assert own.state_dict() == before
