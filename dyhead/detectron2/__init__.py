@@ -29,7 +29,9 @@ from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
 from dyhead.detectron2.trainer import Trainer
+from dyhead.ops.flops import register_with_fvcore
 
+register_with_fvcore()
 globals().update(META_ARCHITECTURES)  # DyHeadFCOS, DyHeadRetinaNet, ...
 
 __all__ = [

@@ -1,13 +1,29 @@
 """The public functions in what TorchScript understands, which knows neither keyword-only arguments nor backends.
 
-torch.jit.script takes these in their place (`functional.py`): it calls the `__prepare_scriptable__` of what it meets.
+torch.jit.script takes these in their place (`functional.py`, `border.py`): it calls the `__prepare_scriptable__` of
+what it meets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._jit_internal import BroadcastingList2
+
+from . import library
+
+
+def in_place_of(function: Callable) -> Callable:
+    """A `__prepare_scriptable__` that makes torch.jit.script take `function`, which has the same arguments."""
+
+    def prepare() -> Callable:
+        if library.PROBLEM is not None:
+            raise RuntimeError(f"torch.jit.script: expected the compiled operator, got none: {library.PROBLEM}")
+        return function
+
+    return prepare
 
 
 def pyramid_deform_conv2d(
@@ -55,6 +71,11 @@ def deform_conv2d(
         padding,
         dilation,
     )
+
+
+def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
+    """`dyhead.ops.border_align`."""
+    return torch.ops.dyhead.border_align(x, _widen(boxes, x).detach(), pool_size)[0]
 
 
 def _widen(tensor: Tensor, like: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-import math
-
 import pytest
 import torch
 from torch.nn import functional
 
 from dyhead.detection.heads import PointHead
+from tests.detection.objects import read_at
 
 
 def make_head(channels=4, num_classes=2, **more):
@@ -13,16 +12,6 @@ def make_head(channels=4, num_classes=2, **more):
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return head
-
-
-def read_at(x, y, image):
-    """A map (C, H, W) between its pixels, 0 beyond them."""
-    total = 0
-    for i in (math.floor(y), math.floor(y) + 1):
-        for j in (math.floor(x), math.floor(x) + 1):
-            if 0 <= i < image.shape[1] and 0 <= j < image.shape[2]:
-                total = total + (1 - abs(y - i)) * (1 - abs(x - j)) * image[:, i, j]
-    return total
 
 
 def by_loops(head, level):

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
+from dyhead.ops.border import define_border_align
 from dyhead.ops.channelwise import define_affine_maximum, define_channel_statistics
 from dyhead.ops.reference import pyramid_deform_conv
+from tests.ops.borders import BORDER_SHAPES, gradient_loop, make_borders, maxima_loop, put_far
 from tests.ops.machines import machine
 from tests.ops.maps import MAP_SHAPES, make_maps
 from tests.ops.shapes import CUDA_SHAPES, SHAPES
@@ -305,3 +307,76 @@ def test_nan_and_ties_are_those_of_torch_maximum(place):
     torch.testing.assert_close(result.cpu(), torch.maximum(x, -x), equal_nan=True)
     (grad,), *_ = place.operators._affine_maximum_backward(torch.ones_like(result), moved[:1], *moved[1:])
     assert grad.flatten().tolist() == [0.0, 0.0, 1.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+class TestBorders:
+    def align(self, place, x, boxes, pool_size):
+        values, index = place.operators.border_align(x.to(place.device), boxes.to(place.device), pool_size)
+        return values.cpu(), index.cpu()
+
+    def gradient(self, place, grad, x, boxes, index, pool_size, *, deterministic=False):
+        moved = [tensor.to(place.device) for tensor in (grad, x, boxes, index)]
+        return place.operators._border_align_backward(*moved, pool_size, deterministic).cpu()
+
+    @pytest.mark.parametrize("options", BORDER_SHAPES, ids=str)
+    def test_maxima_and_gradients_are_the_definitions(self, options, dtype, place):
+        x, boxes, pool_size = make_borders(**options, dtype=dtype)
+        values, index = self.align(place, x, boxes, pool_size)
+        assert values.dtype == dtype
+        assert index.dtype == torch.uint8
+        expected, expected_index = define_border_align(x.double(), boxes.double(), pool_size)
+        rounding, sums = (1e-12, 1e-12) if dtype == torch.float64 else (0.51 * torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(values.double(), expected, rtol=rounding, atol=sums)
+        if dtype == torch.float64:
+            assert torch.equal(index, expected_index)
+        index, grad = torch.randint_like(index, pool_size + 1), torch.randn_like(values)
+        grads = [
+            self.gradient(place, grad, x, boxes, index, pool_size, deterministic=deterministic)
+            for deterministic in (False, True, True)
+        ]
+        assert torch.equal(*grads[1:])
+        torch.testing.assert_close(*grads[:2], rtol=2 * rounding, atol=10 * sums)
+        if values.numel() < 5000:
+            expected = gradient_loop(grad, x, boxes, index, pool_size)
+            torch.testing.assert_close(grads[0].double(), expected, rtol=rounding, atol=10 * sums)
+
+    @pytest.mark.parametrize("channels", [5, 16], ids=["scalar", "vector"])
+    def test_far_points_read_nothing(self, channels, dtype, place):
+        x, boxes, pool_size = make_borders(channels=channels, grid=(2, 5), pool_size=4, dtype=dtype)
+        boxes = put_far(boxes)
+        values, index = self.align(place, x, boxes, pool_size)
+        torch.testing.assert_close(values.double(), maxima_loop(x, boxes, pool_size)[0], rtol=1e-2, atol=1e-5)
+        index[:, ::3] = 255  # no point of the border
+        grad = torch.randn_like(values)
+        expected = gradient_loop(grad, x, boxes, index, pool_size)
+        for deterministic in (False, True):
+            got = self.gradient(place, grad, x, boxes, index, pool_size, deterministic=deterministic)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-4)
+
+    def test_layouts(self, dtype, place):
+        x, boxes, pool_size = make_borders(channels=16, dtype=dtype)
+        rows = x.permute(0, 2, 3, 1)
+        off = torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(rows.shape).permute(0, 3, 1, 2)
+        assert off.data_ptr() % 16 != 0  # vectors off their boundary are read one by one
+        values, index = self.align(place, x, boxes, pool_size)
+        grad = torch.randn_like(values)
+        gradient = self.gradient(place, grad, x, boxes, index, pool_size, deterministic=True)
+        assert values.is_contiguous()
+        assert gradient.is_contiguous()
+        for last in (x.contiguous(memory_format=torch.channels_last), off):
+            got, got_index = self.align(place, last, boxes, pool_size)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(got, values)
+            assert torch.equal(got_index, index)
+            got = self.gradient(place, grad, last, boxes, index, pool_size, deterministic=True)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(got, gradient)
+
+    def test_first_of_equal_points_and_of_those_that_are_no_numbers(self, dtype, place):
+        boxes = torch.tensor([0.0, 0.0, 4.0, 0.0], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        rows = [([1.0, 3.0, 0.0, 3.0, 2.0], 1, 1), ([0.0] * 5, 0, 0), ([1.0, 5.0, 6.0, torch.nan, 2.0], 2, 1)]
+        for row, first, back in rows:
+            x = torch.tensor(row, dtype=dtype).repeat(4 * 8, 1).view(1, -1, 1, 5)
+            index = self.align(place, x, boxes.view(1, 4, 1, 1), 4)[1].view(4, 8)
+            assert [set(side.tolist()) for side in index] == [{first}, {0}, {back}, {0}]
