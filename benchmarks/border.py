@@ -56,9 +56,10 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
     limits = torch.tensor([width - 1, height - 1] * 2, device=device).view(4, 1, 1)
     boxes = torch.minimum(corners.clamp(min=0), limits)
 
+    grad = torch.randn_like(x)
     kind, _, layout = peer.partition(", ")
     if layout == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     function = {"ours": border_align, "definition": define, "grid_sample": compose}[kind]
     if case.mode == "forward":
 
@@ -68,7 +69,6 @@ def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
 
         return forward
     x.requires_grad_()
-    grad = torch.randn_like(function(x, boxes, case.pool_size))
     return lambda: torch.autograd.grad(function(x, boxes, case.pool_size), x, grad)
 
 
