@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import block, composition, detector, kernels, measure, operator, program, scaling
+from benchmarks import block, border, composition, detector, kernels, measure, operator, program, scaling
 from dyhead.layers import DyHead
 from dyhead.ops import reference
 
@@ -66,6 +66,16 @@ def test_operator_says_that_torchvision_has_no_bfloat16(tmp_path):
     assert "torchvision" not in result["cases"][0]["measured"]
     assert result["skipped"]["torchvision"] == ["has no bfloat16 on a CPU"]
     assert "mib" not in result["cases"][0]["measured"]["ours, NCHW"]
+
+
+def test_border_alignment_is_compared_with_the_same(tmp_path):
+    file = tmp_path / "border.json"
+    border.main([*TINY, "--no-memory", "--output", str(file)])
+    result = read(file, ["ours, channels_last", "ours, NCHW", "definition", "grid_sample"], cases=2)
+    assert list(result["cases"][1]["ratios"]) == ["definition / ours NCHW", "grid_sample / ours NCHW"]
+    case = border.Case("forward", "float32", (7, 9), channels=3)
+    ours, composed = (border.build(case, peer, torch.device("cpu"))() for peer in ("ours, NCHW", "grid_sample"))
+    torch.testing.assert_close(ours, composed, rtol=1e-4, atol=1e-4)
 
 
 def test_block_compares_with_the_composition(tmp_path):
