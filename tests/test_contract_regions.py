@@ -136,6 +136,19 @@ def test_weights_of_masks_and_keypoints_go_from_detectron2_to_torchvision(tmp_pa
     assert all(torch.equal(state[key], given[key]) for key in given if key.startswith("roi_heads."))
 
 
+def test_bfloat16_autocast_gives_nearly_the_same_losses_of_masks_and_keypoints():
+    adapter = build("torchvision", "keypoint_rcnn", **BOTH)
+    exact = losses_of_torchvision(adapter, *inputs("objects"))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = losses_of_torchvision(adapter, *inputs("objects"))
+        (found, *_) = adapter.model.eval()(inputs("objects")[0])
+    for key in ("loss_mask", "loss_keypoint"):
+        assert losses[key].dtype == torch.float32
+        assert losses[key].item() == pytest.approx(exact[key].item(), rel=0.1)
+    assert found["masks"].isfinite().all()
+    assert found["keypoints"].isfinite().all()
+
+
 def test_an_image_without_detections_has_no_masks_and_no_keypoints():
     adapter = build("torchvision", "keypoint_rcnn", **BOTH, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 1.0})
     with torch.no_grad():

@@ -160,9 +160,10 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def _check_norms(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
-    node = DETECTORS[name].node if name in DETECTORS else "MODEL.ROI_BOX_HEAD"
+    nodes = ["MODEL.ROI_BOX_HEAD", *(["MODEL.ROI_MASK_HEAD"] if cfg.MODEL.MASK_ON else [])]
+    nodes = [DETECTORS[name].node] if name in DETECTORS else nodes
     necks = [NECKS[neck].node for neck in cfg.MODEL.NECKS if "NORM" in get(cfg, NECKS[neck].node)]
-    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *(f"{part}.NORM" for part in (node, *necks))):
+    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *(f"{part}.NORM" for part in (*nodes, *necks))):
         if get(cfg, key) in ("SyncBN", "nnSyncBN"):
             raise ConfigError(f"{key}: expected one that several processes can share on a CPU, got {get(cfg, key)!r}")
 

@@ -54,7 +54,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
         (D, height, width) bool.
     """
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    for out, mask, box in zip(pasted, masks, boxes, strict=True):
+    for i, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         # Outside the box, more than half of what is interpolated is 0.
         left, top, right, bottom = (int(n) for n in (*box[:2].floor().tolist(), *box[2:].ceil().tolist()))
         left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
@@ -65,7 +65,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
         y, x = (y - box[1]) / (box[3] - box[1]) * 2 - 1, (x - box[0]) / (box[2] - box[0]) * 2 - 1
         grid = torch.stack([x[None].expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=2)
         sampled = F.grid_sample(mask[None, None], grid[None].to(mask.dtype), align_corners=False)
-        out[top:bottom, left:right] = sampled[0, 0] >= 0.5
+        pasted[i, top:bottom, left:right] = sampled[0, 0] >= 0.5
     return pasted
 
 
