@@ -1,4 +1,4 @@
-"""The parts that a configuration stands for and both engines share: necks and dense detectors, with random weights."""
+"""The parts that a configuration stands for and both engines share: necks, dense detectors and box heads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from dyhead.config import ConfigError, check_options, options_of
 from dyhead.detection import DETECTORS, DenseDetector, Registered
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.necks import NECKS, Stack
 
 
@@ -78,3 +80,21 @@ def build_detector(cfg: CfgNode, detector: Registered, channels: int, strides: M
         takes_task_levels = getattr(built.head, "takes_task_levels", False)
         _check_reader(options_of(cfg, neck), neck, cfg.MODEL.META_ARCHITECTURE, takes_task_levels)
     return built
+
+
+def build_box_head(cfg: CfgNode, name: str, channels: int) -> nn.Module:
+    """A box head of this project, with the options of its node.
+
+    Args:
+        cfg: the configuration.
+        name: of :data:`dyhead.detection.roi.BOX_HEADS`.
+        channels: channels C of the pooled regions.
+
+    Raises:
+        ConfigError: options that do not fit.
+    """
+    node = BOX_HEADS[name].node
+    try:
+        return options_of(cfg, node).build(channels, cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)
+    except ValueError as error:
+        raise ConfigError(f"{node} cannot be built as configured: {error}") from error

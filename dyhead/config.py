@@ -18,11 +18,25 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS, TWO_STAGE_NODES
+from dyhead.config_checks import (
+    CASCADE,
+    CASCADE_CHECKS,
+    CHECKS,
+    CONV_FC_HEAD,
+    CONV_FC_KEYS,
+    FPN_CHECKS,
+    KEYPOINT_CHECKS,
+    MASK_CHECKS,
+    RESNET_CHECKS,
+    TWO_STAGE_CHECKS,
+    TWO_STAGE_NODES,
+)
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
 from dyhead.config_options import OPTIONS, TWO_STAGE
+from dyhead.data.coco import COCO_KEYPOINTS
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.options import Check, leaves, read
 
 _log = logging.getLogger(__name__)
@@ -81,6 +95,9 @@ def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
         checks |= FPN_CHECKS
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
+        checks |= CASCADE_CHECKS if cfg.MODEL.ROI_HEADS.NAME == CASCADE else {}
+        checks |= MASK_CHECKS if cfg.MODEL.MASK_ON else {}
+        checks |= KEYPOINT_CHECKS if cfg.MODEL.KEYPOINT_ON else {}
     return checks
 
 
@@ -98,6 +115,7 @@ def ignore_keys(
         not_honoured: patterns of keys, as a shell's file names.
         engine: what the warning calls it.
     """
+    not_honoured = [*not_honoured, *_of_absent_parts(cfg)]
     changed = [key for key in sorted(given) if _as_lists(get(cfg, key)) != _as_lists(get(defaults, key))]
     ignored = [key for key in changed if _fits_any(key, not_honoured)]
     unread = [key for key in changed if key not in ignored and _fits_any(key, _unread(cfg))]
@@ -117,16 +135,35 @@ def _quiet_defaults(cfg: CfgNode, defaults: CfgNode) -> None:
 
 
 def _unread(cfg: CfgNode) -> list[str]:
-    """Patterns of the keys of other detectors."""
+    """Patterns of the keys of other detectors and box heads."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
     if name not in meta_architectures():  # Detectron2's own, or a user's
         return [f"{node}.*" for node in nodes if node != "MODEL.RETINANET"]
-    if name != TWO_STAGE:
+    keys: Sequence[str] = ()
+    if name == TWO_STAGE:
+        chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
+        nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
+        keys = CONV_FC_KEYS if chosen in BOX_HEADS else ()
+    else:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
             nodes.append("MODEL.ANCHOR_GENERATOR")
-    return [f"{node}.*" for node in nodes]
+    return [*(f"{node}.*" for node in nodes), *keys]
+
+
+def _of_absent_parts(cfg: CfgNode) -> list[str]:
+    """Patterns of the keys of what the configured detector does not have: masks, keypoints, a cascade."""
+    if cfg.MODEL.META_ARCHITECTURE not in meta_architectures():
+        return []  # nothing is known of it
+    two_stage = cfg.MODEL.META_ARCHITECTURE == TWO_STAGE
+    parts = (
+        (two_stage, ["MODEL.MASK_ON", "MODEL.KEYPOINT_ON"]),
+        (two_stage and cfg.MODEL.MASK_ON, ["INPUT.MASK_FORMAT", "MODEL.ROI_MASK_HEAD.*"]),
+        (two_stage and cfg.MODEL.KEYPOINT_ON, ["MODEL.ROI_KEYPOINT_HEAD.*", "TEST.KEYPOINT_OKS_SIGMAS"]),
+        (two_stage and cfg.MODEL.ROI_HEADS.NAME == CASCADE, ["MODEL.ROI_BOX_CASCADE_HEAD.*"]),
+    )
+    return [pattern for there, patterns in parts if not there for pattern in patterns]
 
 
 def _fits_any(key: str, patterns: Iterable[str]) -> bool:
@@ -166,8 +203,24 @@ def _check_together(cfg: CfgNode) -> None:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
         box = cfg.MODEL.ROI_BOX_HEAD
-        if box.NAME == "FastRCNNConvFCHead" and box.NUM_CONV == 0:
+        if box.NAME == CONV_FC_HEAD and box.NUM_CONV == 0:
             expect(cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", box.NUM_FC > 0, "at least 1 with NUM_CONV 0")
+        if cfg.MODEL.ROI_HEADS.NAME == CASCADE:
+            _check_cascade(cfg)
+        if cfg.MODEL.KEYPOINT_ON:
+            count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+            fits = given == count or (given == 0 and count == COCO_KEYPOINTS)
+            expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
+
+
+def _check_cascade(cfg: CfgNode) -> None:
+    node = "MODEL.ROI_BOX_CASCADE_HEAD"
+    ious, weights = (get(cfg, f"{node}.{key}") for key in ("IOUS", "BBOX_REG_WEIGHTS"))
+    first = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]
+    expect(cfg, f"{node}.IOUS", ious[0] == first, f"MODEL.ROI_HEADS.IOU_THRESHOLDS, {first}, first")
+    expect(cfg, f"{node}.BBOX_REG_WEIGHTS", len(weights) == len(ious), f"{len(ious)} lists, as many as IOUS")
+    agnostic = "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
+    expect(cfg, agnostic, get(cfg, agnostic), f"True with MODEL.ROI_HEADS.NAME {CASCADE}")
 
 
 def options_of(cfg: CfgNode, node: str) -> Any:
@@ -328,7 +381,8 @@ def _sections(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 def _types() -> dict[str, Check]:
     """Which values have a key's type, for each key that is checked."""
     options = {f"{node}.{leaf.key}": leaf.type for node, options in OPTIONS.items() for leaf in leaves(options)}
-    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS
+    two_stage = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
+    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | two_stage
 
 
 def _nearest(key: str, known: set[str]) -> str:

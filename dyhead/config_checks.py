@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dyhead.detection.assigners import MaxIoUAssigner
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.options import (
     Check,
     above,
@@ -122,6 +123,16 @@ FPN_CHECKS: dict[str, Check] = {"MODEL.FPN.IN_FEATURES": _STRINGS & at_least_one
 #: The losses of the boxes of two-stage detectors.
 BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 
+#: The box heads of two-stage detectors: Detectron2's, and this project's.
+CONV_FC_HEAD = "FastRCNNConvFCHead"
+BOX_HEAD_NAMES = (CONV_FC_HEAD, *BOX_HEADS)
+
+#: What Detectron2's box head alone reads.
+CONV_FC_KEYS = tuple(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NUM_CONV", "CONV_DIM", "NORM", "NUM_FC", "FC_DIM"))
+
+#: The RoI heads that are Cascade R-CNN's.
+CASCADE = "CascadeROIHeads"
+
 #: The nodes that two-stage detectors alone read.
 TWO_STAGE_NODES = (
     "MODEL.PROPOSAL_GENERATOR",
@@ -131,12 +142,15 @@ TWO_STAGE_NODES = (
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "MODEL.ROI_MASK_HEAD",
     "MODEL.ROI_KEYPOINT_HEAD",
+    *(head.node for head in BOX_HEADS.values()),
 )
 
 _MATCHING = {leaf.key: leaf.type & leaf.check for leaf in leaves(MaxIoUAssigner)}
 
 #: Of two-stage detectors.
 TWO_STAGE_CHECKS: dict[str, Check] = {
+    "MODEL.MASK_ON": _FLAG,
+    "MODEL.KEYPOINT_ON": _FLAG,
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": _NOT_NEGATIVE,
     "MODEL.RPN.IN_FEATURES": _LEVELS,
     **{f"MODEL.RPN.{key}": check for key, check in _MATCHING.items()},
@@ -171,4 +185,42 @@ TWO_STAGE_CHECKS: dict[str, Check] = {
     "MODEL.ROI_BOX_HEAD.FC_DIM": _COUNT,
     "MODEL.ROI_BOX_HEAD.NUM_CONV": _WHOLE & at_least(0),
     "MODEL.ROI_BOX_HEAD.CONV_DIM": _COUNT,
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": _FLAG,
+}
+
+#: Of two-stage detectors with the RoI heads CascadeROIHeads.
+CASCADE_CHECKS: dict[str, Check] = {
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": _NUMBERS & at_least_one("stage") & each(between(0, 1)),
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Check(
+        "lists of 4 numbers above 0",
+        lambda stages: (
+            of_type(tuple[tuple[float, ...], ...]).fits(stages)
+            and all(len(stage) == 4 and min(stage) > 0 for stage in stages)
+        ),
+    ),
+}
+
+#: Of two-stage detectors with MODEL.MASK_ON.
+MASK_CHECKS: dict[str, Check] = {
+    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
+    "MODEL.ROI_MASK_HEAD.NAME": one_of("MaskRCNNConvUpsampleHead"),
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _COUNT,
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": _WHOLE  # the default, 0, is meant for detectors without a pyramid
+    & Check("at least 1, as on a pyramid, where Detectron2's own files have 4", lambda value: value >= 1),
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
+}
+
+#: Of two-stage detectors with MODEL.KEYPOINT_ON.
+KEYPOINT_CHECKS: dict[str, Check] = {
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": one_of("KRCNNConvDeconvUpsampleHead"),
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": _COUNT,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": _WHOLE & at_least(0),
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": _WHOLES & at_least_one("convolution") & each(at_least(1)),
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": _COUNT,
+    "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _WHOLE & at_least(0),
+    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _FLAG,
+    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
+    "TEST.KEYPOINT_OKS_SIGMAS": _NUMBERS & each(above(0)),
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.necks import NECKS
 from dyhead.options import Check, at_least, each, one_of, option
 
@@ -81,6 +82,7 @@ OPTIONS: dict[str, type] = {
     "MODEL.ANCHOR_GENERATOR": AnchorOptions,
     **{neck.node: neck.options for neck in NECKS.values()},
     **{detector.node: detector.options for detector in DETECTORS.values()},
+    **{head.node: head.options for head in BOX_HEADS.values()},
     "DATASETS": DatasetOptions,
     "SOLVER": SolverOptions,
     "TEST.BENCHMARK": BenchmarkOptions,

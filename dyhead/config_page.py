@@ -11,7 +11,16 @@ from typing import Any
 
 import yaml
 
-from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_checks import (
+    CASCADE,
+    CASCADE_CHECKS,
+    CHECKS,
+    FPN_CHECKS,
+    KEYPOINT_CHECKS,
+    MASK_CHECKS,
+    RESNET_CHECKS,
+    TWO_STAGE_CHECKS,
+)
 from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
 from dyhead.detection.dense_options import DenseOptions
@@ -54,6 +63,9 @@ _CHECKED_TABLES = (
     ("Backbones with `resnet` in `MODEL.BACKBONE.NAME`", RESNET_CHECKS),
     ("Backbones with `fpn` in `MODEL.BACKBONE.NAME`", FPN_CHECKS),
     (f"`{TWO_STAGE}`", TWO_STAGE_CHECKS),
+    (f"`{TWO_STAGE}` with `MODEL.ROI_HEADS.NAME {CASCADE}`", CASCADE_CHECKS),
+    (f"`{TWO_STAGE}` with `MODEL.MASK_ON`", MASK_CHECKS),
+    (f"`{TWO_STAGE}` with `MODEL.KEYPOINT_ON`", KEYPOINT_CHECKS),
 )
 
 
@@ -67,15 +79,16 @@ def page() -> str:
     """The text of docs/config.md."""
     detectron2 = _detectron2_keys()
     names = ", ".join(f"`{name}` (`{detector.node}`)" for name, detector in DETECTORS.items())
-    sections = [_INTRODUCTION.format(detectors=f"{names}, or `{TWO_STAGE}`, the engine's own Faster R-CNN")]
+    sections = [_INTRODUCTION.format(detectors=f"{names}, or `{TWO_STAGE}`, the engine's own R-CNN")]
     for node, options in OPTIONS.items():
         if node == next(iter(_DENSE)):
             sections.append(_shared_section(detectron2))
-        shared = {leaf.key for leaf in leaves(DenseOptions)} if node in _DENSE else set()
+        # A detector may mean something else by a key of all of them.
+        shared = {(leaf.key, leaf.doc) for leaf in leaves(DenseOptions)} if node in _DENSE else set()
         rows = [
             (f"`{leaf.key}`{_mark([node], leaf.key, detectron2)}", _code(leaf.default), _values(leaf), leaf.doc)
             for leaf in leaves(options)
-            if leaf.key not in shared
+            if (leaf.key, leaf.doc) not in shared
         ]
         sections.append(f"## {node}\n\n{_summary(options)}\n\n{_table(_HEADER, rows)}")
     sections.append(_CHECKED)

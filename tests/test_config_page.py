@@ -5,7 +5,15 @@ from pathlib import Path
 
 from dyhead import cli
 from dyhead.config import OPTIONS
-from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_checks import (
+    CASCADE_CHECKS,
+    CHECKS,
+    FPN_CHECKS,
+    KEYPOINT_CHECKS,
+    MASK_CHECKS,
+    RESNET_CHECKS,
+    TWO_STAGE_CHECKS,
+)
 from dyhead.config_page import page
 from dyhead.options import leaves
 
@@ -37,14 +45,16 @@ def test_the_page_lists_every_key_with_its_meaning():
             assert leaf.doc in row
             assert leaf.check is None or leaf.check.text in row
     rows = {key: row for section in sections.values() for key, row in section.items()}
-    for key, check in (CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS).items():
+    for key, check in (
+        CHECKS | RESNET_CHECKS | FPN_CHECKS | TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
+    ).items():
         assert check.text in rows[key]
 
 
 def test_the_page_says_what_detectors_have_for_themselves_and_which_keys_are_detectron2s():
     sections = rows_by_section()
     assert "; `MODEL.RETINANET`: `4` |" in sections["One-stage detectors"]["NUM_CONVS"]
-    assert "; not in `MODEL.NOISYANCHORS` |" in sections["One-stage detectors"]["CLASS_LOSS"]
+    assert "; not in `MODEL.NOISYANCHORS`;" in sections["One-stage detectors"]["CLASS_LOSS"]
     assert "SOFT_FOCAL_LOSS_ALPHA" in sections["MODEL.NOISYANCHORS"]
     assert sections["One-stage detectors"]["NUM_CONVS"].startswith("| `NUM_CONVS` (D2: `MODEL.RETINANET`) |")
     assert sections["One-stage detectors"]["CLIP_BOXES"].startswith("| `CLIP_BOXES` |")
@@ -52,6 +62,7 @@ def test_the_page_says_what_detectors_have_for_themselves_and_which_keys_are_det
     assert sections["MODEL.RETINANET"]["IOU_LABELS"].startswith("| `IOU_LABELS` (D2) | `[0, -1, 1]` |")
     assert sections["MODEL.FCOS"]["BBOX_REG_LOSS_TYPE"].startswith('| `BBOX_REG_LOSS_TYPE` | `"giou"` |')
     assert "NUM_CONVS" not in sections["MODEL.RETINANET"]
+    assert "exactly one level" in sections["MODEL.SACCADENET"]["IN_FEATURES"]
 
 
 def test_tables_are_tables():

@@ -19,12 +19,18 @@ from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.torchvision import build_model, get_cfg
 from dyhead.torchvision.checkpoint import load_weights, portable_state
+from tests.detection.objects import levels_of
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
 NAMES = [*DENSE, "faster_rcnn"]
 # Quickstarts by detector and neck.
-WITH_NECKS = [*((name, neck) for name in NAMES for neck in ("", "_dyhead")), ("atss", "_sepc")]
+WITH_NECKS = [
+    *((name, neck) for name in NAMES for neck in ("", "_dyhead")),
+    ("atss", "_sepc"),
+    ("faster_rcnn", "_dyhead_box_head"),
+    ("cascade_rcnn", "_dyhead"),
+]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
 OPTIONS = {
@@ -146,7 +152,7 @@ def assert_same_detections(name, found, expected):
     Two-stage detectors are each engine's own, in which NMS, twice, may see overlaps as close to its threshold as
     rounding: two of a hundred detections may differ for that.
     """
-    borderline = 2 if name == "faster_rcnn" else 0
+    borderline = 2 if name.endswith("rcnn") else 0
     for (boxes, scores, labels), (their_boxes, their_scores, their_labels) in zip(found, expected, strict=True):
         assert len(boxes) > 0
         assert abs(len(boxes) - len(their_boxes)) <= borderline
@@ -183,9 +189,22 @@ def test_both_engines_agree_behind_another_neck(case, tmp_path):
     assert_engines_agree("atss", "_sepc", case, tmp_path)
 
 
-def assert_engines_agree(name, neck, case, tmp_path):
+@pytest.mark.detectron2
+@pytest.mark.parametrize("case", ["objects", "none in one image"])
+def test_both_engines_agree_with_task_aware_attention_in_the_box_head(case, tmp_path):
+    assert_engines_agree("faster_rcnn", "_dyhead_box_head", case, tmp_path)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
+@pytest.mark.parametrize("name", ["DyHeadBoxHead", "FastRCNNConvFCHead"])
+def test_both_engines_have_the_same_cascade(name, case, tmp_path):
+    assert_engines_agree("cascade_rcnn", "_dyhead", case, tmp_path, **{"MODEL.ROI_BOX_HEAD.NAME": name})
+
+
+def assert_engines_agree(name, neck, case, tmp_path, **options):
     """The same losses, gradients and boxes, and statistics after a step."""
-    ours, theirs = build("torchvision", name, neck), build("detectron2", name, neck)
+    ours, theirs = build("torchvision", name, neck, **options), build("detectron2", name, neck, **options)
     ours.save(tmp_path / "w.pth")
     theirs.load(tmp_path / "w.pth")
     images, targets = inputs(case)
@@ -271,8 +290,9 @@ def _losses_of_part(rank, port, parts, results):
 def core_losses(name, images):
     """Losses of a detector on made-up levels, an image at a time: (seed, objects) each."""
     torch.manual_seed(0)
-    options = DETECTORS[DENSE[name]].options(num_classes=3, in_features=("p3", "p4"))
-    detector = options.build(8, [8, 16], anchors=AnchorOptions(((32,), (64,)), ((1.0,),), 0.5))
+    in_features = levels_of(DENSE[name], ("p3", "p4"))
+    options = DETECTORS[DENSE[name]].options(num_classes=3, in_features=in_features)
+    detector = options.build(8, [8, 16][: len(in_features)], anchors=AnchorOptions(((32,), (64,)), ((1.0,),), 0.5))
     for parameter in detector.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     levels = [torch.randn(1, 8, 12, 16, generator=torch.Generator().manual_seed(seed)) for seed, _ in images]

@@ -12,8 +12,10 @@ import dyhead
 from dyhead.config import OPTIONS
 from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.necks import NECKS
 from dyhead.options import above, at_least, choice, each, leaves, of_type, one_of, option, part
+from tests.detection.objects import levels_of
 
 STRIDES = {"p3": 8, "p4": 16}
 PACKAGE = Path(dyhead.__file__).parent
@@ -75,7 +77,7 @@ def watch(monkeypatch):
 def run(options, anchors):
     """Build a detector, train it on two images and let it detect in them; its losses and detections."""
     torch.manual_seed(0)
-    detector = options.build(32, list(STRIDES.values()), anchors=anchors)
+    detector = options.build(32, [STRIDES[level] for level in options.in_features], anchors=anchors)
     pyramid = {name: torch.randn(2, 32, 64 // stride, 64 // stride) for name, stride in STRIDES.items()}
     predictions = detector(pyramid)
     targets = [
@@ -88,7 +90,9 @@ def run(options, anchors):
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_reads_each_of_its_options(name, watch):
-    options = DETECTORS[name].options(num_classes=3, in_features=tuple(STRIDES), score_thresh_test=0.0, num_convs=1)
+    options = DETECTORS[name].options(
+        num_classes=3, in_features=levels_of(name, STRIDES), score_thresh_test=0.0, num_convs=1
+    )
     candidates, wanted = list(variants(options)), set(declared(options))
     anchors = AnchorOptions(((32.0,),), ((1.0,),), 0.5)
     seen = watch({cls for cls, _ in wanted})
@@ -147,9 +151,17 @@ def test_that_covers_every_option_of_every_neck():
     }
 
 
+@pytest.mark.parametrize("name", BOX_HEADS)
+def test_a_box_head_reads_each_of_its_options(name, watch):
+    options = BOX_HEADS[name].options()
+    seen = watch({type(options)})
+    options.build(8, 3)
+    assert {field for _, field in declared(options)} <= {field for _, field in seen}
+
+
 @pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
 def test_each_engine_reads_each_option_that_belongs_to_no_part(engine):
-    parts = {registered.node for registered in (*DETECTORS.values(), *NECKS.values())}
+    parts = {registered.node for registered in (*DETECTORS.values(), *NECKS.values(), *BOX_HEADS.values())}
     shared = [path for path in PACKAGE.glob("*.py") if path.stem not in ("config_page", "config_options")]
     read_names = set()
     folders = (PACKAGE / name for name in (engine, "evaluation", "runs"))

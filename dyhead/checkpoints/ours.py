@@ -9,14 +9,21 @@ canonical key                         what
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
-                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``
+                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``;
+                                      SaccadeNet: ``class_conv``, ``box_conv``, ``center_conv``, ``centers``,
+                                      ``corner_conv``, ``corners``, ``aggregation.*``;
+                                      BorderDet: ``border_logits``, ``border_deltas``, ``class_border`` and
+                                      ``box_border``, each with ``point``, ``sides`` and ``out``
 ``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``detector.criterion.*``              what a dense detector's losses learn, for training: AutoAssign's center prior of
                                       each class, ``mean`` and ``deviation``; RepPoints' ``first_normalizer``, the mean
-                                      of positives of its first points
+                                      of positives of its first points; BorderDet's ``border_normalizer``, likewise
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
-``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``
+``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``;
+                                      ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``mask_head.mask_fcn1``,
+                                      ``deconv``, ``predictor``; ``keypoint_head.conv_fcn1``, ``score_lowres``;
+                                      of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``
 ====================================  ================================================================================
 """
 
@@ -34,7 +41,12 @@ from dyhead.checkpoints.source import Row, Source
 PARTS = (BOTTOM_UP, BACKBONE, "backbone.dyhead.", "backbone.sepc.", "detector.", "proposal_generator.", "roi_heads.")
 
 _PREDICTORS = "logits|deltas|quality|delta_scale"
-_LINEAR = r"roi_heads\.box_head\.(\d+)\.(weight|bias)"
+# Of Detectron2's own meta-architectures, where no neck wraps the backbone.
+_PLAIN_BACKBONE = Row(r"backbone\.((?:bottom_up|fpn_|top_block|net|simfp_).*)", BACKBONE + r"\1")
+
+# Of Faster R-CNN, and of a stage of Cascade R-CNN.
+_BOX_HEAD = r"roi_heads\.(?:box_head|stages\.(\d+)\.head)\.(\d+)\."
+_LINEAR = _BOX_HEAD + "(weight|bias)"
 
 
 def canonical_names(keys: Iterable[str], first: int | None = None) -> dict[str, str]:
@@ -52,7 +64,7 @@ def canonical_names(keys: Iterable[str], first: int | None = None) -> dict[str, 
         own.
     """
     keys = list(keys)
-    rows = [*_torchvision_rows(keys, first), *_EARLIER]
+    rows = [_PLAIN_BACKBONE, *_torchvision_rows(keys, first), *_EARLIER]
     return {key: next((name for row in rows if (name := row.rename(key)) is not None), key) for key in keys}
 
 
@@ -62,7 +74,7 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
     if first is None:
         first = first_stage(keys, r"backbone\.fpn\.inner_blocks\.(\d+)\.")
     convolutions = {match[1] for key in keys if (match := re.match(r"rpn\.head\.conv\.(\d+)\.", key))}
-    linear = sorted({int(match[1]) for key in keys if (match := re.fullmatch(_LINEAR, key))})
+    linear = sorted({int(match[2]) for key in keys if (match := re.fullmatch(_LINEAR, key))})
     pyramid = r"backbone\.fpn\.{}_blocks\.(\d+)\.{}\.(.+)"
 
     def level(name: str, norm: str = "") -> Callable[[re.Match], str]:
@@ -85,10 +97,29 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         Row(r"rpn\.head\.cls_logits\.(.+)", r"proposal_generator.rpn_head.objectness_logits.\1"),
         Row(r"rpn\.head\.bbox_pred\.(.+)", r"proposal_generator.rpn_head.anchor_deltas.\1"),
         # torchvision counts convolutions, the flattening, linear layers and ReLUs in one sequence.
-        Row(r"roi_heads\.box_head\.(\d+)\.0\.(.+)", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.{m[2]}"),
-        Row(r"roi_heads\.box_head\.(\d+)\.1\.(.+)", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.norm.{m[2]}"),
-        Row(_LINEAR, lambda m: f"roi_heads.box_head.fc{linear.index(int(m[1])) + 1}.{m[2]}"),
+        Row(_BOX_HEAD + r"0\.(.+)", lambda m: _box_head(m[1], f"conv{int(m[2]) + 1}.{m[3]}")),
+        Row(_BOX_HEAD + r"1\.(.+)", lambda m: _box_head(m[1], f"conv{int(m[2]) + 1}.norm.{m[3]}")),
+        Row(_LINEAR, lambda m: _box_head(m[1], f"fc{linear.index(int(m[2])) + 1}.{m[3]}")),
+        Row(r"roi_heads\.stages\.(\d+)\.head\.(.+)", lambda m: _box_head(m[1], m[2])),
+        Row(r"roi_heads\.stages\.(\d+)\.predictor\.(.+)", r"roi_heads.box_predictor.\1.\2"),
+        Row(r"roi_heads\.mask_head\.(\d+)\.0\.(.+)", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{m[2]}"),
+        Row(
+            r"roi_heads\.mask_head\.(\d+)\.1\.(.+)",
+            lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.norm.{m[2]}",
+        ),
+        Row(r"roi_heads\.mask_predictor\.conv5_mask\.(.+)", r"roi_heads.mask_head.deconv.\1"),
+        Row(r"roi_heads\.mask_predictor\.mask_fcn_logits\.(.+)", r"roi_heads.mask_head.predictor.\1"),
+        # Every second one is a ReLU.
+        Row(
+            r"roi_heads\.keypoint_head\.(\d+)\.(.+)",
+            lambda m: f"roi_heads.keypoint_head.conv_fcn{int(m[1]) // 2 + 1}.{m[2]}",
+        ),
+        Row(r"roi_heads\.keypoint_predictor\.kps_score_lowres\.(.+)", r"roi_heads.keypoint_head.score_lowres.\1"),
     ]
+
+
+def _box_head(stage: str | None, name: str) -> str:
+    return f"roi_heads.box_head.{name}" if stage is None else f"roi_heads.box_head.{stage}.{name}"
 
 
 # The predictors of dense detectors before both engines had the same detectors.

@@ -24,6 +24,9 @@ _COCO = {
     "coco_2017_test": ("coco/annotations/image_info_test2017.json", "coco/test2017"),
     "coco_2017_test-dev": ("coco/annotations/image_info_test-dev2017.json", "coco/test2017"),
     "coco_2017_val_100": ("coco/annotations/instances_val2017_100.json", "coco/val2017"),
+    "keypoints_coco_2017_train": ("coco/annotations/person_keypoints_train2017.json", "coco/train2017"),
+    "keypoints_coco_2017_val": ("coco/annotations/person_keypoints_val2017.json", "coco/val2017"),
+    "keypoints_coco_2017_val_100": ("coco/annotations/person_keypoints_val2017_100.json", "coco/val2017"),
 }
 
 

@@ -35,6 +35,7 @@ from dyhead.data.catalog import DatasetInfo
 from dyhead.data.errors import DataError
 
 TOLERANCE = 1.0
+COCO_KEYPOINTS = 17  # of a person; for so many pycocotools knows how far each may be off
 _NAMED = 5  # an error names this many of a file's faults and counts the rest
 _XYXY_ABS = 0  # detectron2.structures.BoxMode.XYXY_ABS
 _LARGEST_AREA = 1e10  # the evaluation leaves larger objects out, without a word
@@ -195,8 +196,13 @@ def keypoint_names(categories: Iterable[dict[str, Any]]) -> list[str]:
     return list(names[0]) if same else []
 
 
-def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[dict[str, Any]]:
-    """The records to train on; with `filter_empty` without images that show no object but crowds.
+def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool, min_keypoints: int = 0) -> list[dict[str, Any]]:
+    """The records to train on.
+
+    Args:
+        splits: the datasets.
+        filter_empty: leave out images that show no object but crowds.
+        min_keypoints: leave out images with fewer annotated keypoints.
 
     Raises:
         DataError: there is none, or a dataset has no annotations.
@@ -210,10 +216,19 @@ def train_records(splits: Sequence[CocoSplit], *, filter_empty: bool) -> list[di
     records = [record for split in splits for record in split.records]
     if filter_empty:
         records = [record for record in records if any(not a["iscrowd"] for a in record["annotations"])]
+    if min_keypoints:
+        records = [record for record in records if _count_keypoints(record) >= min_keypoints]
+        if not records:
+            names = ", ".join(split.info.name for split in splits)
+            raise DataError(f"dataset {names}: no image with {min_keypoints} annotated keypoints, nothing to train on")
     if not records:
         names = ", ".join(split.info.name for split in splits)
         raise DataError(f"dataset {names}: no image with an annotation that is not a crowd, nothing to train on")
     return records
+
+
+def _count_keypoints(record: dict[str, Any]) -> int:
+    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
 
 
 def _name_fault(category_id: int | str, name: Any) -> str | None:

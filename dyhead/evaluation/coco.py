@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyhead.data.catalog import DatasetInfo
-from dyhead.data.coco import area, is_crowd, is_mask, read_json
+from dyhead.data.coco import COCO_KEYPOINTS, area, is_crowd, is_mask, read_json
 from dyhead.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ TASKS = {"bbox": METRICS, "segm": METRICS, "keypoints": ("AP", "AP50", "AP75", "
 
 #: The part of a detection that a task compares.
 _PART = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-COCO_KEYPOINTS = 17  # for so many pycocotools knows the sigmas
 LIMIT = 100  # detections of a class in an image that count, pycocotools' own
 _log = logging.getLogger(__name__)
 

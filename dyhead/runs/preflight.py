@@ -7,13 +7,16 @@ import logging
 import os
 import stat
 import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from fvcore.common.config import CfgNode
 
-from dyhead.config import ConfigError, get
+from dyhead.config import ConfigError, expect, get
 from dyhead.config_checks import MAX_SEED
+from dyhead.data import DataError
 from dyhead.detection import DETECTORS
 from dyhead.evaluation.expected import check_expectations
 from dyhead.necks import NECKS
@@ -52,6 +55,62 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     _check_folder(cfg, args)
     _check_weights(cfg, args)
     check_expectations(cfg)
+
+
+def check_parts(
+    cfg: CfgNode,
+    dataset: str,
+    records: Iterable[Mapping[str, Any]],
+    keypoint_names: Sequence[str] | None,
+    *,
+    trained: bool,
+) -> None:
+    """Check that a dataset has the masks and keypoints that the detector is to learn, or is compared with.
+
+    Args:
+        cfg: the configuration.
+        dataset: its name.
+        records: its images in Detectron2's standard form.
+        keypoint_names: of its objects' keypoints, if they have any.
+        trained: whether it is trained on.
+
+    Raises:
+        ConfigError: it has none, or not in the form that the configuration says.
+        DataError: a mask has another size than its image.
+    """
+    if cfg.MODEL.KEYPOINT_ON:
+        if not keypoint_names:
+            raise ConfigError(
+                f"MODEL.KEYPOINT_ON: expected False, since dataset {dataset!r} has no keypoints, got True"
+            )
+        key, count = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", len(keypoint_names)
+        expect(cfg, key, get(cfg, key) == count, f"{count}, the number of keypoints of dataset {dataset!r}")
+    for record in records if cfg.MODEL.MASK_ON else ():
+        for annotation in record.get("annotations", ()):
+            _check_mask(cfg, dataset, record, annotation, trained)
+
+
+def _check_mask(
+    cfg: CfgNode, dataset: str, record: Mapping[str, Any], annotation: Mapping[str, Any], trained: bool
+) -> None:
+    mask = annotation.get("segmentation")
+    if not mask:
+        raise ConfigError(
+            f"MODEL.MASK_ON: expected False, since dataset {dataset!r} has objects without a segmentation "
+            f"({record['file_name']}), got True"
+        )
+    if not isinstance(mask, dict):
+        return
+    size = [record["height"], record["width"]]
+    if "size" in mask and list(mask["size"]) != size:
+        raise DataError(
+            f"dataset {dataset!r}: {record['file_name']}: expected masks (segmentation) of {size[0]} x {size[1]} "
+            f"pixels, the image's height and width, got {mask['size'][0]} x {mask['size'][1]}"
+        )
+    if trained and not annotation.get("iscrowd", 0):
+        bitmask = cfg.INPUT.MASK_FORMAT == "bitmask"
+        which = f"'bitmask', since dataset {dataset!r} has masks as RLE, not as polygons ({record['file_name']})"
+        expect(cfg, "INPUT.MASK_FORMAT", bitmask, which)
 
 
 def _check_device(cfg: CfgNode) -> None:
@@ -101,9 +160,10 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def _check_norms(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
-    node = DETECTORS[name].node if name in DETECTORS else "MODEL.ROI_BOX_HEAD"
+    nodes = ["MODEL.ROI_BOX_HEAD", *(["MODEL.ROI_MASK_HEAD"] if cfg.MODEL.MASK_ON else [])]
+    nodes = [DETECTORS[name].node] if name in DETECTORS else nodes
     necks = [NECKS[neck].node for neck in cfg.MODEL.NECKS if "NORM" in get(cfg, NECKS[neck].node)]
-    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *(f"{part}.NORM" for part in (node, *necks))):
+    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *(f"{part}.NORM" for part in (*nodes, *necks))):
         if get(cfg, key) in ("SyncBN", "nnSyncBN"):
             raise ConfigError(f"{key}: expected one that several processes can share on a CPU, got {get(cfg, key)!r}")
 

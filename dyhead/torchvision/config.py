@@ -13,11 +13,12 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get, ignore_keys, values
-from dyhead.config_checks import BOX_LOSSES
+from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
 from dyhead.config_files import shown
 from dyhead.torchvision.backbone import BACKBONES
 
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN")
+_POOLERS = ("ROIAlignV2", "ROIAlign")
 
 # The values that can be honoured, where not every value can.
 _CHOICES: dict[str, tuple] = {
@@ -34,12 +35,18 @@ _TWO_STAGE_CHOICES: dict[str, tuple] = {
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
     "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
-    "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", CASCADE),
+    "MODEL.ROI_BOX_HEAD.NAME": BOX_HEAD_NAMES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
-    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
 }
+_MASK_CHOICES: dict[str, tuple] = {
+    "INPUT.MASK_FORMAT": ("bitmask",),
+    "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
+}
+_KEYPOINT_CHOICES: dict[str, tuple] = {"MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLERS}
 
 
 def get_cfg() -> CfgNode:
@@ -66,8 +73,12 @@ def check_values(cfg: CfgNode) -> None:
         ConfigError: a value that is not supported; names the key, what is supported and what came.
     """
     check_config(cfg)
-    two_stage = _TWO_STAGE_CHOICES if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE else {}
-    for key, supported in (_CHOICES | two_stage).items():
+    choices = dict(_CHOICES)
+    if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
+        choices |= _TWO_STAGE_CHOICES
+        choices |= _MASK_CHOICES if cfg.MODEL.MASK_ON else {}
+        choices |= _KEYPOINT_CHOICES if cfg.MODEL.KEYPOINT_ON else {}
+    for key, supported in choices.items():
         _expect(cfg, key, lambda value, among=supported: value in among, f"one of {', '.join(map(repr, supported))}")
     _check_backbone(cfg)
 

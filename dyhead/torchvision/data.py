@@ -18,12 +18,16 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dyhead import data
 from dyhead.config import ConfigError
 from dyhead.data import CocoSplit, DataError
+from dyhead.data.coco import flip_pairs
+from dyhead.evaluation.coco import as_rle
 from dyhead.runs.interruption import leave_to_main_process
+from dyhead.runs.preflight import check_parts
 
 # Random numbers of different use come from different streams.
 _ORDER, _AUGMENTATION = 0, 1
@@ -51,7 +55,7 @@ def load_train(cfg: CfgNode) -> list[CocoSplit]:
     """The datasets of ``DATASETS.TRAIN``, loaded and checked.
 
     Raises:
-        ConfigError: none is configured, or their classes differ.
+        ConfigError: none is configured, or their classes or keypoints differ; see also :func:`load_splits`.
         DataError: one of them is not sound, or no image is left to train on.
     """
     splits = load_splits(cfg, cfg.DATASETS.TRAIN)
@@ -63,12 +67,81 @@ def load_train(cfg: CfgNode) -> list[CocoSplit]:
                 f"DATASETS.TRAIN: expected the same classes everywhere, got {splits[0].class_names} in "
                 f"{splits[0].info.name!r} and {split.class_names} in {split.info.name!r}"
             )
+        if cfg.MODEL.KEYPOINT_ON and split.keypoint_names != splits[0].keypoint_names:
+            raise ConfigError(
+                f"DATASETS.TRAIN: expected the same keypoints everywhere, got {splits[0].keypoint_names} in "
+                f"{splits[0].info.name!r} and {split.keypoint_names} in {split.info.name!r}"
+            )
     return splits
 
 
 def load_splits(cfg: CfgNode, names: Sequence[str]) -> list[CocoSplit]:
-    """The datasets of these names, loaded and checked."""
-    return [data.load(data.get(name), clip_boxes=cfg.DATASETS.CLIP_BOXES) for name in names]
+    """The datasets of these names, loaded and checked.
+
+    Raises:
+        ConfigError: annotated objects lack the masks or keypoints that the detector is for.
+        DataError: a dataset is not sound.
+    """
+    splits = [data.load(data.get(name), clip_boxes=cfg.DATASETS.CLIP_BOXES) for name in names]
+    for split in splits:
+        if split.annotated:
+            trained = split.info.name in cfg.DATASETS.TRAIN
+            check_parts(cfg, split.info.name, split.records, split.keypoint_names, trained=trained)
+    return splits
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of an image and of what is annotated on it: resized, then maybe flipped.
+
+    Attributes:
+        before: height and width of the image, in pixels.
+        after: what they become.
+        flip: "horizontal", "vertical" or "none".
+    """
+
+    before: tuple[int, int]
+    after: tuple[int, int]
+    flip: str
+
+    def image(self, image: Tensor) -> Tensor:
+        """An image uint8 (3, H, W)."""
+        return self._apply(tv_tensors.Image(image), antialias=True)
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """Boxes (M, 4) in pixels."""
+        return self._apply(tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=self.before))
+
+    def mask(self, segmentation: Any) -> Tensor:
+        """Polygons or RLE, as annotation files have them, to the pixels of the object (H, W), bool."""
+        from pycocotools import mask as coco_masks  # where there are masks
+
+        height, width = self.after
+        if isinstance(segmentation, list):
+            polygons = [self.points(torch.tensor(p, dtype=torch.float64).view(-1, 2)) for p in segmentation]
+            rle = as_rle([p.flatten().tolist() for p in polygons], height, width)
+            return torch.from_numpy(coco_masks.decode(rle)).bool()
+        pixels = torch.from_numpy(coco_masks.decode(as_rle(segmentation, *self.before)))
+        # The pixel whose center is nearest; as an image, because torchvision before 0.29 does not take this for masks.
+        return self._apply(tv_tensors.Image(pixels[None]), interpolation=InterpolationMode.NEAREST_EXACT)[0].bool()
+
+    def points(self, points: Tensor) -> Tensor:
+        """Points (..., 2) as x and y in pixels."""
+        (height, width), (old_height, old_width) = self.after, self.before
+        points = points * points.new_tensor([width / old_width, height / old_height])
+        if self.flip == "horizontal":
+            points = points.new_tensor([width, 0]) + points * points.new_tensor([-1, 1])
+        elif self.flip == "vertical":
+            points = points.new_tensor([0, height]) + points * points.new_tensor([1, -1])
+        return points
+
+    def _apply(self, part: Any, **resizing: Any) -> Tensor:
+        part = functional.resize(part, list(self.after), **resizing)
+        if self.flip == "horizontal":
+            part = functional.horizontal_flip(part)
+        elif self.flip == "vertical":
+            part = functional.vertical_flip(part)
+        return part.as_subclass(Tensor)
 
 
 @dataclass(frozen=True)
@@ -87,22 +160,50 @@ class Augmentation:
     longest: int
     flip: str
 
-    def __call__(self, image: Tensor, boxes: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """An image uint8 (3, H, W) and its boxes (M, 4) in pixels, both changed by random numbers of ``rng``."""
+    def __call__(self, height: int, width: int, rng: np.random.Generator) -> Change:
+        """The change of an image of this size, by random numbers of ``rng``."""
         if self.sampling == "range":
             shortest = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
         else:
             shortest = self.sizes[rng.integers(len(self.sizes))]
         flipped = rng.random() < 0.5
-        h, w = image.shape[-2:]
-        size = list(resized(h, w, shortest, self.longest))
-        pair = tv_tensors.Image(image), tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w))
-        image, boxes = (functional.resize(part, size, antialias=True) for part in pair)
-        if flipped and self.flip == "horizontal":
-            image, boxes = functional.horizontal_flip(image), functional.horizontal_flip(boxes)
-        elif flipped and self.flip == "vertical":
-            image, boxes = functional.vertical_flip(image), functional.vertical_flip(boxes)
-        return image.as_subclass(Tensor), boxes.as_subclass(Tensor)
+        after = resized(height, width, shortest, self.longest)
+        return Change((height, width), after, self.flip if flipped else "none")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is learned of an object beside its box and class.
+
+    Attributes:
+        masks: whether its mask is.
+        keypoints: names of its keypoints.
+    """
+
+    masks: bool = False
+    keypoints: tuple[str, ...] = ()
+
+    def masks_of(self, objects: Sequence[dict[str, Any]], change: Change) -> Tensor:
+        """Masks (M, H, W), bool, of changed annotations."""
+        masks = [change.mask(a["segmentation"]) for a in objects]
+        return torch.stack(masks) if masks else torch.zeros(0, *change.after, dtype=torch.bool)
+
+    def keypoints_of(self, objects: Sequence[dict[str, Any]], change: Change) -> Tensor:
+        """Keypoints (M, J, 3) of changed annotations: x, y and visibility, all 0 for one that is not in the image."""
+        count = len(self.keypoints)
+        listed = [a.get("keypoints") or [0] * (3 * count) for a in objects]
+        keypoints = torch.tensor(listed, dtype=torch.float32).view(-1, count, 3)
+        points = change.points(keypoints[..., :2] + 0.5)  # files count pixels; a pixel's center is half of one further
+        height, width = change.after
+        seen = ((points >= 0) & (points <= points.new_tensor([width, height]))).all(dim=2) & (keypoints[..., 2] > 0)
+        keypoints = torch.cat([points, keypoints[..., 2:]], dim=2) * seen[..., None]
+        if change.flip == "horizontal":
+            mirrored = list(range(count))
+            for left, right in flip_pairs(self.keypoints):
+                i, j = self.keypoints.index(left), self.keypoints.index(right)
+                mirrored[i], mirrored[j] = j, i
+            keypoints = keypoints[:, mirrored]
+        return keypoints
 
 
 class TrainStream(Dataset):
@@ -110,18 +211,25 @@ class TrainStream(Dataset):
 
     Args:
         records: of the datasets.
-        augmentation: changes images and boxes.
+        augmentation: changes images and what is annotated on them.
         image_format: "RGB" or "BGR".
         seed: of the order and of the augmentation, not negative.
+        parts: what targets have beside boxes (M, 4) and labels (M,).
     """
 
     def __init__(
-        self, records: Sequence[dict[str, Any]], augmentation: Augmentation, image_format: str, seed: int
+        self,
+        records: Sequence[dict[str, Any]],
+        augmentation: Augmentation,
+        image_format: str,
+        seed: int,
+        parts: Parts = Parts(),
     ) -> None:
         self.records = records
         self.augmentation = augmentation
         self.image_format = image_format
         self.seed = seed
+        self.parts = parts
 
     def record(self, position: int) -> dict[str, Any]:
         """The record at a position, from 0."""
@@ -132,12 +240,19 @@ class TrainStream(Dataset):
         record = self.record(position)
         image = _read(record, self.image_format)
         objects = [a for a in record["annotations"] if not a["iscrowd"]]
-        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        rng = np.random.default_rng([_AUGMENTATION, self.seed, position])
-        image, boxes = self.augmentation(image, boxes, rng)
-        labels = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+        change = self.augmentation(*image.shape[-2:], np.random.default_rng([_AUGMENTATION, self.seed, position]))
+        boxes = change.boxes(torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4))
+        target = {"boxes": boxes, "labels": torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)}
         seen = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(dim=1)
-        return image, {"boxes": boxes[seen], "labels": labels[seen]}
+        if self.parts.masks:
+            try:
+                target["masks"] = self.parts.masks_of(objects, change)
+            except (OverflowError, ValueError) as error:
+                raise DataError(f"{record['file_name']}: a segmentation cannot be read ({error})") from error
+            seen &= target["masks"].flatten(1).any(dim=1)
+        if self.parts.keypoints:
+            target["keypoints"] = self.parts.keypoints_of(objects, change)
+        return change.image(image), {key: value[seen] for key, value in target.items()}
 
 
 class TrainBatches(Sampler[list[int]]):
@@ -235,15 +350,23 @@ class _ErrorsAsValues(Dataset):
 
 
 def train_loader(
-    cfg: CfgNode, records: Sequence[dict[str, Any]], seed: int, start: int = 0, *, rank: int = 0, world_size: int = 1
+    cfg: CfgNode,
+    records: Sequence[dict[str, Any]],
+    seed: int,
+    start: int = 0,
+    *,
+    keypoints: Sequence[str] = (),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DetectionLoader:
-    """Batches for one device: lists of images uint8 (3, H, W) and of targets, boxes (M, 4) in pixels and labels (M,).
+    """Batches for one device: lists of images uint8 (3, H, W) and of targets, see :class:`TrainStream`.
 
     Args:
         cfg: the configuration; ``SOLVER.IMS_PER_BATCH`` counts the images on all devices together.
         records: of the datasets.
         seed: of order and augmentation.
         start: iterations that are done.
+        keypoints: names of the datasets' keypoints, which ``MODEL.KEYPOINT_ON`` reads.
         rank, world_size: which device of how many this is.
 
     Raises:
@@ -259,7 +382,8 @@ def train_loader(
         cfg.INPUT.MAX_SIZE_TRAIN,
         cfg.INPUT.RANDOM_FLIP,
     )
-    stream = TrainStream(records, augmentation, cfg.INPUT.FORMAT, seed)
+    parts = Parts(cfg.MODEL.MASK_ON, tuple(keypoints) if cfg.MODEL.KEYPOINT_ON else ())
+    stream = TrainStream(records, augmentation, cfg.INPUT.FORMAT, seed, parts)
     batches = TrainBatches(
         stream,
         cfg.SOLVER.IMS_PER_BATCH // world_size,

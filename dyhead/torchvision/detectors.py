@@ -16,6 +16,10 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
     It follows torchvision's interface: in training ``model(images, targets)`` gives losses by name, in evaluation
     ``model(images)`` gives for each image boxes (M, 4) as x0, y0, x1, y1 in its pixels, scores and labels (M,).
+    With ``MODEL.MASK_ON`` targets have masks (M, H, W) bool, and detections masks (M, S, S), the probabilities of the
+    cells of their boxes, which :func:`dyhead.detection.roi.masks.paste_masks` brings onto an image of any size. With
+    ``MODEL.KEYPOINT_ON`` both have keypoints (M, J, 3): x and y in pixels, and the visibility (0: not annotated) or
+    the score.
     Images are (3, H, W), values 0 to 255 in the channel order of ``INPUT.FORMAT``; labels are 0 to K - 1.
 
     Raises:

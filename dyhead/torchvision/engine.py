@@ -166,7 +166,11 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
     for split in (*training_splits, *test):
         check_num_classes(cfg, split.info.name, split.class_names)
     check_expectations(cfg, {split.info.name: split.class_names for split in test})
-    records = data.train_records(training_splits, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    records = data.train_records(
+        training_splits,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+    )
 
     checkpoint = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
     resumed = read_resumable(cfg, checkpoint) if checkpoint else None
@@ -189,7 +193,8 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
         names = ", ".join(f"{split.info.name} ({len(split.class_names)} classes)" for split in training_splits)
         _log.info("Training on %d images, seed %d: %s", len(records), seed, names)
 
-    results = train(fabric, cfg, model, optimizer, records, test, seed, resumed)
+    keypoints = training_splits[0].keypoint_names
+    results = train(fabric, cfg, model, optimizer, records, test, seed, resumed, keypoints=keypoints)
     if fabric.is_global_zero:
         report_losses(cfg)
     if results is None and test:

@@ -13,7 +13,9 @@ from torch import nn
 from tqdm import tqdm
 
 from dyhead.data import CocoSplit
+from dyhead.detection.roi.masks import paste_masks
 from dyhead.evaluation import coco_results
+from dyhead.evaluation.expected import configured_tasks
 from dyhead.evaluation.results import Evaluated, check_weights, evaluate_detections
 from dyhead.torchvision.data import evaluation_loader
 
@@ -50,11 +52,22 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
                     record, (height, width) = split.records[index], image.shape[-2:]
                     scale = torch.tensor([record["width"] / width, record["height"] / height] * 2)
                     boxes, scores, labels = (detections[key].cpu() for key in ("boxes", "scores", "labels"))
-                    share += coco_results(record["image_id"], split.category_ids, boxes * scale, scores, labels)
+                    masks, keypoints = (
+                        detections[key].cpu() if key in detections else None for key in ("masks", "keypoints")
+                    )
+                    boxes = boxes * scale
+                    if masks is not None:
+                        masks = paste_masks(masks, boxes, record["height"], record["width"])
+                    if keypoints is not None:
+                        keypoints = keypoints * torch.tensor([*scale[:2], 1])
+                    share += coco_results(
+                        record["image_id"], split.category_ids, boxes, scores, labels, masks, keypoints
+                    )
                 bar.update()
             merged = _merged(fabric, share)
             if fabric.is_global_zero:
-                results.append(evaluate_detections(split, merged, cfg.OUTPUT_DIR))
+                tasks, sigmas = configured_tasks(cfg), cfg.TEST.KEYPOINT_OKS_SIGMAS
+                results.append(evaluate_detections(split, merged, cfg.OUTPUT_DIR, tasks=tasks, sigmas=sigmas))
     model.train(was_training)
     return results
 

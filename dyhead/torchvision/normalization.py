@@ -29,3 +29,9 @@ class Normalization(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Nothing."""
         return image, target
+
+    def postprocess(
+        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Nothing: detections are in pixels of the images as they came, and masks stay cells of their boxes."""
+        return result

@@ -1,6 +1,6 @@
-"""Faster R-CNN in the pyramid form: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
+"""Faster, Mask, Keypoint and Cascade R-CNN: torchvision's, with DyHead on the pyramid before proposals and RoI pooling.
 
-N batch, C channels, K classes, Q proposals of all images, S side of a pooled region in cells.
+N batch, C channels, K classes, Q proposals of all images, S side of a pooled region in cells, J keypoints of an object.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, clip_boxes_to_image
 
+from dyhead.build import build_box_head
 from dyhead.config import ConfigError, get, options_of
+from dyhead.config_checks import CASCADE
 from dyhead.detection import Anchors
 from dyhead.detection.boxes import Deltas
+from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.roi.keypoints import find_keypoints, keypoint_loss
+from dyhead.detection.roi.masks import crop_masks, mask_loss, mask_probabilities
+from dyhead.detection.roi.pooling import PyramidPool
+from dyhead.detection.roi.prediction import class_and_box_layers
 from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.backbone import build_norm, build_pyramid
 from dyhead.torchvision.config import iou_thresholds
@@ -68,22 +77,21 @@ class BoxPredictor(nn.Module):
     read.
 
     Args:
-        channels: of a region's features.
+        features: of a region, see :attr:`dyhead.detection.roi.Registered.options`.
         num_classes: classes K.
+        class_agnostic: predict the same deltas for all classes.
     """
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, features: int | tuple[int, int], num_classes: int, *, class_agnostic: bool = False) -> None:
         super().__init__()
-        self.cls_score = nn.Linear(channels, num_classes + 1)
-        self.bbox_pred = nn.Linear(channels, 4 * num_classes)
-        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        self.repeats = num_classes if class_agnostic else 1
+        boxes = 4 * num_classes // self.repeats
+        self.cls_score, self.bbox_pred = class_and_box_layers(features, num_classes + 1, boxes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Regions (Q, C, ...) to logits (Q, 1 + K) and deltas (Q, 4 + 4K), the background first."""
         x = x.flatten(1)
-        return self.cls_score(x).roll(1, dims=1), F.pad(self.bbox_pred(x), (4, 0))
+        return self.cls_score(x).roll(1, dims=1), F.pad(self.bbox_pred(x).repeat(1, self.repeats), (4, 0))
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -151,22 +159,36 @@ class ProposalNetwork(RegionProposalNetwork):
         return {"loss_rpn_cls": weight_cls * loss_cls / count, "loss_rpn_loc": weight_loc * loss_loc / count}
 
 
-class BoxHeads(RoIHeads):
-    """torchvision's box head, with the losses of the configuration.
+class RegionHeads(RoIHeads):
+    """torchvision's heads of boxes, masks and keypoints, with the losses of the configuration.
 
     Args:
         box_form: what the deltas mean, and what they cost.
         loss_weight: of the boxes.
         append_truth: add the true boxes to the proposals in training.
+        keypoint_loss_weight: of the keypoints.
+        keypoint_divisor: what an image adds to the number that the keypoints' loss is divided by; None: the number of
+            keypoints that are in their regions.
         args, kwargs: torchvision's.
     """
 
-    def __init__(self, *args, box_form: Deltas, loss_weight: float, append_truth: bool, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        box_form: Deltas,
+        loss_weight: float,
+        append_truth: bool,
+        keypoint_loss_weight: float = 1.0,
+        keypoint_divisor: float | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.box_form = box_form
         self.box_coder = BoxCoder(box_form)
         self.loss_weight = loss_weight
         self.append_truth = append_truth
+        self.keypoint_loss_weight = keypoint_loss_weight
+        self.keypoint_divisor = keypoint_divisor
 
     def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
         """The proposals, with the true boxes if so configured."""
@@ -179,66 +201,221 @@ class BoxHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections of each image or, in training, the losses by Detectron2's names; label 0 is background."""
-        if self.training:
-            proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
-        regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        logits, deltas = (output.float() for output in self.box_predictor(regions))
-        if not self.training:
-            found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-            return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)], {}
+        """Detections of each image or, in training, the losses by Detectron2's names; label 0 is background.
 
+        Detections have boxes (D, 4), scores and labels (D,), masks (D, S, S) as probabilities of the boxes' cells
+        where there is a mask head, and keypoints (D, J, 3) as x, y and score where there is a keypoint head.
+        """
+        if not self.training:
+            found = self.detect_boxes(features, proposals, image_shapes)
+            return self._with_parts(found, features, image_shapes), {}
+        proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
+        losses = self.box_losses(features, proposals, image_shapes, matched, labels, targets)
+        positive = [torch.where(own > 0)[0] for own in labels]
+        boxes = [own[where] for own, where in zip(proposals, positive, strict=True)]
+        objects = [own[where] for own, where in zip(matched, positive, strict=True)]
+        if self.has_mask():
+            logits = self.mask_logits(features, boxes, image_shapes)
+            truth = [
+                crop_masks(t["masks"][of], own, logits.shape[-1])
+                for t, of, own in zip(targets, objects, boxes, strict=True)
+            ]
+            classes = torch.cat([own[where] for own, where in zip(labels, positive, strict=True)]) - 1
+            losses["loss_mask"] = mask_loss(logits, classes, torch.cat(truth))
+        if self.has_keypoint():
+            logits = self.keypoint_logits(features, boxes, image_shapes)
+            points = torch.cat([t["keypoints"][of] for t, of in zip(targets, objects, strict=True)])
+            divisor = None if self.keypoint_divisor is None else self.keypoint_divisor * len(targets)
+            loss = keypoint_loss(logits, torch.cat(boxes), points, divisor)
+            losses["loss_keypoint"] = self.keypoint_loss_weight * loss
+        return [], losses
+
+    def detect_boxes(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Boxes, scores and labels of each image."""
+        found = self.postprocess_detections(*self._predict(features, proposals, image_shapes), proposals, image_shapes)
+        return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
+
+    def box_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Losses of sampled proposals, each with the object that it overlaps most and its label."""
+        predictions = self._predict(features, proposals, image_shapes)
+        return self._costs(self.box_form, *predictions, proposals, matched, labels, targets)
+
+    def _costs(
+        self,
+        box_form: Deltas,
+        logits: Tensor,
+        deltas: Tensor,
+        proposals: list[Tensor],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
         truth = [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
         labels, truth, boxes = torch.cat(labels), torch.cat(truth), torch.cat(proposals)
         positive = torch.where(labels > 0)[0]
         own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
-        loss_box = self.box_form.loss(own_class, boxes[positive], truth[positive]).sum()
-        return [], {
+        loss_box = box_form.loss(own_class, boxes[positive], truth[positive]).sum()
+        return {
             # Summed and divided, not averaged: the mean of no proposals would be NaN.
             "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1),
             "loss_box_reg": self.loss_weight * loss_box / max(len(labels), 1),
         }
 
+    def mask_logits(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Of the boxes of all images, (Q, K, S, S), in float32."""
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
 
-class PyramidPool(nn.Module):
-    """RoI pooling from the level that fits a region's size (Lin et al., "Feature Pyramid Networks", Eq. 1).
+    def keypoint_logits(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Of the boxes of all images, (Q, J, S, S), in float32."""
+        regions = self.keypoint_roi_pool(features, boxes, image_shapes)
+        return self.keypoint_predictor(self.keypoint_head(regions)).float()
 
-    torchvision's own guesses the strides from the first images it sees, without their padding, and does not align.
+    def _predict(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
+        return logits.float(), deltas.float()
+
+    def _with_parts(
+        self,
+        found: list[dict[str, Tensor]],
+        features: dict[str, Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        boxes = [each["boxes"] for each in found]
+        counts, parts = [len(own) for own in boxes], {}
+        if self.has_mask():
+            labels = torch.cat([each["labels"] for each in found]) - 1
+            parts["masks"] = mask_probabilities(self.mask_logits(features, boxes, image_shapes), labels)
+        if self.has_keypoint():
+            logits = self.keypoint_logits(features, boxes, image_shapes)
+            parts["keypoints"] = find_keypoints(logits, torch.cat(boxes))
+        for key, values in parts.items():
+            found = [each | {key: own} for each, own in zip(found, values.split(counts), strict=True)]
+        return found
+
+
+class CascadeStage(nn.Module):
+    """One stage of a cascade.
 
     Args:
-        strides: of the levels to pool from, by name, fine to coarse.
-        resolution: side S of the pooled regions.
-        sampling_ratio: samples in a cell, per axis; 0 is as many as there are pixels.
-        aligned: shift by half a pixel ("ROIAlignV2" of Detectron2).
+        head: of the boxes.
+        predictor: of classes and deltas, the same deltas for all classes.
+        box_form: what the deltas mean, and what they cost.
+        threshold: IoU from which on a box is an object's.
     """
 
-    def __init__(self, strides: dict[str, int], resolution: int, sampling_ratio: int, aligned: bool) -> None:
+    def __init__(self, head: nn.Module, predictor: BoxPredictor, box_form: Deltas, threshold: float) -> None:
         super().__init__()
-        self.strides = dict(strides)
-        self.resolution = resolution
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+        self.head = head
+        self.predictor = predictor
+        self.box_form = box_form
+        self.threshold = threshold
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Levels (N, C, H, W) and boxes of each image in pixels to (Q, C, S, S); the sizes do not matter."""
-        index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
-        regions = torch.cat([index, torch.cat(boxes)], dim=1)
-        size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))
-        numbers = [stride.bit_length() - 1 for stride in self.strides.values()]  # log2
-        # A region of 224 pixels, ImageNet's image, belongs to level 4, of stride 16.
-        wanted = (4 + torch.log2(size / 224 + 1e-8)).floor().clamp(numbers[0], numbers[-1])
-        levels = [features[name] for name in self.strides]
-        pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], self.resolution, self.resolution)
-        for level, number in zip(levels, numbers, strict=True):
-            here = torch.where(wanted == number)[0]
-            scale = 1 / 2**number
-            out = roi_align(level, regions[here], self.resolution, scale, self.sampling_ratio, self.aligned)
-            pooled[here] = out.to(pooled.dtype)
-        return pooled
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Regions (Q, C, S, S) to logits (Q, 1 + K) and deltas (Q, 4 + 4K) in float32, the background first."""
+        logits, deltas = self.predictor(self.head(regions))
+        return logits.float(), deltas.float()
+
+    def label(self, boxes: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """For each box the object that it overlaps most, and that one's label, or 0 below the threshold."""
+        if not len(target["boxes"]):
+            nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+            return nothing, nothing
+        overlap, index = box_iou(target["boxes"], boxes).max(dim=0)
+        return index, target["labels"][index] * (overlap >= self.threshold)
+
+
+class CascadeHeads(RegionHeads):
+    """Cascade R-CNN (Cai and Vasconcelos, CVPR 2018): each stage starts from the boxes of the one before.
+
+    Args:
+        stages: in their order; the first one's boxes are the sampled proposals.
+        args, kwargs: of :class:`RegionHeads`, whose own box head and predictor are None.
+    """
+
+    def __init__(self, *args, stages: Sequence[CascadeStage], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.stages = nn.ModuleList(stages)
+
+    def box_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """The losses of all stages, see :class:`RegionHeads`."""
+        losses = {}
+        for number, stage in enumerate(self.stages):
+            if number:
+                # What has become empty is no proposal.
+                proposals = [boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)] for boxes in proposals]
+                pairs = [stage.label(boxes, t) for boxes, t in zip(proposals, targets, strict=True)]
+                matched, labels = (list(part) for part in zip(*pairs, strict=True))
+            logits, deltas = self._run(stage, features, proposals, image_shapes)
+            costs = self._costs(stage.box_form, logits, deltas, proposals, matched, labels, targets)
+            losses |= {f"{name}_stage{number}": loss for name, loss in costs.items()}
+            proposals = self._refined(stage, deltas, proposals, image_shapes)
+        return losses
+
+    def detect_boxes(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The last stage's boxes, with the mean of all stages' probabilities as scores."""
+        probabilities = 0.0
+        for stage in self.stages:
+            before = proposals
+            logits, deltas = self._run(stage, features, before, image_shapes)
+            probabilities = probabilities + logits.softmax(dim=1) / len(self.stages)
+            proposals = self._refined(stage, deltas, before, image_shapes)
+        self.box_coder = BoxCoder(stage.box_form)
+        # Logits of which these are the probabilities.
+        found = self.postprocess_detections(probabilities.log(), deltas, before, image_shapes)
+        return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
+
+    def _run(
+        self,
+        stage: CascadeStage,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor]:
+        regions = self.box_roi_pool(features, boxes, image_shapes)
+        if regions.requires_grad:  # the stages' losses are added up for the heads, and averaged for what is below
+            regions.register_hook(lambda gradient: gradient / len(self.stages))
+        return stage(regions)
+
+    @staticmethod
+    @torch.no_grad()
+    def _refined(
+        stage: CascadeStage, deltas: Tensor, boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        refined = stage.box_form.decode(deltas[:, -4:], torch.cat(boxes)).split([len(own) for own in boxes])
+        return [clip_boxes_to_image(own, size) for own, size in zip(refined, image_shapes, strict=True)]
 
 
 def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     """Faster R-CNN with DyHead, of ``MODEL.RPN``, ``ROI_HEADS`` and ``ROI_BOX_HEAD``; labels 0 to K - 1.
+
+    ``MODEL.MASK_ON`` makes it Mask R-CNN, ``MODEL.KEYPOINT_ON`` Keypoint R-CNN, and ``MODEL.ROI_HEADS.NAME
+    CascadeROIHeads`` Cascade R-CNN.
 
     Raises:
         ConfigError, ValueError: levels that are not there, labels that are not supported.
@@ -247,7 +424,7 @@ def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     return FasterRCNN(
         pyramid,
         _build_proposal_network(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.RPN")),
-        _build_box_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
+        _build_region_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
         Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, pyramid.size_divisibility),
     )
 
@@ -285,27 +462,76 @@ def _build_proposal_network(cfg: CfgNode, channels: int, strides: dict[str, int]
     return network
 
 
-def _build_box_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> BoxHeads:
-    options, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+def _build_region_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) -> RegionHeads:
+    options, box, points = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_KEYPOINT_HEAD
     low, high = iou_thresholds(cfg, "MODEL.ROI_HEADS")
-    side = box.POOLER_RESOLUTION
-    head = FastRCNNConvFCHead(
-        (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, build_norm(box.NORM)
-    )
-    last = box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
-    return BoxHeads(
-        PyramidPool(strides, side, box.POOLER_SAMPLING_RATIO, aligned=box.POOLER_TYPE == "ROIAlignV2"),
-        head,
-        BoxPredictor(last, options.NUM_CLASSES),
-        high,
-        low,
-        options.BATCH_SIZE_PER_IMAGE,
-        options.POSITIVE_FRACTION,
-        None,  # its own coder of boxes is not read
-        options.SCORE_THRESH_TEST,
-        options.NMS_THRESH_TEST,
-        cfg.TEST.DETECTIONS_PER_IMAGE,
-        box_form=Deltas(tuple(box.BBOX_REG_WEIGHTS), box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA),
-        loss_weight=box.BBOX_REG_LOSS_WEIGHT,
-        append_truth=options.PROPOSAL_APPEND_GT,
-    )
+    parts: dict[str, nn.Module] = {}
+    if cfg.MODEL.MASK_ON:
+        parts |= _build_mask_head(cfg, channels, strides)
+    if cfg.MODEL.KEYPOINT_ON:
+        parts |= {
+            "keypoint_roi_pool": _pool(strides, points),
+            "keypoint_head": KeypointRCNNHeads(channels, points.CONV_DIMS),
+            "keypoint_predictor": KeypointRCNNPredictor(points.CONV_DIMS[-1], points.NUM_KEYPOINTS),
+        }
+    sampled = options.BATCH_SIZE_PER_IMAGE * options.POSITIVE_FRACTION * points.NUM_KEYPOINTS
+    shared = {
+        "fg_iou_thresh": high,
+        "bg_iou_thresh": low,
+        "batch_size_per_image": options.BATCH_SIZE_PER_IMAGE,
+        "positive_fraction": options.POSITIVE_FRACTION,
+        "bbox_reg_weights": None,  # its own coder of boxes is not read
+        "score_thresh": options.SCORE_THRESH_TEST,
+        "nms_thresh": options.NMS_THRESH_TEST,
+        "detections_per_img": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "box_form": _box_form(box, box.BBOX_REG_WEIGHTS),
+        "loss_weight": box.BBOX_REG_LOSS_WEIGHT,
+        "append_truth": options.PROPOSAL_APPEND_GT,
+        "keypoint_loss_weight": points.LOSS_WEIGHT,
+        "keypoint_divisor": None if points.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS else sampled,
+        **parts,
+    }
+    if options.NAME != CASCADE:
+        head, predictor = _build_box_head(cfg, channels)
+        return RegionHeads(_pool(strides, box, head), head, predictor, **shared)
+    cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    stages = [
+        CascadeStage(*_build_box_head(cfg, channels), _box_form(box, weights), threshold)
+        for weights, threshold in zip(cascade.BBOX_REG_WEIGHTS, cascade.IOUS, strict=True)
+    ]
+    return CascadeHeads(_pool(strides, box, stages[0].head), None, None, stages=stages, **shared)
+
+
+def _build_mask_head(cfg: CfgNode, channels: int, strides: dict[str, int]) -> dict[str, nn.Module]:
+    mask = cfg.MODEL.ROI_MASK_HEAD
+    classes = 1 if mask.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return {
+        "mask_roi_pool": _pool(strides, mask),
+        "mask_head": MaskRCNNHeads(channels, [mask.CONV_DIM] * mask.NUM_CONV, 1, build_norm(mask.NORM)),
+        "mask_predictor": MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes),
+    }
+
+
+def _pool(strides: dict[str, int], node: CfgNode, head: nn.Module | None = None) -> PyramidPool:
+    aligned, scales = node.POOLER_TYPE == "ROIAlignV2", getattr(head, "scales", (1.0,))
+    return PyramidPool(strides, node.POOLER_RESOLUTION, node.POOLER_SAMPLING_RATIO, aligned, scales)
+
+
+def _box_form(box: CfgNode, weights: Sequence[float]) -> Deltas:
+    return Deltas(tuple(weights), box.BBOX_REG_LOSS_TYPE, box.SMOOTH_L1_BETA)
+
+
+def _build_box_head(cfg: CfgNode, channels: int) -> tuple[nn.Module, BoxPredictor]:
+    """The head of ``MODEL.ROI_BOX_HEAD``, and what predicts from its features."""
+    box, side = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+    if box.NAME in BOX_HEADS:
+        head = build_box_head(cfg, box.NAME, channels)
+        features = head.out_features
+    else:
+        norm = build_norm(box.NORM)
+        head = FastRCNNConvFCHead(
+            (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, norm
+        )
+        features = box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
+    agnostic = box.CLS_AGNOSTIC_BBOX_REG
+    return head, BoxPredictor(features, cfg.MODEL.ROI_HEADS.NUM_CLASSES, class_agnostic=agnostic)

@@ -43,6 +43,8 @@ def train(
     splits: Sequence[CocoSplit],
     seed: int,
     checkpoint: dict[str, Any] | None = None,
+    *,
+    keypoints: Sequence[str] = (),
 ) -> list[Evaluated] | None:
     """Train a detector up to iteration ``SOLVER.MAX_ITER``, with checkpoints, logs and evaluations on the way.
 
@@ -59,6 +61,7 @@ def train(
         seed: not negative, the same in all processes.
         checkpoint: of :func:`dyhead.torchvision.checkpoint.read_resumable`, to go on from; its weights are in the model
             already, and its optimizer's state is made for ``optimizer``.
+        keypoints: names of the datasets' keypoints.
 
     Returns:
         The evaluation after the last iteration, if one was due, see :func:`evaluate`.
@@ -96,7 +99,9 @@ def train(
         Interruption(announce=fabric.is_global_zero) as interruption,
     ):
         # After the handler of signals, which its workers inherit.
-        batches = train_loader(cfg, records, seed, start, rank=fabric.global_rank, world_size=fabric.world_size)
+        batches = train_loader(
+            cfg, records, seed, start, keypoints=keypoints, rank=fabric.global_rank, world_size=fabric.world_size
+        )
         for iteration, batch in zip(range(start, max_iter), batches, strict=False):
             torch.manual_seed(_sampling_seed(seed, iteration, fabric.global_rank))
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):

@@ -50,12 +50,15 @@ def models(detector, *options):
     return build_detectron2(theirs), build_torchvision(ours)
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", [*DETECTORS, "mask_rcnn", "keypoint_rcnn", "cascade_rcnn"])
 @pytest.mark.parametrize(
     "options",
     [
         (),
-        ("MODEL.RPN.CONV_DIMS", "[-1, -1]", "MODEL.ROI_BOX_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.NORM", "GN"),
+        (
+            *("MODEL.RPN.CONV_DIMS", "[-1, -1]", "MODEL.ROI_BOX_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.NORM", "GN"),
+            *("MODEL.ROI_MASK_HEAD.NORM", "GN", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"),
+        ),
         ("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "MODEL.FPN.NORM", "''"),
     ],
 )

@@ -176,14 +176,36 @@ def test_drawing_is_reproducible(easy):
     np.testing.assert_array_equal(first[0], second[0])
     assert first[1] == second[1]
     # Sets that are on disk already are found again, unless DRAWING_VERSION goes up.
-    assert os.path.basename(os.path.dirname(easy.json_file)) == "shapes_easy_val-c749856c45"
+    assert os.path.basename(os.path.dirname(easy.json_file)) == "shapes_easy_val-0cb102d46a"
     # The annotations are the same on every machine and in every version, or DRAWING_VERSION must go up.
     with open(easy.json_file, encoding="utf-8") as file:
         annotations = json.load(file)["annotations"]
     places = [(a["image_id"], a["category_id"], *a["bbox"], a["area"]) for a in annotations]
     assert hashlib.sha256(str(places).encode()).hexdigest()[:16] == "47b4744089bb3b82"
+    points = [a["keypoints"] for a in annotations]
+    assert hashlib.sha256(str(points).encode()).hexdigest()[:16] == "28cee74358a066e7"
     first = [(a["category_id"], *a["bbox"], a["area"]) for a in shapes.draw(STANDARD, 5)[1]]
     assert hashlib.sha256(str(first).encode()).hexdigest()[:16] == "a12cb35a5914d18f"
+
+
+def test_keypoints_are_the_middle_and_the_outermost_pixels_of_the_visible_part(easy, standard):
+    split = load(easy)
+    assert split.keypoint_names == ["center", "top", "right", "bottom", "left"]
+    assert all(len(a["keypoints"]) == 15 for record in split.records for a in record["annotations"])
+    for _, annotations in standard[:20]:
+        for annotation, mask in zip(annotations, masks(annotations), strict=True):
+            (x, y, _), *outermost = np.reshape(annotation["keypoints"], (5, 3)).tolist()
+            pixels = np.argwhere(mask)[:, ::-1]  # as x and y
+            assert np.abs(pixels.mean(axis=0) - (x, y)).max() <= 0.5
+            x0, y0, width, height = annotation["bbox"]
+            for (x, y, seen), axis, edge in zip(
+                outermost, (1, 0, 1, 0), (y0, x0 + width - 1, y0 + height - 1, x0), strict=True
+            ):
+                on_edge = pixels[pixels[:, axis] == edge]
+                assert ((x, y)[axis], seen) == (edge, 2)
+                assert mask[y, x]
+                before = (on_edge[:, 1 - axis] < (x, y)[1 - axis]).sum()
+                assert before == len(on_edge) // 2
 
 
 @pytest.mark.parametrize("level", ["shapes_easy", "shapes", "shapes_hard"])

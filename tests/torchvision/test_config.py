@@ -71,11 +71,14 @@ def test_keys_that_cannot_be_honoured_are_named_with_their_values_in_one_warning
 
 def test_the_shipped_configurations_are_honoured_in_full(tiny, command, caplog):
     caplog.set_level(logging.WARNING)
-    for detector in (*(registered.name.lower() for registered in DETECTORS.values()), "faster_rcnn"):
+    two_stage = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn")
+    for detector in (*(registered.name.lower() for registered in DETECTORS.values()), *two_stage):
         args = command({key: tiny[key] for key in ("MODEL.DEVICE", "OUTPUT_DIR")}, detector)
         for config in (args.config_file, args.config_file.replace("quickstart/", "").replace("R18_shapes", "R50")):
             args.config_file = config
             setup(args)
+    args.config_file = args.config_file.replace("_dyhead", "_dyhead_box_head")
+    setup(args)
     assert not [r for r in caplog.records if re.search("cannot honour|does not read", r.getMessage())]
 
 
@@ -124,7 +127,7 @@ def test_a_value_that_cannot_be_honoured_names_the_key_and_what_is_supported(tin
         ("retinanet", "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]], "1 or 5 lists"),
         ("retinanet", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0], [2.0]], "1 or 5 lists"),
         ("faster_rcnn", "MODEL.ANCHOR_GENERATOR.SIZES", [[1], [2], [3], [4], [5, 6]], "as many anchors on every level"),
-        ("faster_rcnn", "MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "'StandardROIHeads'"),
+        ("faster_rcnn", "MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "'StandardROIHeads', 'CascadeROIHeads'"),
         ("faster_rcnn", "MODEL.ROI_HEADS.IN_FEATURES", ["res4"], "some of the levels p2, p3, p4, p5, p6"),
         ("faster_rcnn", "MODEL.ROI_BOX_HEAD.NUM_FC", 0, "NUM_FC: expected at least 1 with NUM_CONV 0, got 0"),
         ("faster_rcnn", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", "'ROIAlignV2', 'ROIAlign'"),

@@ -11,8 +11,11 @@ from PIL import Image
 from dyhead import data
 from dyhead.config import ConfigError
 from dyhead.data import DataError
+from dyhead.runs.preflight import check_parts
 from dyhead.torchvision.data import (
     Augmentation,
+    Change,
+    Parts,
     TrainBatches,
     TrainStream,
     evaluation_loader,
@@ -117,7 +120,8 @@ def test_boxes_follow_the_picture(flip):
     augmentation = Augmentation((80,), "choice", 1000, flip)
     found = set()
     for i in range(12):
-        out, boxes = augmentation(image, torch.tensor([[6.0, 10, 30, 20]]), np.random.default_rng(i))
+        change = augmentation(40, 60, np.random.default_rng(i))
+        out, boxes = change.image(image), change.boxes(torch.tensor([[6.0, 10, 30, 20]]))
         assert out.shape == (3, 80, 120)
         rows, columns = (torch.where((out[0] > 127).any(dim=d))[0] for d in (1, 0))
         edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
@@ -127,11 +131,9 @@ def test_boxes_follow_the_picture(flip):
 
 
 def test_sizes_are_chosen_or_drawn_from_a_range():
-    image, boxes = torch.zeros(3, 50, 50, dtype=torch.uint8), torch.zeros(0, 4)
-
     def sides(sampling):
         augmentation = Augmentation((20, 30), sampling, 1000, "none")
-        return {augmentation(image, boxes, np.random.default_rng(i))[0].shape[-1] for i in range(200)}
+        return {augmentation(50, 50, np.random.default_rng(i)).after[1] for i in range(200)}
 
     assert sides("choice") == {20, 30}
     assert sides("range") == set(range(20, 31))
@@ -249,3 +251,122 @@ def test_training_sets_must_agree_in_their_classes(tiny, configured, draw, tmp_p
 def test_a_batch_that_cannot_be_divided_is_refused(tiny, configured, split):
     with pytest.raises(ConfigError, match=r"IMS_PER_BATCH.*multiple of the 3 devices, got 2"):
         train_loader(configured(tiny), split.records, seed=0, world_size=3)
+
+
+def polygon_of(x0, y0, x1, y1):
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none"])
+@pytest.mark.parametrize("form", ["polygons", "RLE", "uncompressed RLE"])
+def test_masks_follow_the_picture(form, flip):
+    from pycocotools import mask as coco_masks
+
+    pixels = np.zeros((40, 60), dtype=np.uint8)
+    pixels[10:20, 6:30] = 1
+    rle = coco_masks.encode(np.asfortranarray(pixels))
+    runs = np.diff(np.flatnonzero(np.diff(pixels.flatten("F"), prepend=1 - pixels[0, 0], append=2)))
+    segmentation = {
+        "polygons": polygon_of(6, 10, 30, 20),
+        "RLE": {"size": [40, 60], "counts": rle["counts"].decode()},
+        "uncompressed RLE": {"size": [40, 60], "counts": runs.tolist()},
+    }[form]
+    mask = Change((40, 60), (80, 90), flip).mask(segmentation)
+    want = torch.zeros(80, 90, dtype=torch.bool)
+    want[20:40, 9:45] = True
+    want = {"horizontal": want.flip(1), "vertical": want.flip(0), "none": want}[flip]
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, want)
+
+
+def test_keypoints_follow_the_picture_and_left_and_right_change_places_in_a_mirror():
+    parts = Parts(keypoints=("nose", "left_eye", "right_eye"))
+    objects = [{"keypoints": [10, 4, 2, 0, 0, 1, 59, 39, 2]}, {"keypoints": [3, 3, 0, 70, 5, 2, 1, 1, 1]}, {}]
+    plain = parts.keypoints_of(objects, Change((40, 60), (80, 60), "none"))
+    assert plain.tolist() == [
+        [[10.5, 9, 2], [0.5, 1, 1], [59.5, 79, 2]],
+        [[0, 0, 0], [0, 0, 0], [1.5, 3, 1]],  # not annotated; outside the image
+        [[0, 0, 0]] * 3,
+    ]
+    mirrored = parts.keypoints_of(objects, Change((40, 60), (80, 60), "horizontal"))
+    assert mirrored[0].tolist() == [[49.5, 9, 2], [0.5, 79, 2], [59.5, 1, 1]]
+    upside_down = parts.keypoints_of(objects, Change((40, 60), (80, 60), "vertical"))
+    assert upside_down[0].tolist() == [[10.5, 71, 2], [0.5, 79, 1], [59.5, 1, 2]]
+    assert parts.keypoints_of([], Change((40, 60), (80, 60), "none")).shape == (0, 3, 3)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none"])
+def test_masks_and_keypoints_are_those_of_detectron2(flip):
+    from detectron2.data import detection_utils
+    from detectron2.data import transforms as T
+
+    rng = np.random.default_rng(3)
+    names = ("top", "left", "right")
+    from pycocotools import mask as coco_masks
+
+    pixels = (rng.random((45, 61)) > 0.5).astype(np.uint8)
+    rle = coco_masks.encode(np.asfortranarray(pixels))
+    segmentations = [polygon_of(5.3, 7.1, 41.2, 30.6), {"size": [45, 61], "counts": rle["counts"].decode()}]
+    objects = [
+        {"bbox": [0, 0, 9, 9], "bbox_mode": 0, "category_id": 0, "segmentation": segmentation}
+        | {"keypoints": [*(int(v) for v in rng.integers(0, 44, 2)), 2, 60, 44, 1, 5, 6, 0]}
+        for segmentation in segmentations
+    ]
+    change = Change((45, 61), (64, 87), flip)
+    flips = {"horizontal": [T.HFlipTransform(87)], "vertical": [T.VFlipTransform(64)], "none": []}[flip]
+    transforms = T.TransformList([T.ResizeTransform(45, 61, 64, 87), *flips])
+    theirs = []
+    for a in objects:
+        shifted = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(a["keypoints"])]
+        theirs.append(
+            detection_utils.transform_instance_annotations(
+                dict(a, keypoints=shifted), transforms, (64, 87), keypoint_hflip_indices=np.array([0, 2, 1])
+            )
+        )
+    instances = detection_utils.annotations_to_instances(theirs, (64, 87), mask_format="bitmask")
+    parts = Parts(True, names)
+    assert torch.equal(parts.masks_of(objects, change), instances.gt_masks.tensor)
+    torch.testing.assert_close(parts.keypoints_of(objects, change), instances.gt_keypoints.tensor)
+
+
+def test_objects_whose_masks_vanish_are_left_out_with_all_that_is_theirs(split):
+    record = dict(split.records[0])
+    a = dict(record["annotations"][0], bbox=[0, 0, 30, 30], keypoints=[5, 6, 2])
+    full, none = dict(a, segmentation=polygon_of(0, 0, 30, 30)), dict(a, segmentation=polygon_of(3, 3, 3, 3))
+    record["annotations"] = [none, full, dict(none, iscrowd=1)]
+    _, target = TrainStream([record], PLAIN, "RGB", 0, Parts(True, ("nose",)))[0]
+    assert {key: len(value) for key, value in target.items()} == dict.fromkeys(
+        ("boxes", "labels", "masks", "keypoints"), 1
+    )
+
+
+def test_a_segmentation_that_cannot_be_read_names_the_image(split):
+    record = dict(split.records[0])
+    size = [record["height"], record["width"]]
+    record["annotations"] = [dict(record["annotations"][0], segmentation={"size": size, "counts": [-5, 105]})]
+    with pytest.raises(DataError, match=r"1\.png: a segmentation cannot be read \("):
+        TrainStream([record], PLAIN, "RGB", 0, Parts(masks=True))[0]
+
+
+def test_masks_and_keypoints_that_are_to_be_learned_must_be_there(tiny, configured, split):
+    with pytest.raises(ConfigError, match="^MODEL.MASK_ON: expected False, since dataset .* without a segmentation"):
+        load_train(configured(tiny, "mask_rcnn"))
+    with pytest.raises(ConfigError, match="^MODEL.KEYPOINT_ON: expected False, since dataset .* has no keypoints"):
+        load_train(configured(tiny, "keypoint_rcnn"))
+    cfg = configured(tiny, "keypoint_rcnn")
+    with pytest.raises(ConfigError, match="NUM_KEYPOINTS: expected 2, .* dataset 'set', got 5"):
+        check_parts(cfg, "set", [], ["a", "b"], trained=True)
+    check_parts(cfg, "set", [], list("abcde"), trained=True)
+
+
+def test_images_with_few_keypoints_are_left_out(split):
+    records = [dict(record) for record in split.records[:3]]
+    for record, shown in zip(records, ([2, 1, 0], [0, 0, 2], [0, 0, 0]), strict=True):
+        a = record["annotations"][0]
+        record["annotations"] = [a, dict(a, keypoints=[v for s in shown for v in (1, 1, s)])]
+    mixed = data.CocoSplit(split.info, split.class_names, split.category_ids, records)
+    for least, kept in ((0, 3), (1, 2), (2, 1)):
+        assert len(data.train_records([mixed], filter_empty=True, min_keypoints=least)) == kept
+    with pytest.raises(DataError, match="no image with 3 annotated keypoints"):
+        data.train_records([mixed], filter_empty=True, min_keypoints=3)

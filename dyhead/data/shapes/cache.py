@@ -13,7 +13,7 @@ from dataclasses import asdict
 from PIL import Image
 
 from dyhead.data.errors import DataError
-from dyhead.data.shapes.drawing import DRAWING_VERSION, draw
+from dyhead.data.shapes.drawing import DRAWING_VERSION, KEYPOINTS, draw
 from dyhead.data.shapes.specification import SPECS, Spec
 
 
@@ -70,7 +70,8 @@ def _draw_set(name: str, spec: Spec, described: str, folder: str) -> None:
             Image.fromarray(pixels).save(path, quality=90, subsampling=0)
             images.append(image)
             annotations += [{"id": len(annotations) + i, "image_id": image["id"], **a} for i, a in enumerate(found, 1)]
-        categories = [{"id": i, "name": c, "supercategory": "shape"} for i, c in enumerate(spec.classes, 1)]
+        of_all = {"supercategory": "shape", "keypoints": list(KEYPOINTS), "skeleton": []}
+        categories = [{"id": i, "name": c, **of_all} for i, c in enumerate(spec.classes, 1)]
         data = {
             "info": {"description": f"{name}, drawn by dyhead"},
             "images": images,

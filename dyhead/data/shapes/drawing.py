@@ -14,7 +14,8 @@ from PIL import Image
 from dyhead.data.shapes.outlines import DISTANCES
 from dyhead.data.shapes.specification import Spec
 
-DRAWING_VERSION = 1  # raise it with every change that alters an image or an annotation: sets on disk are then redrawn
+DRAWING_VERSION = 2  # raise it with every change that alters an image or an annotation: sets on disk are then redrawn
+KEYPOINTS = ("center", "top", "right", "bottom", "left")  # of the visible part
 _ATTEMPTS = 50  # positions tried for an object before the image goes without it
 
 
@@ -88,9 +89,9 @@ def draw(spec: Spec, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     Returns:
         image: uint8 array (height, width, 3), RGB.
         annotations: a dict per object in COCO's form, without ids: category_id, bbox [x, y, width, height], area and
-            segmentation (compressed RLE) of the visible part, iscrowd 0, and two of our own: size, the diameter in
-            pixels of the circle around the whole object, and visibility, the fraction of its pixels that is visible. A
-            pixel belongs to an object if its centre does.
+            segmentation (compressed RLE) and keypoints (`KEYPOINTS`) of the visible part, iscrowd 0, and two of our
+            own: size, the diameter in pixels of the circle around the whole object, and visibility, the fraction of its
+            pixels that is visible. A pixel belongs to an object if its centre does.
     """
     from pycocotools import mask as rle  # here, so that dyhead.data needs it only to draw
 
@@ -106,12 +107,25 @@ def draw(spec: Spec, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
                 "bbox": [int(n) for n in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)],
                 "area": int(visible[i]),
                 "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")},
+                "keypoints": [v for x, y in _keypoints(mask) for v in (x, y, 2)],
+                "num_keypoints": len(KEYPOINTS),
                 "iscrowd": 0,
                 "size": round(float(o.size), 2),
                 "visibility": round(int(visible[i]) / o.area, 3),
             }
         )
     return _paint(spec, index, objects, owner.shape), annotations
+
+
+def _keypoints(mask: np.ndarray) -> list[tuple[int, int]]:
+    """Where the `KEYPOINTS` of a mask are: x and y of pixels. Of several that are outermost it is the middle one."""
+    rows, columns = np.nonzero(mask)
+    points = [(round(columns.mean()), round(rows.mean()))]
+    for outermost in (rows == rows[0], columns == columns.max(), rows == rows[-1], columns == columns.min()):
+        along = np.flatnonzero(outermost)
+        middle = along[len(along) // 2]
+        points.append((int(columns[middle]), int(rows[middle])))
+    return points
 
 
 def _paint(spec: Spec, index: int, objects: list[_Object], shape: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,48 @@
+"""The box heads by name: what makes a file in this folder a box head that both engines know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+_Options = TypeVar("_Options", bound=type)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A box head.
+
+    Attributes:
+        name: what ``MODEL.ROI_BOX_HEAD.NAME`` calls it.
+        node: of its options in the configuration. Of ``MODEL.ROI_BOX_HEAD`` it reads nothing: pooling and box losses,
+            which do not depend on the head, are the engine's, and the rest is Detectron2's own head's.
+        options: their dataclass, with the method ``build(channels, side) -> nn.Module``. The module maps pooled regions
+            (Q, V * C, S, S) to features (Q, D), from which the engine predicts classes and boxes. Its ``out_features``
+            are D, or a pair of numbers, of the features for classes and, behind them, of those for boxes. It pools a
+            region V times where it has ``scales``, V factors by which the region is enlarged around its center.
+    """
+
+    name: str
+    node: str
+    options: type
+
+
+#: All box heads by name, but for Detectron2's.
+BOX_HEADS: dict[str, Registered] = {}
+
+
+def register_box_head(name: str, node: str) -> Callable[[_Options], _Options]:
+    """Register the options dataclass below as those of the box head ``name``, in the configuration's ``node``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(options: _Options) -> _Options:
+        if name in BOX_HEADS:
+            raise ValueError(f"box head {name!r}: registered before, by {BOX_HEADS[name]}")
+        BOX_HEADS[name] = Registered(name, node, options)
+        return options
+
+    return register
