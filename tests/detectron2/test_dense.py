@@ -196,14 +196,15 @@ def test_keyword_constructors_serve_lazy_configs(inputs):
     assert torch.isfinite(sum(losses.values()))
 
 
-def test_training_images_are_drawn_into_the_event_storage(tiny_cfg, inputs):
+@pytest.mark.parametrize(("detector", "shape"), [("fcos", (3, 128, 96)), ("faster_rcnn", (3, 64, 192))])
+def test_training_images_are_drawn_into_the_event_storage(tiny_cfg, inputs, detector, shape):
     pytest.importorskip("cv2", reason="OpenCV, which Detectron2's visualizer needs, is not installed")
-    model = build_model(tiny_cfg("fcos", {"VIS_PERIOD": 1, "MODEL.FCOS.SCORE_THRESH_TEST": 0.001})).train()
+    model = build_model(tiny_cfg(detector, {"VIS_PERIOD": 1, "MODEL.FCOS.SCORE_THRESH_TEST": 0.001})).train()
     with EventStorage() as storage:
         model(inputs)
         ((name, image, _),) = storage._vis_data
     assert "bounding boxes" in name
-    assert image.shape == (3, 128, 96)  # two images, one above the other
+    assert image.shape == shape  # two images, one above or beside the other
 
 
 @pytest.mark.parametrize("detector", DETECTOR_NAMES)
