@@ -5,7 +5,7 @@ Shapes: N batch, L levels, C channels, K = kh * kw taps, G offset groups, (H, W)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -107,19 +107,8 @@ def deform_conv2d(
     return _run(*reference.raw_convolution_arguments(input, offset, weight, bias, stride, padding, dilation, mask))
 
 
-def _scriptable(function: Callable) -> Callable:
-    """What makes torch.jit.script take `function` instead of the public function with the same arguments."""
-
-    def prepare() -> Callable:
-        if library.PROBLEM is not None:
-            raise RuntimeError(f"torch.jit.script: expected the compiled operator, got none: {library.PROBLEM}")
-        return function
-
-    return prepare
-
-
-pyramid_deform_conv2d.__prepare_scriptable__ = _scriptable(scripting.pyramid_deform_conv2d)
-deform_conv2d.__prepare_scriptable__ = _scriptable(scripting.deform_conv2d)
+pyramid_deform_conv2d.__prepare_scriptable__ = scripting.in_place_of(scripting.pyramid_deform_conv2d)
+deform_conv2d.__prepare_scriptable__ = scripting.in_place_of(scripting.deform_conv2d)
 
 
 def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:

@@ -5,9 +5,24 @@ torch.jit.script takes these in their place (`functional.py`): it calls the `__p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._jit_internal import BroadcastingList2
+
+from . import library
+
+
+def in_place_of(function: Callable) -> Callable:
+    """What makes torch.jit.script take `function` instead of the public function with the same arguments."""
+
+    def prepare() -> Callable:
+        if library.PROBLEM is not None:
+            raise RuntimeError(f"torch.jit.script: expected the compiled operator, got none: {library.PROBLEM}")
+        return function
+
+    return prepare
 
 
 def pyramid_deform_conv2d(
@@ -55,6 +70,17 @@ def deform_conv2d(
         padding,
         dilation,
     )
+
+
+def channel_statistics(x: Tensor) -> Tensor:
+    """`dyhead.ops.channelwise.channel_statistics`."""
+    return torch.ops.dyhead.channel_statistics(x)
+
+
+def affine_maximum(xs: list[Tensor], slopes: Tensor, intercepts: Tensor) -> Tensor:
+    """`dyhead.ops.channelwise.affine_maximum`."""
+    dtype = torch.float32 if len(xs) == 0 or xs[0].dtype != torch.float64 else torch.float64
+    return torch.ops.dyhead.affine_maximum(xs, slopes.to(dtype), intercepts.to(dtype))
 
 
 def _widen(tensor: Tensor, like: Tensor) -> Tensor:

@@ -215,3 +215,9 @@ def test_the_full_configs_build(configs, inputs, detector):
         assert {shape.channels for shape in backbone.output_shape().values()} == {256}
     cfg.MODEL.NECKS, cfg.MODEL.DYHEAD.NUM_BLOCKS = ["DyHead"], 1
     assert len(detections_of(build_model(cfg), inputs)) == 2
+
+
+def test_torchscript_says_what_takes_a_one_stage_detector(tiny_cfg):
+    model = build_model(tiny_cfg("fcos")).eval()
+    with pytest.raises(RuntimeError, match="got DyHeadFCOS, which detectron2.export.TracingAdapter .* take"):
+        torch.jit.script(model)
