@@ -22,8 +22,9 @@ $(VENV)/installed: $(SOURCES)
 demo: install
 	$(BIN)/python train_net.py --config-file configs/quickstart/$(DEMO).yaml $(if $(wildcard output/$(DEMO)/last_checkpoint),--resume)
 
+# Several processes at once; threads of one that wait leave the processors to the others.
 test: install
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

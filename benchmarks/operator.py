@@ -16,7 +16,7 @@ from benchmarks import composition
 from benchmarks.engines import onnxruntime_deform_conv2d, openvino_deform_conv2d
 from benchmarks.measure import Unavailable
 from benchmarks.program import Benchmark, parser, run, size
-from dyhead.ops import pyramid_deform_conv2d
+from dyhead.ops import flops, pyramid_deform_conv2d
 
 # Pixels. Learned offsets are a few pixels long.
 OFFSET_STD = 2.0
@@ -52,8 +52,8 @@ class Case:
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds of the weights in the forward pass."""
-        h, w = self.size
-        return self.batch * h * w * self.levels * TAPS * self.channels**2
+        weight = (self.levels, self.channels, self.channels, TAPS)
+        return flops.deform_conv(weight, (self.batch, 2 * TAPS, *self.size))
 
     def level_sizes(self) -> list[tuple[int, int]]:
         """Sizes of the levels, fine to coarse."""

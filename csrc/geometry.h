@@ -70,6 +70,28 @@ DYHEAD_HOST_DEVICE Cell<T> locate(T y, T x, int64_t height, int64_t width) {
   return cell;
 }
 
+// Where border alignment reads along a border of a box, in pixels of the map: y + k * down, x + k * right at point k.
+template <typename T>
+struct Border {
+  T y, x, down, right;
+};
+
+// Border 0, top, and 1, left, begin at (x1, y1); 2, bottom, and 3, right, run back from (x2, y2).
+template <typename T>
+DYHEAD_HOST_DEVICE Border<T> border_of_box(T x1, T y1, T x2, T y2, int border, int pool_size) {
+  const T across = (x2 - x1) / static_cast<T>(pool_size), down = (y2 - y1) / static_cast<T>(pool_size);
+  if (border == 0) return {y1, x1, 0, across};
+  if (border == 1) return {y1, x1, down, 0};
+  if (border == 2) return {y2, x2, 0, -across};
+  return {y2, x2, -down, 0};
+}
+
+template <typename T>
+DYHEAD_HOST_DEVICE Cell<T> locate(const Border<T>& border, int point, int64_t height, int64_t width) {
+  return locate<T>(border.y + static_cast<T>(point) * border.down, border.x + static_cast<T>(point) * border.right,
+                   height, width);
+}
+
 // The weight of every corner in the interpolated value.
 template <typename T>
 DYHEAD_HOST_DEVICE void corner_shares(const Cell<T>& cell, T share[4]) {

@@ -1,5 +1,5 @@
 // The operators: the schema of each and the function that every device registers for it, which takes the schema's
-// arguments in the schema's order. dyhead/ops/functional.py and dyhead/ops/channelwise.py document the arguments.
+// arguments in the schema's order. functional.py, channelwise.py and border.py in dyhead/ops document the arguments.
 
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "border.h"
 #include "channelwise.h"
 #include "gradients.h"
 
@@ -32,12 +33,18 @@ constexpr const char* kMaximumSchema = "affine_maximum(Tensor[] xs, Tensor slope
 constexpr const char* kMaximumBackwardSchema =
     "_affine_maximum_backward(Tensor grad, Tensor[] xs, Tensor slopes, Tensor intercepts) -> "
     "(Tensor[] xs, Tensor slopes, Tensor intercepts)";
+constexpr const char* kBorderSchema =
+    "border_align(Tensor x, Tensor boxes, int pool_size) -> (Tensor values, Tensor index)";
+// Of `x`, the shape, type and layout matter.
+constexpr const char* kBorderBackwardSchema =
+    "_border_align_backward(Tensor grad, Tensor x, Tensor boxes, Tensor index, int pool_size, "
+    "bool deterministic=False) -> Tensor";
 
 // Defines them all.
 template <typename Library>
 void define_operators(Library& library) {
-  for (const char* schema :
-       {kForwardSchema, kBackwardSchema, kStatisticsSchema, kMaximumSchema, kMaximumBackwardSchema}) {
+  for (const char* schema : {kForwardSchema, kBackwardSchema, kStatisticsSchema, kMaximumSchema, kMaximumBackwardSchema,
+                             kBorderSchema, kBorderBackwardSchema}) {
     library.def(schema);
   }
 }
@@ -96,6 +103,23 @@ struct Operators {
     return gradients.tuple(xs);
   }
 
+  static std::tuple<Tensor, Tensor> border_align(Tensor x, Tensor boxes, int64_t pool_size) {
+    const BorderProblem problem = check_borders(x, boxes, pool_size);
+    Maxima maxima(x, boxes);
+    Implementation::border_align(x, boxes, problem, maxima);
+    return {maxima.values, maxima.index};
+  }
+
+  static Tensor border_align_backward(Tensor grad, Tensor x, Tensor boxes, Tensor index, int64_t pool_size,
+                                      bool deterministic) {
+    const BorderProblem problem = check_borders(x, boxes, pool_size);
+    check_maxima_gradient(grad, x, boxes, index);
+    const std::vector<int64_t> sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
+    Tensor gradient = new_tensor(x, sizes, problem.dtype, is_channels_last(x));
+    Implementation::border_align_backward(grad, boxes, index, problem, deterministic, gradient);
+    return gradient;
+  }
+
   // Registers them all.
   template <typename Library>
   static void implement(Library& library) {
@@ -104,6 +128,8 @@ struct Operators {
     library.impl("channel_statistics", TORCH_BOX(&channel_statistics));
     library.impl("affine_maximum", TORCH_BOX(&affine_maximum));
     library.impl("_affine_maximum_backward", TORCH_BOX(&affine_maximum_backward));
+    library.impl("border_align", TORCH_BOX(&border_align));
+    library.impl("_border_align_backward", TORCH_BOX(&border_align_backward));
   }
 };
 

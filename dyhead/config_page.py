@@ -83,11 +83,12 @@ def page() -> str:
     for node, options in OPTIONS.items():
         if node == next(iter(_DENSE)):
             sections.append(_shared_section(detectron2))
-        shared = {leaf.key for leaf in leaves(DenseOptions)} if node in _DENSE else set()
+        # A detector may mean something else by a key of all of them.
+        shared = {(leaf.key, leaf.doc) for leaf in leaves(DenseOptions)} if node in _DENSE else set()
         rows = [
             (f"`{leaf.key}`{_mark([node], leaf.key, detectron2)}", _code(leaf.default), _values(leaf), leaf.doc)
             for leaf in leaves(options)
-            if leaf.key not in shared
+            if (leaf.key, leaf.doc) not in shared
         ]
         sections.append(f"## {node}\n\n{_summary(options)}\n\n{_table(_HEADER, rows)}")
     sections.append(_CHECKED)

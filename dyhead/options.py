@@ -208,6 +208,21 @@ def read(options: type | Any, value_of: Callable[[str], Any], prefix: str = "") 
     return type(instance)(**values)
 
 
+def parts(options: type | Any, name: str = "", prefix: str = "") -> Iterator[tuple[Any, str, str]]:
+    """An options dataclass and those that its fields hold, all that may be chosen included.
+
+    Each comes as an instance, with the name that it is chosen by, "" where it is not, and the prefix of its keys.
+    """
+    instance = options() if isinstance(options, type) else options
+    yield instance, name, prefix
+    for field in dataclasses.fields(instance):
+        if "registry" in field.metadata:
+            for member_name, member in field.metadata["registry"].items():
+                yield from parts(member, member_name, prefix + _member_prefix(member_name, field.name))
+        elif "prefix" in field.metadata:
+            yield from parts(getattr(instance, field.name), "", prefix + field.metadata["prefix"])
+
+
 def _member_prefix(name: str, field: str) -> str:
     return f"{name}_{field.split('_')[-1]}_".upper()
 

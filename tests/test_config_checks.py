@@ -28,11 +28,13 @@ CONFIGS = {
     for name, stem in {
         "DyHeadATSS": "atss",
         "DyHeadAutoAssign": "autoassign",
+        "DyHeadBorderDet": "borderdet",
         "DyHeadFCOS": "fcos",
         "DyHeadGFL": "gfl",
         "DyHeadNoisyAnchors": "noisyanchors",
         "DyHeadRepPoints": "reppoints",
         "DyHeadRetinaNet": "retinanet",
+        "DyHeadSaccadeNet": "saccadenet",
         "DyHeadRCNN": "faster_rcnn",
     }.items()
 }

@@ -54,7 +54,7 @@ def test_the_page_lists_every_key_with_its_meaning():
 def test_the_page_says_what_detectors_have_for_themselves_and_which_keys_are_detectron2s():
     sections = rows_by_section()
     assert "; `MODEL.RETINANET`: `4` |" in sections["One-stage detectors"]["NUM_CONVS"]
-    assert "; not in `MODEL.NOISYANCHORS` |" in sections["One-stage detectors"]["CLASS_LOSS"]
+    assert "; not in `MODEL.NOISYANCHORS`;" in sections["One-stage detectors"]["CLASS_LOSS"]
     assert "SOFT_FOCAL_LOSS_ALPHA" in sections["MODEL.NOISYANCHORS"]
     assert sections["One-stage detectors"]["NUM_CONVS"].startswith("| `NUM_CONVS` (D2: `MODEL.RETINANET`) |")
     assert sections["One-stage detectors"]["CLIP_BOXES"].startswith("| `CLIP_BOXES` |")
@@ -62,6 +62,7 @@ def test_the_page_says_what_detectors_have_for_themselves_and_which_keys_are_det
     assert sections["MODEL.RETINANET"]["IOU_LABELS"].startswith("| `IOU_LABELS` (D2) | `[0, -1, 1]` |")
     assert sections["MODEL.FCOS"]["BBOX_REG_LOSS_TYPE"].startswith('| `BBOX_REG_LOSS_TYPE` | `"giou"` |')
     assert "NUM_CONVS" not in sections["MODEL.RETINANET"]
+    assert "exactly one level" in sections["MODEL.SACCADENET"]["IN_FEATURES"]
 
 
 def test_tables_are_tables():

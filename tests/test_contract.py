@@ -19,6 +19,7 @@ from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.torchvision import build_model, get_cfg
 from dyhead.torchvision.checkpoint import load_weights, portable_state
+from tests.detection.objects import levels_of
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
@@ -295,8 +296,9 @@ def _losses_of_part(rank, port, parts, results):
 def core_losses(name, images):
     """Losses of a detector on made-up levels, an image at a time: (seed, objects) each."""
     torch.manual_seed(0)
-    options = DETECTORS[DENSE[name]].options(num_classes=3, in_features=("p3", "p4"))
-    detector = options.build(8, [8, 16], anchors=AnchorOptions(((32,), (64,)), ((1.0,),), 0.5))
+    in_features = levels_of(DENSE[name], ("p3", "p4"))
+    options = DETECTORS[DENSE[name]].options(num_classes=3, in_features=in_features)
+    detector = options.build(8, [8, 16][: len(in_features)], anchors=AnchorOptions(((32,), (64,)), ((1.0,),), 0.5))
     for parameter in detector.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     levels = [torch.randn(1, 8, 12, 16, generator=torch.Generator().manual_seed(seed)) for seed, _ in images]

@@ -17,6 +17,7 @@ from dyhead.options import (
     one_of,
     option,
     part,
+    parts,
     read,
 )
 
@@ -105,6 +106,16 @@ def test_an_inherited_field_has_another_default_alone():
         side: float = inherited(Square, "side", 0.1)
 
     assert list(leaves(Small)) == [dataclasses.replace(leaf, default=0.1) for leaf in leaves(Square)]
+
+
+def test_parts_come_with_their_names_and_prefixes():
+    assert list(parts(Image, prefix="X_")) == [
+        (Image(), "", "X_"),
+        (Frame(width=5), "", "X_"),
+        (Frame(), "", "X_BACK_"),
+        (Square(), "square", "X_SQUARE_SHAPE_"),
+        (Circle(), "circle", "X_CIRCLE_SHAPE_"),
+    ]
 
 
 def test_a_class_is_read_from_its_keys():

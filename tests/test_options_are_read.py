@@ -15,6 +15,7 @@ from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.roi import BOX_HEADS
 from dyhead.necks import NECKS
 from dyhead.options import above, at_least, choice, each, leaves, of_type, one_of, option, part
+from tests.detection.objects import levels_of
 
 STRIDES = {"p3": 8, "p4": 16}
 PACKAGE = Path(dyhead.__file__).parent
@@ -76,7 +77,7 @@ def watch(monkeypatch):
 def run(options, anchors):
     """Build a detector, train it on two images and let it detect in them; its losses and detections."""
     torch.manual_seed(0)
-    detector = options.build(32, list(STRIDES.values()), anchors=anchors)
+    detector = options.build(32, [STRIDES[level] for level in options.in_features], anchors=anchors)
     pyramid = {name: torch.randn(2, 32, 64 // stride, 64 // stride) for name, stride in STRIDES.items()}
     predictions = detector(pyramid)
     targets = [
@@ -89,7 +90,9 @@ def run(options, anchors):
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_reads_each_of_its_options(name, watch):
-    options = DETECTORS[name].options(num_classes=3, in_features=tuple(STRIDES), score_thresh_test=0.0, num_convs=1)
+    options = DETECTORS[name].options(
+        num_classes=3, in_features=levels_of(name, STRIDES), score_thresh_test=0.0, num_convs=1
+    )
     candidates, wanted = list(variants(options)), set(declared(options))
     anchors = AnchorOptions(((32.0,),), ((1.0,),), 0.5)
     seen = watch({cls for cls, _ in wanted})

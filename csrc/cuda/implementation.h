@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../border.h"
 #include "../channelwise.h"
 #include "../gradients.h"
 
@@ -19,6 +20,9 @@ struct Implementation {
                              Tensor& result);
   static void affine_maximum_backward(const Tensor& grad, const std::vector<Tensor>& xs, const Tensor& slopes,
                                       const Tensor& intercepts, MaximumGradients& gradients);
+  static void border_align(const Tensor& x, const Tensor& boxes, const BorderProblem& problem, Maxima& maxima);
+  static void border_align_backward(const Tensor& grad, const Tensor& boxes, const Tensor& index,
+                                    const BorderProblem& problem, bool deterministic, Tensor& result);
 };
 
 }  // namespace dyhead::cuda

@@ -1,4 +1,7 @@
-"""Names of Detectron2's own detectors: RetinaNet, FCOS, Faster R-CNN on any backbone."""
+"""Names of Detectron2's own detectors: RetinaNet, FCOS, Faster R-CNN on any backbone; of cvpods' FCOS and BorderDet.
+
+cvpods has Detectron2's names, and some more.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,23 @@ from torch import Tensor
 from dyhead.checkpoints.pyramid import BACKBONE
 from dyhead.checkpoints.source import ANCHORS, COUNTERS, PIXELS, Row, Source
 
+_BORDERDET = {
+    "border_cls_subnet.cur_point_conv.0": "class_border.point",
+    "border_cls_subnet.ltrb_conv.0": "class_border.sides",
+    "border_cls_subnet.border_conv.0": "class_border.out",
+    "border_bbox_subnet.cur_point_conv.0": "box_border.point",
+    "border_bbox_subnet.ltrb_conv.0": "box_border.sides",
+    "border_bbox_subnet.border_conv.0": "box_border.out",
+    "border_cls_score": "border_logits",
+    "border_bbox_pred": "border_deltas",
+}
+
 #: Two-stage detectors have the canonical names, and so has Panoptic FPN.
 TWO_STAGE = Row(r"((?:proposal_generator|roi_heads|sem_seg_head)\..+)", r"\1")
 
 
 def dense_rows(state: Mapping[str, Tensor]) -> list[Row]:
-    """The towers and predictors of Detectron2's RetinaNet and FCOS.
+    """The towers and predictors of Detectron2's RetinaNet and FCOS, and of what is built on them.
 
     A tower is a sequence of convolutions, norms (maybe) and ReLUs; ours are numbered by the convolution.
     """
@@ -24,7 +38,9 @@ def dense_rows(state: Mapping[str, Tensor]) -> list[Row]:
         *_tower(state, "bbox_subnet", "box_tower"),
         Row(r"head\.cls_score\.(.+)", r"detector.head.logits.\1"),
         Row(r"head\.bbox_pred\.(.+)", r"detector.head.deltas.\1"),
-        Row(r"head\.ctrness\.(.+)", r"detector.head.quality.\1"),
+        Row(r"head\.(?:ctrness|centerness)\.(.+)", r"detector.head.quality.\1"),
+        Row(r"head\.scales\.(\d+)\.scale", r"detector.head.delta_scale[\1]"),
+        *(Row(rf"head\.{re.escape(theirs)}\.(.+)", rf"detector.head.{ours}.\1") for theirs, ours in _BORDERDET.items()),
     ]
 
 
@@ -44,7 +60,7 @@ def _tower(state: Mapping[str, Tensor], theirs: str, ours: str) -> list[Row]:
 
 DETECTRON2 = Source(
     "Detectron2",
-    r"^backbone\.(bottom_up|fpn_|top_block|net\.|simfp_)",
+    r"^backbone\.(bottom_up|fpn_|top_block|net\.|simfp_)|^head\.border_cls_score\.",
     lambda state: [Row(r"backbone\.(.+)", BACKBONE + r"\1"), *dense_rows(state), TWO_STAGE],
     unless=r"^backbone\.(backbone|dyhead|dyhead_tower)\.",
     dropped=(COUNTERS, ANCHORS, PIXELS),

@@ -14,8 +14,6 @@ MICROSOFT = Source(
         *block_rows(r"(?:backbone\.)?dyhead_tower\.", DYNAMIC_HEAD),
         Row(r"backbone\.backbone\.(.+)", BACKBONE + r"\1"),
         Row(r"head\.cls_logits\.(.+)", r"detector.head.logits.\1"),
-        Row(r"head\.centerness\.(.+)", r"detector.head.quality.\1"),
-        Row(r"head\.scales\.(\d+)\.scale", r"detector.head.delta_scale[\1]"),
         *dense_rows(state),
         TWO_STAGE,
     ],

@@ -16,7 +16,11 @@ from dyhead.checkpoints.ours import PARTS
 _log = logging.getLogger(__name__)
 
 # Used in training only, by some models; where it is missing the model's own is a good start.
-_OPTIONAL = ("detector.loss_normalizer.average", "detector.criterion.first_normalizer.average")
+_OPTIONAL = (
+    "detector.loss_normalizer.average",
+    "detector.criterion.first_normalizer.average",
+    "detector.criterion.border_normalizer.average",
+)
 _COUNTER = "num_batches_tracked"
 
 _ODD = 1 / 30  # of the model's weights: with fewer no training starts

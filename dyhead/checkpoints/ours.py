@@ -9,12 +9,16 @@ canonical key                         what
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
-                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``
+                                      RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``;
+                                      SaccadeNet: ``class_conv``, ``box_conv``, ``center_conv``, ``centers``,
+                                      ``corner_conv``, ``corners``, ``aggregation.*``;
+                                      BorderDet: ``border_logits``, ``border_deltas``, ``class_border`` and
+                                      ``box_border``, each with ``point``, ``sides`` and ``out``
 ``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``detector.criterion.*``              what a dense detector's losses learn, for training: AutoAssign's center prior of
                                       each class, ``mean`` and ``deviation``; RepPoints' ``first_normalizer``, the mean
-                                      of positives of its first points
+                                      of positives of its first points; BorderDet's ``border_normalizer``, likewise
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``;
                                       ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``mask_head.mask_fcn1``,

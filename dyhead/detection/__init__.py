@@ -9,7 +9,18 @@ cell, K classes, P positive places. Boxes are (x0, y0, x1, y1) in pixels of the 
 from the finest level to the coarsest, row by row, cell by cell, anchor by anchor.
 """
 
-from dyhead.detection import atss, autoassign, fcos, gfl, noisy_anchors, reppoints, retinanet  # registers them
+# Importing a detector registers it.
+from dyhead.detection import (
+    atss,
+    autoassign,
+    borderdet,
+    fcos,
+    gfl,
+    noisy_anchors,
+    reppoints,
+    retinanet,
+    saccadenet,
+)
 from dyhead.detection.anchors import Anchors, Places
 from dyhead.detection.detector import DenseDetector, Detections, Predictions, Targets
 from dyhead.detection.heads import DenseHead
@@ -27,10 +38,12 @@ __all__ = [
     "Targets",
     "atss",
     "autoassign",
+    "borderdet",
     "fcos",
     "gfl",
     "noisy_anchors",
     "register_detector",
     "reppoints",
     "retinanet",
+    "saccadenet",
 ]

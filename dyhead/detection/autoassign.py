@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.boxes import Distances
 from dyhead.detection.criteria.autoassign import AutoAssignCriterion, SoftAssignment
 from dyhead.detection.dense_options import DenseOptions, points_of
-from dyhead.detection.detector import DenseDetector
+from dyhead.detection.heads import DenseHead
 from dyhead.detection.registry import register_detector
 from dyhead.detection.scores import Score
 from dyhead.options import inherited, part
@@ -29,7 +29,8 @@ class AutoAssignOptions(DenseOptions):
     Points are the corners of cells, not their centers: a level's first is at (0, 0).
     """
 
-    has_anchors: ClassVar[bool] = False
+    has_anchors = False
+    loss_names = ("loss_positive", "loss_negative", "loss_center")
     # The criterion has these of its own: the detector's node has no such keys.
     class_loss: ClassVar[None] = None
     loss_normalizer: ClassVar[None] = None
@@ -39,27 +40,16 @@ class AutoAssignOptions(DenseOptions):
     box_form: Distances = part(Distances())
     score: Score = part(Score("product", score_thresh_on="class", topk_by="class"))
 
-    def build(
-        self,
-        channels: int,
-        strides: Sequence[int],
-        *,
-        anchors: AnchorOptions | None = None,
-        detections_per_image: int = 100,
-    ) -> DenseDetector:
-        """See :meth:`DenseOptions.build`."""
-        head = self.head(channels, len(strides), quality="box", delta_scale=True, box_numbers=self.box_form.per_place)
+    def build_anchors(self, strides: Sequence[int], anchors: AnchorOptions) -> Anchors:
+        """The corner of every cell."""
+        return points_of(strides, offset=0.0)
+
+    def build_head(self, channels: int, anchors: Anchors) -> DenseHead:
+        """With the objectness, a factor for each level, and boxes of some size from the start."""
+        head = self.head(channels, anchors, quality="box", delta_scale=True)
         nn.init.constant_(head.deltas.bias, _FIRST_DISTANCE)
-        return DenseDetector(
-            head=head,
-            in_features=self.in_features,
-            anchors=points_of(strides, offset=0.0),
-            box_form=self.box_form,
-            assigner=None,
-            class_loss=None,
-            score=self.score,
-            normalizer=None,
-            inference=self.inference(detections_per_image),
-            loss_names=("loss_positive", "loss_negative", "loss_center"),
-            criterion=AutoAssignCriterion(self.num_classes, self.criterion),
-        )
+        return head
+
+    def build_criterion(self) -> AutoAssignCriterion:
+        """With the priors to learn."""
+        return AutoAssignCriterion(self.num_classes, self.criterion)

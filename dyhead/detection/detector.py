@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from dyhead.detection.anchors import Anchors, Places
@@ -28,12 +29,19 @@ class Predictions(NamedTuple):
         boxes: raw box numbers (N, R, X), as many as the box form has a place.
         quality: logits (N, R), or None.
         shapes: (height, width) of every level in its own pixels.
+        refined_logits: (N, R, K) of a second stage, which sees what the first one found; None where there is none.
     """
 
     logits: Tensor
     boxes: Tensor
     quality: Tensor | None
     shapes: list[tuple[int, int]]
+    refined_logits: Tensor | None = None
+
+    @property
+    def values(self) -> list[Tensor]:
+        """All that the head said: (N, R, X) or (N, R) each."""
+        return [part for part in (self.logits, self.boxes, self.quality, self.refined_logits) if part is not None]
 
 
 class Targets(NamedTuple):
@@ -88,9 +96,11 @@ class Inference:
     Attributes:
         score_thresh: what is not above it is dropped.
         topk: so many best of every level go on.
-        nms_thresh: of two boxes of a class with a larger IoU, the one of the lower score is dropped.
+        nms_thresh: of two boxes of a class with a larger IoU, the one of the lower score is dropped; 1: no NMS.
         limit: detections of an image.
         clip_before_nms: cut boxes to the image before NMS, not after the limit. Boxes that are then empty are dropped.
+        peak_kernel: what is not the largest in a square of so many cells, an odd number, around its own is dropped, for
+            each anchor and class alone; what is as large as the largest stays. 1: nothing is.
     """
 
     score_thresh: float = 0.05
@@ -98,13 +108,14 @@ class Inference:
     nms_thresh: float = 0.6
     limit: int = 100
     clip_before_nms: bool = False
+    peak_kernel: int = 1
 
 
 class DenseDetector(nn.Module):
     """A one-stage detector behind its pyramid, of exchangeable parts.
 
     Args:
-        head: see :class:`dyhead.detection.DenseHead`.
+        head: see :class:`dyhead.detection.DenseHead`; one of two stages returns its refined class logits after these.
         in_features: names of the levels, fine to coarse.
         anchors: at every cell.
         box_form: what the head's box numbers mean.
@@ -173,12 +184,17 @@ class DenseDetector(nn.Module):
         A level may be a pair, for classes and for boxes, where the head takes such.
         """
         levels = [pyramid[name] for name in self.in_features]
-        logits, boxes, quality = self.head(levels)
+        logits, boxes, quality, *refined = self.head(levels)
+        numbers = self._by_place(boxes)
+        # What only levels that are not read depend on gets a gradient of 0: processes that train together need one.
+        for part in _parts(level for name, level in pyramid.items() if name not in self.in_features):
+            numbers = numbers + part[:0].sum()
         return Predictions(
-            torch.cat([_by_place(level, self.anchors.per_cell) for level in logits], dim=1),
-            torch.cat([_by_place(level, self.anchors.per_cell) for level in boxes], dim=1),
-            None if quality is None else torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in quality], dim=1),
+            self._by_place(logits),
+            numbers,
+            None if quality is None else self._by_place(quality).flatten(1),
             [tuple(level.shape[-2:]) for level in logits],
+            *map(self._by_place, refined),
         )
 
     def losses(self, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:
@@ -204,8 +220,15 @@ class DenseDetector(nn.Module):
         with torch.autocast(predictions.logits.device.type, enabled=False):
             return [self._detections_of(predictions, i, places, size) for i, size in enumerate(sizes)]
 
+    def _by_place(self, levels: Sequence[Tensor]) -> Tensor:
+        """(N, A*X, H, W) of every level to (N, R, X)."""
+        anchors = self.anchors.per_cell
+        return torch.cat(
+            [level.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in levels], dim=1
+        )
+
     def _warn_of_nan(self, predictions: Predictions) -> None:
-        parts = [part for part in predictions[:3] if part is not None]
+        parts = predictions.values
         if not self._nan_told and any(part.isnan().any() for part in parts):
             self._nan_told = True
             places = torch.stack(
@@ -233,14 +256,21 @@ class DenseDetector(nn.Module):
         return torch.stack([self.assigner(places, target.boxes.to(places.anchors.dtype)) for target in targets])
 
     def _detections_of(self, predictions: Predictions, image: int, places: Places, size: tuple[int, int]) -> Detections:
-        quality = None if predictions.quality is None else predictions.quality[image]
-        thresholded, ranked, score = self.score(predictions.logits[image], quality)
+        logits, quality, refined = (
+            None if part is None else part[image]
+            for part in (predictions.logits, predictions.quality, predictions.refined_logits)
+        )
+        thresholded, ranked, score = self.score(logits, quality, refined)
+        chosen = (thresholded > self.inference.score_thresh) & ~score.isnan()
         numbers = predictions.boxes[image]
         found, first = [], 0
-        for count in places.counts:
+        for count, shape in zip(places.counts, predictions.shapes, strict=True):
             level = slice(first, first + count)
             first += count
-            place, label = torch.nonzero(thresholded[level] > self.inference.score_thresh, as_tuple=True)
+            passes = chosen[level]
+            if self.inference.peak_kernel > 1:
+                passes = passes & _are_peaks(ranked[level], shape, self.inference.peak_kernel)
+            place, label = torch.nonzero(passes, as_tuple=True)
             rank = ranked[level][place, label]
             best = rank.topk(min(self.inference.topk, len(rank))).indices
             place, label = place[best], label[best]
@@ -250,17 +280,29 @@ class DenseDetector(nn.Module):
         boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
         if self.inference.clip_before_nms:
             boxes, scores, labels = _inside(boxes, scores, labels, size)
-        # To keep classes apart, it moves each by the largest coordinate: none may be negative.
-        lowest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).min()
-        keep = batched_nms(boxes - lowest, scores, labels, self.inference.nms_thresh)[: self.inference.limit]
+        if self.inference.nms_thresh < 1:
+            # To keep classes apart, it moves each by the largest coordinate: none may be negative.
+            lowest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).min()
+            keep = batched_nms(boxes - lowest, scores, labels, self.inference.nms_thresh)
+        else:
+            keep = scores.sort(descending=True, stable=True).indices
+        keep = keep[: self.inference.limit]
         return Detections(*_inside(boxes[keep], scores[keep], labels[keep], size))
 
 
-def _by_place(level: Tensor, anchors: int) -> Tensor:
-    """(N, A*X, H, W) to (N, H*W*A, X)."""
-    n, channels, h, w = level.shape
-    split = level.view(n, anchors, channels // anchors, h, w)
-    return split.permute(0, 3, 4, 1, 2).reshape(n, h * w * anchors, channels // anchors)
+def _parts(levels: Iterable[Tensor | tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """The maps that levels consist of, those that have a gradient."""
+    for level in levels:
+        yield from (part for part in (level if isinstance(level, tuple) else (level,)) if part.requires_grad)
+
+
+def _are_peaks(scores: Tensor, shape: tuple[int, int], kernel: int) -> Tensor:
+    """Which scores (H*W*A, K) of a level are the largest of their anchor and class in a square around them."""
+    height, width = shape
+    maps = scores.reshape(height, width, -1).permute(2, 0, 1)
+    known = maps.masked_fill(maps.isnan(), -torch.inf)  # a NaN would be the largest all around it
+    largest = F.max_pool2d(known[None], kernel, stride=1, padding=kernel // 2)[0]
+    return (known == largest).permute(1, 2, 0).reshape(scores.shape)
 
 
 def _inside(boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

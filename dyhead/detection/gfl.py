@@ -11,12 +11,10 @@ from dyhead.detection.anchors import AnchorOptions, Anchors, Places
 from dyhead.detection.assigners import ATSSAssigner
 from dyhead.detection.boxes import Distribution
 from dyhead.detection.criteria import QualityCriterion
-from dyhead.detection.dense_options import DenseOptions, anchors_of, points_of
-from dyhead.detection.detector import DenseDetector
+from dyhead.detection.dense_options import DenseOptions, anchors_of, points_of, square_anchors
+from dyhead.detection.heads import DenseHead
 from dyhead.detection.losses import QualityFocalLoss
-from dyhead.detection.normalizer import LossNormalizer
 from dyhead.detection.registry import register_detector
-from dyhead.detection.scores import Score
 from dyhead.options import inherited, part
 
 
@@ -29,37 +27,32 @@ class GFLOptions(DenseOptions):
     sides of 8 strides, and ``OFFSET`` 0. Boxes are relative to their centers, in strides.
     """
 
+    loss_names = ("loss_cls", "loss_box_reg", "loss_dfl")
+
     loss_normalizer: str = inherited(DenseOptions, "loss_normalizer", "positives_per_image")
     class_loss: QualityFocalLoss = part(QualityFocalLoss(), prefix="QUALITY_FOCAL_LOSS_")
     assigner: ATSSAssigner = part(ATSSAssigner())
     box_form: Distribution = part(Distribution())
     criterion: QualityCriterion = part(QualityCriterion())
 
-    def build(
-        self,
-        channels: int,
-        strides: Sequence[int],
-        *,
-        anchors: AnchorOptions | None = None,
-        detections_per_image: int = 100,
-    ) -> DenseDetector:
-        """See :meth:`DenseOptions.build`."""
-        grid = anchors_of(anchors or AnchorOptions(tuple((8 * s,) for s in strides), ((1.0,),), 0.0), strides)
+    def default_anchors(self, strides: Sequence[int]) -> AnchorOptions:
+        """The paper's."""
+        return square_anchors(strides, offset=0.0)
+
+    def build_anchors(self, strides: Sequence[int], anchors: AnchorOptions) -> Anchors:
+        """The anchors' centers."""
+        return points_of(strides, anchors.offset)
+
+    def build_assigner(self, strides: Sequence[int], anchors: AnchorOptions) -> _OnAnchors:
+        """On the anchors themselves."""
+        grid = anchors_of(anchors, strides)
         if grid.per_cell != 1:
             raise ValueError(f"MODEL.ANCHOR_GENERATOR: expected one anchor a cell, got {grid.per_cell}")
-        return DenseDetector(
-            head=self.head(channels, len(strides), delta_scale=True, box_numbers=self.box_form.per_place),
-            in_features=self.in_features,
-            anchors=points_of(strides, grid.offset),
-            box_form=self.box_form,
-            assigner=_OnAnchors(self.assigner, grid),
-            class_loss=self.class_loss,
-            score=Score("class"),
-            normalizer=LossNormalizer(self.loss_normalizer),
-            inference=self.inference(detections_per_image),
-            loss_names=("loss_cls", "loss_box_reg", "loss_dfl"),
-            criterion=self.criterion,
-        )
+        return _OnAnchors(self.assigner, grid)
+
+    def build_head(self, channels: int, anchors: Anchors) -> DenseHead:
+        """With a factor for each level."""
+        return self.head(channels, anchors, delta_scale=True)
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import BestKeptAssigner, PointAssigner
 from dyhead.detection.boxes import Points
 from dyhead.detection.boxes.points import KINDS
 from dyhead.detection.criteria import TwoStage
 from dyhead.detection.criteria.two_stage import StageWeights
 from dyhead.detection.dense_options import DenseOptions, points_of
-from dyhead.detection.detector import DenseDetector
 from dyhead.detection.heads import PointHead
-from dyhead.detection.normalizer import LossNormalizer
 from dyhead.detection.registry import register_detector
-from dyhead.detection.scores import Score
 from dyhead.options import at_least, inherited, one_of, option, part
 
 
@@ -29,7 +25,8 @@ class RepPointsOptions(DenseOptions):
     The classes and the refined points are read at the first points, by deformable convolutions.
     """
 
-    has_anchors: ClassVar[bool] = False
+    has_anchors = False
+    loss_names = ("loss_cls", "loss_pts_init", "loss_pts_refine")
 
     predictor_kernel: int = inherited(DenseOptions, "predictor_kernel", 1)
     loss_normalizer: str = inherited(DenseOptions, "loss_normalizer", "positives_per_image")
@@ -52,42 +49,31 @@ class RepPointsOptions(DenseOptions):
     first_assigner: PointAssigner = part(PointAssigner())
     assigner: BestKeptAssigner = part(BestKeptAssigner())
 
-    def build(
-        self,
-        channels: int,
-        strides: Sequence[int],
-        *,
-        anchors: AnchorOptions | None = None,
-        detections_per_image: int = 100,
-    ) -> DenseDetector:
-        """See :meth:`DenseOptions.build`."""
-        head = PointHead(
+    def build_anchors(self, strides: Sequence[int], anchors: AnchorOptions) -> Anchors:
+        """The corner of every cell."""
+        return points_of(strides, offset=0.0)
+
+    def build_head(self, channels: int, anchors: Anchors) -> PointHead:
+        """With two sets of points."""
+        return PointHead(
             channels,
             self.num_classes,
             num_points=self.num_points,
             points_gradient=self.points_gradient,
-            num_levels=len(strides),
-            num_convs=self.num_convs,
-            norm=self.norm,
-            kernel_size=self.predictor_kernel,
-            prior_prob=self.prior_prob,
+            num_levels=len(anchors.strides),
+            **self.head_arguments(),
         )
-        return DenseDetector(
-            head=head,
-            in_features=self.in_features,
-            anchors=points_of(strides, offset=0.0),
-            box_form=Points(
-                self.num_points,
-                self.points_to_box,
-                scale_gradient=self.moment_gradient,
-                beta=self.smooth_l1_loss_beta,
-                unit=self.first_assigner.point_base_scale,
-            ),
-            assigner=self.assigner,
-            class_loss=self.class_loss,
-            score=Score("class"),
-            normalizer=LossNormalizer(self.loss_normalizer),
-            inference=self.inference(detections_per_image),
-            loss_names=("loss_cls", "loss_pts_init", "loss_pts_refine"),
-            criterion=TwoStage(self.first_assigner, LossNormalizer(self.loss_normalizer), self.stage_weights),
+
+    def build_box_form(self) -> Points:
+        """With the factor to learn."""
+        return Points(
+            self.num_points,
+            self.points_to_box,
+            scale_gradient=self.moment_gradient,
+            beta=self.smooth_l1_loss_beta,
+            unit=self.first_assigner.point_base_scale,
         )
+
+    def build_criterion(self) -> TwoStage:
+        """With a normalizer of its own for the first points."""
+        return TwoStage(self.first_assigner, self.build_normalizer(), self.stage_weights)

@@ -33,7 +33,9 @@ from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
 from dyhead.detectron2.solver import except_necks
 from dyhead.detectron2.trainer import Trainer
+from dyhead.ops.flops import register_with_fvcore
 
+register_with_fvcore()
 register_shapes()
 globals().update(META_ARCHITECTURES)  # DyHeadFCOS, DyHeadRetinaNet, ...
 

@@ -107,8 +107,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_flops(model_fn: Callable[..., Any], *inputs: Any) -> float:
     """Multiply-adds of one call `model_fn(*inputs)`, in billions: the "GFLOPs" of detection papers and of fvcore.
 
-    Convolutions, matrix products, attention and `pyramid_deform_conv2d` are counted; elementwise operators and others
-    that `torch.utils.flop_counter` has no formula for are not.
+    Convolutions, matrix products, attention and the operators of `dyhead.ops` are counted; elementwise operators and
+    others that `torch.utils.flop_counter` has no formula for are not.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model_fn(*inputs)

@@ -1,4 +1,4 @@
-"""The Dynamic Head as a neck."""
+"""The Dynamic Head (Dai et al., CVPR 2021) as a neck."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scale-equalizing pyramid convolution as a neck."""
+"""Scale-equalizing pyramid convolution (Wang et al., CVPR 2020) as a neck."""
 
 from __future__ import annotations
 

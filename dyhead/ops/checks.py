@@ -43,6 +43,18 @@ def as_pair(name: str, value: object, least: int) -> list[int]:
     return pair
 
 
+def as_pool_size(value: object) -> int:
+    """An integer as Python's.
+
+    Raises:
+        RuntimeError: `value`, the argument `pool_size`, is none from 1 to 255.
+    """
+    size = as_integer(value)
+    if size is None or not 1 <= size <= 255:
+        _fail("pool_size", "an integer from 1 to 255", describe(value))
+    return size
+
+
 def as_scales(values: object) -> list[float] | None:
     """Numbers as floats; None for None.
 
@@ -203,6 +215,18 @@ def check_maps(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> None
         _expect_shape(f"xs[{i}]", x, first.shape)
     _expect_shape("slopes", slopes, (first.shape[0], 2, len(xs), first.shape[1]))
     _expect_shape("intercepts", intercepts, (first.shape[0], 2, first.shape[1]))
+
+
+def check_borders(x: Tensor, boxes: Tensor, pool_size: int) -> None:
+    """Checks the arguments of border_align, boxes in the type of positions; the compiled operator does the same."""
+    check_map("x", x)
+    if x.shape[1] % 4 != 0:
+        _fail("x", "a multiple of 4 channels, as many for every border", _text(x.shape))
+    _expect_like("boxes", boxes, accumulation_dtype(x.dtype), x)
+    if boxes.dim() != 4 or boxes.shape[0] != x.shape[0] or boxes.shape[1] != 4:
+        _fail("boxes", f"({x.shape[0]}, 4, H, W)", _text(boxes.shape))
+    if not 1 <= pool_size <= 255:
+        _fail("pool_size", "an integer from 1 to 255", pool_size)
 
 
 def _fail(argument: str, expected: object, got: object) -> None:

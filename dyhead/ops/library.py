@@ -17,6 +17,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 INSTALL = "pip install -e . --no-build-isolation  (in the repository; needs a C++ compiler)"
 INSTALL_CUDA = "FORCE_CUDA=1 pip install -e . --no-build-isolation  (in the repository; needs a C++ compiler and nvcc)"
 
+# The operator that came last: a library without it is older than these files.
+NEWEST = "border_align"
+
 
 def _load() -> str | None:
     """Registers torch.ops.dyhead; returns None, or the reason for the user why that failed."""
@@ -40,6 +43,8 @@ def _load() -> str | None:
             f"dyhead's compiled operator did not load ({error}) into {python} with PyTorch {torch.__version__}. "
             f"Build it again: {INSTALL}"
         )
+    if not hasattr(torch.ops.dyhead, NEWEST):
+        return f"dyhead's compiled operator was built from older sources, without {NEWEST}. Build it again: {INSTALL}"
     return None
 
 
@@ -61,6 +66,8 @@ def _load_cuda() -> tuple[str | None, str | None]:
         describe = ctypes.CDLL(path).dyhead_cuda_build_info
     except (OSError, AttributeError) as error:
         return None, f"dyhead's CUDA operator did not load ({error}). Build it again: {INSTALL_CUDA}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dyhead::{NEWEST}", "CUDA"):
+        return None, f"dyhead's CUDA operator was built from older sources, without {NEWEST}. Build it: {INSTALL_CUDA}"
     describe.restype = ctypes.c_char_p
     return describe().decode(), None
 

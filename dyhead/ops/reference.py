@@ -107,11 +107,11 @@ def raw_arguments(
     wide = accumulation_dtype(features[0].dtype)
     return (
         features,
-        _widen("offset", offset, wide),
+        widen("offset", offset, wide),
         weight,
         bias,
-        _widen("mask", mask, wide),
-        _widen("level_weight", level_weight, wide),
+        widen("mask", mask, wide),
+        widen("level_weight", level_weight, wide),
         aligned,
         as_scales(scales),
         as_pair("stride", stride, 1),
@@ -149,7 +149,7 @@ def autocast_values(
     return [cast(feature) for feature in features], cast(weight), None if bias is None else cast(bias)
 
 
-def _widen(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def widen(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or tensor.dtype == dtype:
         return tensor
     if not tensor.is_floating_point() or tensor.element_size() > dtype.itemsize:
@@ -190,7 +190,7 @@ def pyramid_deform_conv(
             columns = convolution_axis(stride[1], padding[1], dilation[1])
         y = _grid(rows, kh, height, shift).view(kh, 1, height, 1) + rows.shift * shift[:, :, :, :, 0]
         x = _grid(columns, kw, width, shift).view(1, kw, 1, width) + columns.shift * shift[:, :, :, :, 1]
-        samples = _bilinear(feature.to(wide), y, x)  # (N, G, C/G, kh, kw, H, W)
+        samples = sample_bilinear(feature.to(wide), y, x)  # (N, G, C/G, kh, kw, H, W)
         if factor is not None:
             samples = samples * factor
         if level_weight is not None:
@@ -213,7 +213,7 @@ def _grid(axis: AxisMap, kernel: int, size: int, like: Tensor) -> Tensor:
     return (axis.step * pixel + axis.tap * tap + axis.origin).to(like.dtype)
 
 
-def _bilinear(feature: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def sample_bilinear(feature: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """feature (N, C, H_l, W_l) at positions (N, G, kh, kw, H, W) as (N, G, C/G, kh, kw, H, W); 0 outside the map."""
     batch, channels, height, width = feature.shape
     offset_groups = y.shape[1]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import flops
+from .border import define_border_align
 from .channelwise import define_affine_maximum, define_channel_statistics
-from .checks import accumulation_dtype, check_arguments, check_map, check_maps
+from .checks import accumulation_dtype, check_arguments, check_borders, check_map, check_maps
 from .reference import autocast_values, pyramid_deform_conv
 from .transforms import refuse_second_derivative, register_derivative, register_folded, register_loop
 
@@ -104,15 +104,14 @@ _register_autocast("cuda", "AutocastCUDA")
 
 @register_flop_formula(torch.ops.dyhead.pyramid_deform_conv2d)
 def _flops(features, offset, weight, *others, **unused) -> int:
-    """Two per multiply-add of the weights; sampling is not counted."""
-    return 2 * prod(weight) * offset[0] * offset[2] * offset[3]
+    return 2 * flops.deform_conv(weight, offset)
 
 
 @register_flop_formula(torch.ops.dyhead._pyramid_deform_conv2d_backward)
 def _backward_flops(grad, features, offset, weight, bias, mask, level_weight, *others, **unused) -> int:
     needs_features, needs_offset, needs_weight, _, needs_mask, needs_level_weight = others[GEOMETRY]
     samples = needs_features or needs_offset or needs_mask or needs_level_weight
-    return (bool(samples) + bool(needs_weight)) * _flops(features, offset, weight)
+    return 2 * flops.deform_conv_backward(weight, offset, samples, needs_weight)
 
 
 STATISTICS, MAXIMUM, MAXIMUM_BACKWARD = (
@@ -166,3 +165,61 @@ register_derivative(_library, "affine_maximum", _save_maps, _differentiate_maxim
 register_derivative(_library, "_affine_maximum_backward", _save_nothing, refuse_second_derivative, None)
 for _name in ("channel_statistics", "affine_maximum", "_affine_maximum_backward"):
     register_folded(_name)
+
+
+@register_flop_formula(torch.ops.dyhead.channel_statistics)
+def _statistics_flops(x, **unused) -> int:
+    return 2 * flops.channel_statistics(x)
+
+
+@register_flop_formula(torch.ops.dyhead.affine_maximum)
+def _maximum_flops(xs, slopes, intercepts, **unused) -> int:
+    return 2 * flops.affine_maximum(slopes, xs[0])
+
+
+@register_flop_formula(torch.ops.dyhead._affine_maximum_backward)
+def _maximum_backward_flops(grad, xs, slopes, intercepts, **unused) -> int:
+    return 2 * flops.affine_maximum_backward(slopes, grad)
+
+
+@torch.library.register_fake("dyhead::border_align")
+def _border_fake(x, boxes, pool_size):
+    check_borders(x, boxes, pool_size)
+    size = (*x.shape[:2], *boxes.shape[2:])
+    values = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return values, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("dyhead::_border_align_backward")
+def _border_backward_fake(grad, x, boxes, index, pool_size, deterministic=False):
+    check_borders(x, boxes, pool_size)
+    return _empty_like(x)
+
+
+def _save_border(ctx, arguments, result):
+    x, boxes, ctx.pool_size = arguments
+    ctx.set_materialize_grads(False)  # of the points' numbers: they have none
+    ctx.save_for_backward(x, boxes, result[1])
+
+
+def _differentiate_border(ctx, needs, grad, _):
+    if grad is None or not needs[0]:
+        return None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.ops.dyhead._border_align_backward(grad, *ctx.saved_tensors, ctx.pool_size, deterministic)
+
+
+register_derivative(_library, "border_align", _save_border, _differentiate_border, define_border_align)
+register_derivative(_library, "_border_align_backward", _save_nothing, refuse_second_derivative, None)
+for _name in ("border_align", "_border_align_backward"):
+    register_folded(_name)
+
+
+@register_flop_formula(torch.ops.dyhead.border_align)
+def _border_flops(x, boxes, pool_size, **unused) -> int:
+    return 2 * flops.border_align((*x[:2], *boxes[2:]), pool_size)
+
+
+@register_flop_formula(torch.ops.dyhead._border_align_backward)
+def _border_backward_flops(grad, *unused, **unused_too) -> int:
+    return 2 * flops.border_align_backward(grad)

@@ -1,6 +1,7 @@
 """The public functions in what TorchScript understands, which knows neither keyword-only arguments nor backends.
 
-torch.jit.script takes these in their place (`functional.py`): it calls the `__prepare_scriptable__` of what it meets.
+torch.jit.script takes these in their place (`functional.py`, `border.py`): it calls the `__prepare_scriptable__` of
+what it meets.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def deform_conv2d(
         padding,
         dilation,
     )
+
+
+def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
+    """`dyhead.ops.border_align`."""
+    return torch.ops.dyhead.border_align(x, _widen(boxes, x).detach(), pool_size)[0]
 
 
 def channel_statistics(x: Tensor) -> Tensor:

@@ -141,6 +141,32 @@ def test_a_dense_detector_of_detectron2(check_account, norm):
     assert not conversion.left_over
 
 
+def test_borderdet_of_cvpods(check_account):
+    subnets = {"cls": "class_border", "bbox": "box_border"}
+    modules = {"cur_point_conv": "point", "ltrb_conv": "sides", "border_conv": "out"}
+    pairs = {
+        f"head.border_{t}_subnet.{theirs}.0.{kind}": f"detector.head.{o}.{ours}.{kind}"
+        for t, o in subnets.items()
+        for theirs, ours in modules.items()
+        for kind in ("weight", "bias")
+    }
+    pairs |= {
+        "backbone.bottom_up.stem.conv1.weight": "backbone.backbone.bottom_up.stem.conv1.weight",
+        "head.border_cls_score.weight": "detector.head.border_logits.weight",
+        "head.border_bbox_pred.bias": "detector.head.border_deltas.bias",
+        "head.cls_score.bias": "detector.head.logits.bias",
+        "head.bbox_pred.weight": "detector.head.deltas.weight",
+        "head.centerness.weight": "detector.head.quality.weight",
+    }
+    state = {key: torch.rand(2) for key in pairs} | {f"head.scales.{i}.scale": torch.rand(1) for i in range(5)}
+    conversion = convert(state)
+    check_pairs(state, conversion, pairs)
+    check_account(state, conversion)
+    assert not conversion.left_over
+    scales = torch.cat([state[f"head.scales.{i}.scale"] for i in range(5)])
+    assert torch.equal(conversion.state["detector.head.delta_scale"], scales)
+
+
 def test_a_two_stage_detector_of_detectron2_keeps_the_names_behind_its_backbone(check_account):
     names = (
         "proposal_generator.rpn_head.conv.weight",

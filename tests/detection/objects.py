@@ -1,14 +1,24 @@
 """Places and objects of images that were never taken."""
 
+import math
+
 import torch
 
+from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import Anchors
+from dyhead.options import leaves
 
 
 def make_places(shapes, strides, *, sizes=None, ratios=((1.0,),), offset=0.5, dtype=torch.float64):
     """Anchors of these levels: squares of 4 strides unless ``sizes`` says otherwise."""
     sizes = [[4 * stride] for stride in strides] if sizes is None else sizes
     return Anchors(sizes, ratios, strides, offset)(shapes, dtype=dtype, device=torch.device("cpu"))
+
+
+def levels_of(name, levels):
+    """Those of the levels that a registered detector can predict on, all or the finest alone."""
+    (leaf,) = (leaf for leaf in leaves(DETECTORS[name].options) if leaf.key == "IN_FEATURES")
+    return tuple(levels) if leaf.expected(tuple(levels)) is None else tuple(levels)[:1]
 
 
 def make_boxes(count, height, width, *, seed=0, smallest=1.0, dtype=torch.float64):
@@ -19,6 +29,16 @@ def make_boxes(count, height, width, *, seed=0, smallest=1.0, dtype=torch.float6
     wide = smallest + share * (size - smallest)
     low = torch.rand(count, 2, generator=generator, dtype=dtype) * (size - wide)
     return torch.cat([low, low + wide], dim=1)
+
+
+def read_at(x, y, image):
+    """A map (C, H, W) between its pixels, 0 beyond them."""
+    total = 0
+    for i in (math.floor(y), math.floor(y) + 1):
+        for j in (math.floor(x), math.floor(x) + 1):
+            if 0 <= i < image.shape[1] and 0 <= j < image.shape[2]:
+                total = total + (1 - abs(y - i)) * (1 - abs(x - j)) * image[:, i, j]
+    return total
 
 
 def iou(a, b):

@@ -8,14 +8,13 @@ from dyhead.detection import DETECTORS, DenseDetector, DenseHead, Predictions, T
 from dyhead.detection.anchors import AnchorOptions, Anchors
 from dyhead.detection.assigners import IGNORED, CenterAssigner
 from dyhead.detection.boxes import Distances
-from dyhead.detection.criteria import TwoStage
-from dyhead.detection.dense_options import DenseOptions
+from dyhead.detection.criteria import BorderCriterion, TwoStage
 from dyhead.detection.detector import BoxLoss, Inference
 from dyhead.detection.fcos import FCOSOptions
 from dyhead.detection.losses import FocalLoss
 from dyhead.detection.normalizer import KINDS, LossNormalizer
 from dyhead.detection.scores import Score
-from tests.detection.objects import iou, make_boxes
+from tests.detection.objects import iou, levels_of, make_boxes
 
 CLASSES, STRIDES, SHAPES = 3, (8, 16, 32), [(6, 8), (3, 4), (1, 1)]
 LEVELS = ("p3", "p4", "p5")
@@ -27,7 +26,7 @@ ANCHORS = {
     "DyHeadGFL": AnchorOptions(tuple((4 * s,) for s in STRIDES), ((1.0,),), 0.5),
 }
 ALL = pytest.mark.parametrize("name", sorted(DETECTORS))
-ASSIGNING = pytest.mark.parametrize("name", sorted(DETECTORS.keys() - {"DyHeadAutoAssign"}))
+ASSIGNING = pytest.mark.parametrize("name", sorted(DETECTORS.keys() - {"DyHeadAutoAssign", "DyHeadSaccadeNet"}))
 
 
 PRODUCT, DEFAULT, DISTANCES = Score("product"), Inference(), Distances()
@@ -49,8 +48,9 @@ def make_detector(*, score=PRODUCT, inference=DEFAULT, strides=STRIDES, box_form
 
 
 def build(name, **options):
-    options = {"num_classes": CLASSES, "in_features": LEVELS, "num_convs": 1, **options}
-    return DETECTORS[name].options(**options).build(8, STRIDES, anchors=ANCHORS.get(name))
+    levels = levels_of(name, LEVELS)
+    options = {"num_classes": CLASSES, "in_features": levels, "num_convs": 1, **options}
+    return DETECTORS[name].options(**options).build(8, STRIDES[: len(levels)], anchors=ANCHORS.get(name))
 
 
 def make_pyramid(images=2, channels=8, dtype=torch.float32, seed=0):
@@ -175,7 +175,7 @@ def test_places_run_by_level_row_cell_and_anchor(has_quality):
         Score("class"),
         LossNormalizer("positives"),
     )
-    pyramid = {"p2": None, "p3": torch.zeros(2, 4, 2, 3), "p4": torch.zeros(2, 4, 1, 1)}
+    pyramid = {"p2": torch.zeros(2, 4, 4, 6), "p3": torch.zeros(2, 4, 2, 3), "p4": torch.zeros(2, 4, 1, 1)}
     predictions = detector(pyramid)
     assert predictions.shapes == maps
     place = 0
@@ -203,11 +203,23 @@ def test_a_detector_that_weighs_places_says_that_it_assigns_none():
         detector.assign(places, make_targets(1, 1))
 
 
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_levels_that_are_not_read_get_a_gradient_of_0(as_pairs):
+    detector = FCOSOptions(num_classes=CLASSES, in_features=("p4",)).build(8, (16,))
+    pyramid = {name: level.requires_grad_() for name, level in make_pyramid().items()}
+    pyramid["p3"].data.fill_(math.inf)
+    given = {name: (level, 2 * level) for name, level in pyramid.items()} if as_pairs else pyramid
+    sum(detector.losses(detector(given), make_targets(2, 0)).values()).backward()
+    assert pyramid["p4"].grad.any()
+    for name in ("p3", "p5"):
+        assert torch.equal(pyramid[name].grad, torch.zeros_like(pyramid[name]))
+
+
 # Losses.
 
 
 def losses_by_loops(detector, predictions, targets, quality_name, by_centerness=False, weight=1.0, smallest=1e-6):
-    logits, numbers, quality, _ = predictions
+    logits, numbers, quality = predictions[:3]
     places = detector.places(predictions)
     assigned = detector.assign(places, targets).tolist()
     of_class, of_box, of_quality, total = 0.0, 0.0, 0.0, 0.0
@@ -299,6 +311,8 @@ def test_ignored_places_cost_nothing(name):
     detector.assigner = Ignoring()
     if isinstance(detector.criterion, TwoStage):
         detector.criterion.first_assigner = Ignoring()
+    if isinstance(detector.criterion, BorderCriterion):
+        detector.criterion.border_assigner = Ignoring()
     losses = detector.losses(detector(make_pyramid(1)), make_targets(2))
     assert all(value == 0 for value in losses.values())
 
@@ -307,12 +321,21 @@ def test_ignored_places_cost_nothing(name):
 @pytest.mark.parametrize("counts", [(0, 0), (3, 0), (4, 2)])
 def test_gradients_reach_every_parameter(name, counts):
     detector = build(name)
+    if name == "DyHeadBorderDet":
+        nn.init.constant_(detector.head.deltas.bias, 2.0)  # its first boxes overlap no object enough to be refined
     sum(detector.losses(detector(make_pyramid()), make_targets(*counts)).values()).backward()
     for key, parameter in detector.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
-        # The factor of a level without an object has none to reach it from.
-        assert parameter.grad.any() or not sum(counts) or key == "head.delta_scale", key
+        # The factor of a level without an object has none to reach it from, nor has what is before a 0; a bias before a
+        # norm has none at all.
+        without = (
+            key == "head.delta_scale"
+            or key.startswith("head.aggregation.")
+            or "border.point.bias" in key
+            or "border.sides.bias" in key
+        )
+        assert parameter.grad.any() or not sum(counts) or without, key
         if "logits" in key:
             assert parameter.grad.any(), key
 
@@ -324,7 +347,7 @@ def test_autocast_computes_losses_in_float32(name):
         predictions = detector(make_pyramid())
         inside = detector.losses(predictions, targets)
         found = detector.eval().detections(predictions, [(HEIGHT, WIDTH)] * 2)
-    assert {part.dtype for part in predictions[:3] if part is not None} == {torch.float32}
+    assert {part.dtype for part in predictions.values} == {torch.float32}
     assert {loss.dtype for loss in inside.values()} == {torch.float32}
     assert {each.boxes.dtype for each in found} == {torch.float32}
 
@@ -409,6 +432,54 @@ def test_limits_by_loops(topk, limit, threshold):
         assert_found(found, detections_by_loops(predictions, 0, (HEIGHT, WIDTH), score, inference))
 
 
+@pytest.mark.parametrize("clip_before_nms", [False, True])
+def test_without_nms_by_loops(clip_before_nms):
+    inference = Inference(0.2, nms_thresh=1.0, limit=60, clip_before_nms=clip_before_nms)
+    predictions = make_predictions()
+    predictions.boxes[:, 5] = predictions.boxes[:, 4] - torch.tensor([-1, 0, 1, 0])  # equal to its neighbor's
+    predictions.logits[:, 5] = predictions.logits[:, 4]
+    predictions.quality[:, 5] = predictions.quality[:, 4] - 0.1
+    (found,) = make_detector(inference=inference).detections(predictions, [(HEIGHT, WIDTH)])
+    assert_found(found, detections_by_loops(predictions, 0, (HEIGHT, WIDTH), PRODUCT, inference))
+    assert len(found.boxes) > 40
+
+
+@pytest.mark.parametrize(("shapes", "kernel"), [(SHAPES, 3), (SHAPES, 5), ([(1, 1)], 3), ([(1, 5)], 3)])
+def test_peaks_by_loops(shapes, kernel):
+    """Two anchors a cell and three classes: a map for each of the six."""
+    generator = torch.Generator().manual_seed(0)
+    count = 2 * sum(h * w for h, w in shapes)
+    logits = torch.randn(1, count, CLASSES, generator=generator, dtype=torch.float64).round(decimals=1)  # some equal
+    anchors = Anchors([[8, 16]], [[1.0]], STRIDES[: len(shapes)], 0.5)
+    numbers = torch.zeros(1, count, 4, dtype=torch.float64)
+    numbers[..., 0] = torch.arange(count)  # tells the places apart
+    numbers[..., 2:] = numbers[..., :1] + 1
+    predictions = Predictions(logits, numbers, None, shapes)
+    inference = Inference(0.3, nms_thresh=1.0, limit=10**6, peak_kernel=kernel)
+    detector = DenseDetector(
+        DenseHead(4, CLASSES, 2), LEVELS[: len(shapes)], anchors, Corners(), None, None, Score("class"), None,
+        inference=inference,
+    )  # fmt: skip
+    (found,) = detector.detections(predictions, [(10**6, 10**6)])
+    want, first = set(), 0
+    for height, width in shapes:
+        level = logits[0, first : first + 2 * height * width].view(height, width, 2, CLASSES).tolist()
+        for i in range(height):
+            for j in range(width):
+                for a in range(2):
+                    for k in range(CLASSES):
+                        around = [
+                            level[y][x][a][k]
+                            for y in range(max(i - kernel // 2, 0), min(i + kernel // 2 + 1, height))
+                            for x in range(max(j - kernel // 2, 0), min(j + kernel // 2 + 1, width))
+                        ]
+                        if level[i][j][a][k] == max(around) and sigmoid(level[i][j][a][k]) > 0.3:
+                            want.add((first + (i * width + j) * 2 + a, k))
+        first += 2 * height * width
+    assert {(int(x), k) for x, k in zip(found.boxes[:, 0].tolist(), found.labels.tolist(), strict=True)} == want
+    assert len(found.boxes) == len(want) > 0
+
+
 @pytest.mark.parametrize("shapes", [[(1, 1)], [(5, 1)], [(2, 2), (1, 1), (1, 1)]])
 def test_small_levels_by_loops(shapes):
     score, inference = Score("product"), Inference(0.1, topk=4)
@@ -437,6 +508,24 @@ def test_what_is_nan_is_not_detected_and_spoils_nothing_else(part, caplog):
         assert found.scores.tolist() == pytest.approx([sigmoid(4), sigmoid(3)])  # the last one overlaps the third
     (record,) = caplog.records  # told once
     assert "predictions are NaN at 1 of 4 places" in record.getMessage()
+
+
+def test_a_nan_does_not_hide_the_peak_beside_it():
+    detector = make_detector(inference=Inference(0.1, peak_kernel=3), strides=(8,))
+    boxes = [[8 * j, 0, 8 * j + 8, 8] for j in range(4)]
+    predictions = predict(boxes, [[math.nan, -9, -9], [3.0, -9, -9], [2.0, -9, -9], [4.0, -9, -9]])
+    (found,) = detector.detections(predictions, [(8, 32)])
+    assert found.scores.tolist() == pytest.approx([sigmoid(4), sigmoid(3)])
+
+
+@pytest.mark.parametrize("topk_by", ["class", "score"])
+def test_what_has_no_score_is_not_detected_where_the_class_is_what_is_compared(topk_by):
+    score = Score("product", score_thresh_on="class", topk_by=topk_by)
+    detector = make_detector(score=score, inference=Inference(0.1, topk=1), strides=(8,))
+    predictions = predict([[0, 0, 8, 8], [8, 0, 16, 8]], [[5.0, -9, -9], [3.0, -9, -9]], quality=[math.nan, 0.0])
+    (found,) = detector.detections(predictions, [(8, 32)])
+    assert found.boxes.tolist() == [[8, 0, 16, 8]]
+    assert found.scores.tolist() == pytest.approx([sigmoid(3) / 2])
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(0.5, 0), (0.4999, 1)])
@@ -565,8 +654,3 @@ def test_options_reach_their_parts():
     assert detector.head.quality_from == "class"
     assert detector.head.delta_scale.shape == (1,)
     assert detector.loss_normalizer.average == 300
-
-
-def test_the_common_options_alone_are_no_detector():
-    with pytest.raises(NotImplementedError):
-        DenseOptions().build(8, STRIDES)

@@ -18,7 +18,7 @@ def computed(tmp_path_factory):
 def assert_mean(computed, which, together):
     """That the losses under this key are on average those that one process has on all images."""
     first, second = (each["losses"][which] for each in computed)
-    assert len(together) == 3
+    assert len(together) in (3, 5)
     for name, want in together.items():
         torch.testing.assert_close((first[name] + second[name]) / 2, want.detach())
         assert not torch.isclose(first[name], second[name])
@@ -36,6 +36,12 @@ def test_so_it_is_where_box_losses_are_divided_by_weights(computed):
 
 def test_so_it_is_of_autoassign(computed):
     assert_mean(computed, "AutoAssign", devices.losses_of_autoassign([0, 1, 2]))
+
+
+def test_so_it_is_of_borderdet(computed):
+    together = devices.losses_of_borderdet([0, 1, 2])
+    assert len(together) == 5
+    assert_mean(computed, "BorderDet", together)
 
 
 def test_they_share_a_moving_average(computed):

@@ -1,5 +1,7 @@
 """Weights, features and objects of mmdetection's heads give its assignments, losses, gradients and detections.
 
+So do those of BorderDet and SaccadeNet, of their authors' code.
+
 Logits and targets of records of classification losses give the losses and gradients of their authors' code.
 """
 
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.originals import heads, losses
+from tools.originals import border, heads, losses, saccadenet
 from tools.originals.rows import table
 
 RECORDS = Path(__file__).parent / "originals"
@@ -27,4 +29,16 @@ def test_computes_what_mmdetection_does(name):
 def test_computes_what_the_authors_of_a_loss_do(name, count):
     rows = list(losses.compare(name, *heads.read(RECORDS / f"{name}.json")))
     assert len(rows) == count
+    assert all(row.passes for row in rows), table(rows)
+
+
+def test_computes_what_the_authors_of_saccadenet_do():
+    rows = list(saccadenet.compare(*heads.read(RECORDS / "saccadenet.json")))
+    assert len(rows) == 4 * (5 + 3 * 6)  # norms, gradients and detections of each variant; two targets of three cases
+    assert all(row.passes for row in rows), table(rows)
+
+
+def test_computes_what_the_authors_of_borderdet_do():
+    rows = list(border.compare(*heads.read(RECORDS / "borderdet.json")))
+    assert [row.stage for row in rows] == STAGES + DETECTIONS
     assert all(row.passes for row in rows), table(rows)

@@ -1,10 +1,9 @@
-import math
-
 import pytest
 import torch
 from torch.nn import functional
 
 from dyhead.detection.heads import PointHead
+from tests.detection.objects import read_at
 
 
 def make_head(channels=4, num_classes=2, **more):
@@ -13,16 +12,6 @@ def make_head(channels=4, num_classes=2, **more):
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return head
-
-
-def read_at(x, y, image):
-    """A map (C, H, W) between its pixels, 0 beyond them."""
-    total = 0
-    for i in (math.floor(y), math.floor(y) + 1):
-        for j in (math.floor(x), math.floor(x) + 1):
-            if 0 <= i < image.shape[1] and 0 <= j < image.shape[2]:
-                total = total + (1 - abs(y - i)) * (1 - abs(x - j)) * image[:, i, j]
-    return total
 
 
 def by_loops(head, level):
@@ -90,6 +79,17 @@ def test_starts_at_the_prior_with_points_on_the_place():
     torch.testing.assert_close(logits.sigmoid(), torch.full((2, 5, 8, 8), 0.02), rtol=0.05, atol=0)
     assert points.shape == (2, 36, 8, 8)
     assert points.abs().max() < 0.05
+
+
+def test_point_convolutions_keep_the_size_of_what_they_read():
+    """After ReLU the mean square is what it was: the predictors, and what is before, get a signal from the start."""
+    torch.manual_seed(0)
+    head = PointHead(64, 2)
+    level = torch.randn(1, 64, 16, 16)
+    on_the_grid = head.class_conv.grid.float().expand(1, 18, 16, 16)
+    for conv in (head.class_conv, head.box_conv):
+        inside = conv(level, on_the_grid)[..., 1:-1, 1:-1]
+        assert inside.relu().square().mean().item() == pytest.approx(1, rel=0.1)
 
 
 def test_towers_stand_before():

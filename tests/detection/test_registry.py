@@ -11,6 +11,8 @@ def test_detectors_by_the_names_of_their_meta_architectures():
         "DyHeadRetinaNet": "MODEL.RETINANET",
         "DyHeadATSS": "MODEL.ATSS",
         "DyHeadAutoAssign": "MODEL.AUTOASSIGN",
+        "DyHeadBorderDet": "MODEL.BORDERDET",
+        "DyHeadSaccadeNet": "MODEL.SACCADENET",
     } == {name: entry.node for name, entry in DETECTORS.items()}
     assert DETECTORS["DyHeadRetinaNet"].options is RetinaNetOptions
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dyhead.detection.scores import Score
+from dyhead.detection.scores import RefinedScore, Score
 
 
 def sigmoid(x):
@@ -39,3 +39,20 @@ def test_the_class_needs_no_quality():
 def test_the_others_need_one(score):
     with pytest.raises(ValueError, match=f"SCORE {score}: the detector predicts no quality"):
         Score(score)(torch.randn(4, 2), None)
+
+
+@pytest.mark.parametrize("final", ["root", "product"])
+@pytest.mark.parametrize("rank", ["score", "class", "final"])
+@pytest.mark.parametrize("threshold", ["score", "class", "final"])
+def test_what_a_second_stage_makes_of_it(threshold, rank, final):
+    torch.manual_seed(0)
+    logits, refined = torch.randn(2, 5, 3, dtype=torch.float64)
+    quality = torch.randn(5, dtype=torch.float64)
+    for score in ("class", "product", "root"):
+        got = RefinedScore(score, threshold, rank, final)(logits, quality, refined)
+        want = {"score": expected(score, logits, quality), "class": expected("class", logits, quality)}
+        want["final"] = want["score"] * expected("class", refined, quality)
+        if final == "root":
+            want["final"] = want["final"] ** 0.5
+        for mine, theirs in zip(got, (want[threshold], want[rank], want["final"]), strict=True):
+            torch.testing.assert_close(mine, theirs)

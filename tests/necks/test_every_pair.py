@@ -1,11 +1,15 @@
-"""Every neck before every dense detector, and necks before each other: a step in plain tensors."""
+"""Every dense detector with every neck, with necks in a row, and with every loss: a step in plain tensors."""
 
 import pytest
 import torch
 
 from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
+from dyhead.detection.boxes.losses import OVERLAP_LOSSES
+from dyhead.detection.losses import CLASS_LOSSES
 from dyhead.necks import NECKS, Stack
+from dyhead.options import leaves, read
+from tests.detection.objects import levels_of
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}
 CHANNELS = 32
@@ -26,17 +30,35 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("name", DETECTORS)
-def test_a_step_reaches_every_parameter(name, stack):
-    torch.manual_seed(0)
-    options = {neck: NECKS[neck].options(**changed) for neck, changed in STACKS[stack]}
-    necks = Stack({neck.lower(): option.build(CHANNELS) for neck, option in options.items()})
-    detector = DETECTORS[name].options(num_classes=3, in_features=tuple(STRIDES), score_thresh_test=0.0)
-    detector = detector.build(CHANNELS, list(STRIDES.values()), anchors=AnchorOptions(((32.0,),), ((1.0,),), 0.5))
-    splits = any(getattr(option, "task_levels", False) for option in options.values())
-    if splits and not getattr(detector.head, "takes_task_levels", False):
-        pytest.skip("refused by dyhead.build")
+BOX_LOSSES = ("smooth_l1", *OVERLAP_LOSSES)
+
+
+def legal(name, key, values):
+    """Those of the values that the detector's key takes; none where it has no such key."""
+    found = [leaf for leaf in leaves(DETECTORS[name].options) if leaf.key == key]
+    return [value for leaf in found for value in values if leaf.expected(value) is None]
+
+
+# By detector, one of its class losses or one of its box losses, for those whose parts are its own choice.
+LOSSES = [
+    (name, key, value)
+    for name in DETECTORS
+    for key, values in (("CLASS_LOSS", CLASS_LOSSES), ("BBOX_REG_LOSS_TYPE", BOX_LOSSES))
+    for value in legal(name, key, values)
+]
+
+
+def build(name, **changed):
+    """A tiny detector with some keys of its node changed."""
+    options = DETECTORS[name].options
+    levels = levels_of(name, STRIDES)
+    values = {leaf.key: leaf.default for leaf in leaves(options)}
+    values |= {"NUM_CLASSES": 3, "IN_FEATURES": levels, "SCORE_THRESH_TEST": 0.0, **changed}
+    anchors = AnchorOptions(((32.0,),), ((1.0,),), 0.5)
+    return read(options, values.__getitem__).build(CHANNELS, [STRIDES[level] for level in levels], anchors=anchors)
+
+
+def assert_a_step_reaches_every_parameter(necks, detector):
     for parameter in (*necks.parameters(), *detector.parameters()):
         torch.nn.init.normal_(parameter, std=0.05)  # offsets start at 0
     pyramid = {level: torch.randn(2, CHANNELS, 96 // s, 160 // s, requires_grad=True) for level, s in STRIDES.items()}
@@ -53,3 +75,31 @@ def test_a_step_reaches_every_parameter(name, stack):
     found = detector.detections(predictions, [(96, 160), (96, 160)])
     assert len(found) == 2
     assert all(each.boxes.isfinite().all() for each in found)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("name", DETECTORS)
+def test_necks(name, stack):
+    torch.manual_seed(0)
+    options = {neck: NECKS[neck].options(**changed) for neck, changed in STACKS[stack]}
+    necks = Stack({neck.lower(): option.build(CHANNELS) for neck, option in options.items()})
+    detector = build(name)
+    splits = any(getattr(option, "task_levels", False) for option in options.values())
+    if splits and not getattr(detector.head, "takes_task_levels", False):
+        pytest.skip("refused by dyhead.build")
+    assert_a_step_reaches_every_parameter(necks, detector)
+
+
+@pytest.mark.parametrize(("name", "key", "value"), LOSSES)
+def test_losses(name, key, value):
+    torch.manual_seed(0)
+    detector = build(name, **{key: value})
+    if key == "CLASS_LOSS":
+        assert type(detector.class_loss) is CLASS_LOSSES[value]
+    assert_a_step_reaches_every_parameter(Stack({}), detector)
+
+
+def test_the_pairs_are_those_of_the_documents():
+    names = [(DETECTORS[name].name, value) for name, _, value in LOSSES]
+    assert {("FCOS", "ap"), ("RepPoints", "dr"), ("ATSS", "smooth_l1"), ("GFL", "ciou")} <= set(names)
+    assert not {("GFL", "ap"), ("AutoAssign", "focal"), ("FCOS", "smooth_l1"), ("RepPoints", "giou")} & set(names)

@@ -29,7 +29,7 @@ def plain(features, offset, weight, bias, mask, level_weight, aligned, scales, s
         rows, columns = reference.aligned_axis(scale, kh, dilation[0]), reference.aligned_axis(scale, kw, dilation[1])
         y = reference._grid(rows, kh, height, shift).view(kh, 1, height, 1) + rows.shift * shift[:, :, :, :, 0]
         x = reference._grid(columns, kw, width, shift).view(1, kw, 1, width) + columns.shift * shift[:, :, :, :, 1]
-        samples = reference._bilinear(feature.float(), y, x) * mask.view(batch, 1, 1, kh, kw, height, width)
+        samples = reference.sample_bilinear(feature.float(), y, x) * mask.view(batch, 1, 1, kh, kw, height, width)
         samples = (samples * level_weight[:, level].view(batch, 1, 1, 1, 1, 1, 1)).to(feature.dtype)
         kernel = weight[level].reshape(out_channels, channels * kh * kw)
         out = out + kernel @ samples.reshape(batch, channels * kh * kw, height * width)

@@ -80,6 +80,23 @@ def test_reference_runs_and_one_warning_says_why(tmp_path):
     assert "plain PyTorch operator runs" in text
 
 
+def test_library_of_older_sources_is_not_used(tmp_path):
+    """One that lacks an operator, here all of them."""
+    use = """
+import types, warnings
+sys.modules["dyhead._C"] = types.ModuleType("dyhead._C")
+import torch
+from dyhead.ops import border_align
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert border_align(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 1, 1)).flatten().tolist() == [1.0] * 4
+assert [warning.filename for warning in caught] == ["<string>"]
+print(caught[0].message)
+"""
+    text = run("-c", COPY + use, copy_package(tmp_path, {os.path.basename(_C.__file__): b""}))
+    assert "was built from older sources, without border_align. Build it again: pip install -e ." in text
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dyhead.layers import SEPC, DyHead
 from dyhead.necks import Stack
-from dyhead.ops import deform_conv2d, library, pyramid_deform_conv2d
+from dyhead.ops import border_align, deform_conv2d, library, pyramid_deform_conv2d
+from tests.ops.borders import make_borders
 
 compiled = pytest.mark.skipif(library.PROBLEM is not None, reason="TorchScript needs the compiled operator")
 
@@ -32,6 +33,11 @@ class Pyramid(nn.Module):
         return pyramid_deform_conv2d(
             [input, input], offset, self.weight, None, mask, level_weight, scales=[2.0, 1.0], dilation=(1, 2)
         )
+
+
+class Borders(nn.Module):
+    def forward(self, x: Tensor, boxes: Tensor):
+        return border_align(x, boxes, pool_size=4) + border_align(x, boxes)
 
 
 def script(module):
@@ -67,6 +73,15 @@ class TestScript:
         input, offset, _ = arguments
         with pytest.raises(RuntimeError, match=r"offset: expected torch\.float32, got torch\.float64"):
             script(module())(input, offset.double())
+
+
+@compiled
+def test_script_of_border_alignment():
+    x, boxes, _ = make_borders(dtype=torch.float16)
+    x = x.requires_grad_()
+    results = [function(x, boxes.bfloat16().requires_grad_()) for function in (script(Borders()), Borders())]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in results))
 
 
 def test_script_without_the_library_says_so(monkeypatch):
@@ -127,7 +142,13 @@ def test_onnx_is_exported_by_pytorchs_own_operators(arguments, monkeypatch, expo
     levels = torch.randn(1, 16, 6, 6), torch.randn(1, 16, 3, 3)
     head = DyHead(16, 1)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: exporting)
-    for module, inputs in [(Convolution(), arguments), (Pyramid(), arguments), (head, (levels,))]:
+    borders = make_borders(dtype=torch.float32)[:2]
+    for module, inputs in [
+        (Convolution(), arguments),
+        (Pyramid(), arguments),
+        (Borders(), borders),
+        (head, (levels,)),
+    ]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about constants in the trace
             graph = str(torch.jit.trace(module, inputs).inlined_graph)

@@ -7,7 +7,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyhead.ops import backend, channelwise, deform_conv2d, pyramid_deform_conv2d
+from dyhead.ops import backend, border_align, channelwise, deform_conv2d, pyramid_deform_conv2d
+from tests.ops.borders import make_borders
 from tests.ops.maps import make_maps
 
 
@@ -47,12 +48,17 @@ def maximum():
     return lambda x, y, *others: channelwise.affine_maximum([x, y], *others), arguments
 
 
+def borders():
+    x, boxes, _ = make_borders(channels=2, grid=(2, 2))
+    return lambda x: border_align(x, boxes, 4), (x,)
+
+
 def random(*shapes):
     torch.manual_seed(0)
     return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
 
 
-OPERATORS = [convolution, pyramid, raw, statistics, maximum]
+OPERATORS = [convolution, pyramid, raw, statistics, maximum, borders]
 
 
 @pytest.fixture(params=OPERATORS, ids=lambda make: make.__name__)

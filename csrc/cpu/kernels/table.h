@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include "borders.h"
 #include "packing.h"
 #include "product.h"
 #include "sampling.h"
@@ -26,7 +27,8 @@ const Kernels<BFloat16, BFloat16>& kernels() {
                                                      product<BFloat16, float>,
                                                      pack<BFloat16, BFloat16>,
                                                      unpack<float>,
-                                                     scatter<BFloat16>};
+                                                     scatter<BFloat16>,
+                                                     maximum<float>};
   return table;
 }
 
@@ -35,8 +37,8 @@ const Kernels<BFloat16, BFloat16>& kernels() {
 template <typename T>
 const Kernels<T, Accumulator<T>>& kernels() {
   using A = Accumulator<T>;
-  static constexpr Kernels<T, A> table{kBlockRows,    2 * kLanes<A>, locate<A>, sample<T>, sample<T>,
-                                       product<A, A>, pack<T, A>,    unpack<A>, scatter<T>};
+  static constexpr Kernels<T, A> table{kBlockRows,    2 * kLanes<A>, locate<A>, sample<T>,  sample<T>,
+                                       product<A, A>, pack<T, A>,    unpack<A>, scatter<T>, maximum<A>};
   return table;
 }
 

@@ -8,6 +8,7 @@ from dyhead.detection.assigners.atss import ATSSAssigner
 from dyhead.detection.assigners.center import CenterAssigner
 from dyhead.detection.assigners.labels import BACKGROUND, IGNORED
 from dyhead.detection.assigners.max_iou import BestKeptAssigner, MaxIoUAssigner
+from dyhead.detection.assigners.overlap import OverlapAssigner
 from dyhead.detection.assigners.points import PointAssigner
 from dyhead.detection.assigners.top_iou import TopIoUAssigner
 
@@ -18,6 +19,7 @@ __all__ = [
     "BestKeptAssigner",
     "CenterAssigner",
     "MaxIoUAssigner",
+    "OverlapAssigner",
     "PointAssigner",
     "TopIoUAssigner",
 ]

@@ -10,6 +10,7 @@ from torchvision.ops import box_iou
 
 from dyhead.detection.anchors import Places
 from dyhead.detection.assigners.labels import BACKGROUND
+from dyhead.detection.boxes.sides import sides_of
 from dyhead.options import at_least, option
 
 _INSIDE = 0.01  # pixels that an anchor's center must lie within its object
@@ -43,8 +44,7 @@ class ATSSAssigner:
         iou = box_iou(boxes, anchors).gather(1, candidates)
         # One candidate deviates from nothing: its own standard deviation would be NaN.
         deviation = iou.std(dim=1) if iou.shape[1] > 1 else torch.zeros_like(iou[:, 0])
-        center = centers[candidates]
-        sides = torch.cat([center - boxes[:, None, :2], boxes[:, None, 2:] - center], dim=2)
+        sides = sides_of(boxes[:, None], centers[candidates])
         fits = (iou >= (iou.mean(dim=1) + deviation)[:, None]) & (sides.amin(dim=2) > _INSIDE)
 
         best = anchors.new_full((len(boxes), len(anchors)), -1.0)

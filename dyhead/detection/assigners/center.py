@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dyhead.detection.anchors import Places
 from dyhead.detection.assigners.labels import BACKGROUND
+from dyhead.detection.boxes.sides import sides_of
 from dyhead.options import at_least, option
 
 # A level of stride s is for objects of which the farthest side is 4 s to 8 s away.
@@ -39,7 +40,7 @@ class CenterAssigner:
         highest = [_HIGHEST * s for s in places.strides[:-1]] + [float("inf")]
         high = places.by_level(highest)
 
-        sides = torch.cat([centers[:, None] - boxes[:, :2], boxes[:, 2:] - centers[:, None]], dim=2)  # (R, M, 4)
+        sides = sides_of(boxes, centers[:, None])  # (R, M, 4)
         farthest = sides.amax(dim=2)
         fits = sides.amin(dim=2) > 0
         if self.center_sampling_radius:

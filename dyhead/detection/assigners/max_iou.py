@@ -83,14 +83,18 @@ def _best_of_each(iou: Tensor) -> Tensor:
     return iou == largest
 
 
-def by_overlap(anchors: Tensor, boxes: Tensor, wanted: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def by_overlap(
+    anchors: Tensor, boxes: Tensor, wanted: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of each anchor its largest IoU, the object that it is with, and the last object that wants the anchor; (R,) each.
+
+    Without objects the IoU is -1 and the object 0.
 
     Args:
         anchors: (R, 4).
         boxes: of the objects, (M, 4).
         wanted: from IoUs (some of M, R) to which anchors each of these objects wants, alike. Without one that does, the
-            last result is :data:`BACKGROUND`.
+            last result is :data:`BACKGROUND`. None: no object wants any.
     """
     best = anchors.new_full((len(anchors),), -1.0)
     owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
@@ -98,9 +102,10 @@ def by_overlap(anchors: Tensor, boxes: Tensor, wanted: Callable[[Tensor], Tensor
     step = max(_CHUNK // max(len(anchors), 1), 1)
     for first in range(0, len(boxes), step):  # thousands of objects times 200,000 anchors do not fit in memory
         iou = box_iou(boxes[first : first + step], anchors)
-        wants = wanted(iou).flip(0)
-        last = first + len(iou) - 1 - wants.to(torch.uint8).argmax(dim=0)
-        wanted_by = torch.where(wants.any(dim=0), last, wanted_by)
+        if wanted is not None:
+            wants = wanted(iou).flip(0)
+            last = first + len(iou) - 1 - wants.to(torch.uint8).argmax(dim=0)
+            wanted_by = torch.where(wants.any(dim=0), last, wanted_by)
         value, index = iou.max(dim=0)
         owner = torch.where(value > best, index + first, owner)
         best = torch.maximum(value, best)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dyhead.detection.boxes.losses import OVERLAP_LOSSES
+from dyhead.detection.boxes.sides import around, side_units
 from dyhead.options import one_of, option
 
 
@@ -24,12 +24,8 @@ class Distances:
 
     def decode(self, numbers: Tensor, anchors: Tensor) -> Tensor:
         """Boxes (P, 4) from predictions and anchors, both (P, 4)."""
-        if self.distances == "exp":
-            sides = numbers.exp()
-        else:
-            sides = numbers.relu() * (anchors[:, 2:] - anchors[:, :2]).repeat(1, 2)
-        center = (anchors[:, :2] + anchors[:, 2:]) / 2
-        return torch.cat([center - sides[:, :2], center + sides[:, 2:]], dim=1)
+        sides = numbers.exp() if self.distances == "exp" else numbers.relu() * side_units(anchors)
+        return around(anchors, sides)
 
     def loss(self, numbers: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
         """What predictions cost, (P,), from predictions, anchors and true boxes, (P, 4) each."""

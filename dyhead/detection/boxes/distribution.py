@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dyhead.detection.boxes.losses import OVERLAP_LOSSES
+from dyhead.detection.boxes.sides import around, side_units, sides_of
 from dyhead.options import at_least, one_of, option
 
 # Targets of the distribution lie so far below its last distance, in strides.
@@ -36,9 +37,8 @@ class Distribution:
 
     def decode(self, numbers: Tensor, anchors: Tensor) -> Tensor:
         """Boxes (P, 4) from logits (P, 4 (n + 1)) and anchors (P, 4)."""
-        sides = (self._by_side(numbers).softmax(dim=2) * self.distances(numbers)).sum(dim=2) * _strides(anchors)
-        center = (anchors[:, :2] + anchors[:, 2:]) / 2
-        return torch.cat([center - sides[:, :2], center + sides[:, 2:]], dim=1)
+        sides = (self._by_side(numbers).softmax(dim=2) * self.distances(numbers)).sum(dim=2)
+        return around(anchors, sides * side_units(anchors))
 
     def loss(self, numbers: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
         """What decoded predictions cost, (P,), from logits (P, 4 (n + 1)), anchors and true boxes, (P, 4) each."""
@@ -51,8 +51,7 @@ class Distribution:
         P_i = i + 1 - d and P_{i+1} = d - i. Distances that the distribution does not reach count as n - 0.1.
         """
         center = (anchors[:, :2] + anchors[:, 2:]) / 2
-        sides = torch.cat([center - boxes[:, :2], boxes[:, 2:] - center], dim=1) / _strides(anchors)
-        sides = sides.clamp(min=0, max=self.reg_max - _BELOW_LAST)
+        sides = (sides_of(boxes, center) / side_units(anchors)).clamp(min=0, max=self.reg_max - _BELOW_LAST)
         below = sides.floor()
         share = torch.stack([below + 1 - sides, sides - below], dim=2)
         places = torch.stack([below, below + 1], dim=2).long()
@@ -61,8 +60,3 @@ class Distribution:
     def _by_side(self, numbers: Tensor) -> Tensor:
         """(P, 4 (n + 1)) to (P, 4, n + 1)."""
         return numbers.view(-1, 4, self.reg_max + 1)
-
-
-def _strides(anchors: Tensor) -> Tensor:
-    """In the direction of each side, (P, 4)."""
-    return (anchors[:, 2:] - anchors[:, :2]).repeat(1, 2)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyhead.detection.boxes.sides import around, side_units
+
 #: Ways to a box from points: see :class:`Points`.
 KINDS = ("moment", "minmax", "partial_minmax")
 _PARTIAL = 4  # points of "partial_minmax"
@@ -83,10 +85,8 @@ class Points(nn.Module):
             if self.kind == "partial_minmax":
                 points = points[:, :_PARTIAL]
             low, high = points.amin(dim=1), points.amax(dim=1)
-        stride = anchors[:, 2:] - anchors[:, :2]
-        center = (anchors[:, :2] + anchors[:, 2:]) / 2
-        return torch.cat([center + low * stride, center + high * stride], dim=1)
+        return around(anchors, torch.cat([-low, high], dim=1) * side_units(anchors))
 
     def _cost(self, predicted: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
-        unit = self.unit * (anchors[:, 2:] - anchors[:, :2]).repeat(1, 2)
+        unit = self.unit * side_units(anchors)
         return F.smooth_l1_loss(predicted / unit, boxes / unit, reduction="none", beta=self.beta).sum(dim=1)

@@ -6,6 +6,8 @@ Autocast is off around it.
 """
 
 from dyhead.detection.criteria.autoassign import AutoAssignCriterion, SoftAssignment
+from dyhead.detection.criteria.border import BorderCriterion, BorderWeights
+from dyhead.detection.criteria.centers import CenterCriterion
 from dyhead.detection.criteria.matches import Matches, class_cost, match, matched
 from dyhead.detection.criteria.noisy_anchors import NoisyAnchorsCriterion
 from dyhead.detection.criteria.quality import QualityCriterion
@@ -14,6 +16,9 @@ from dyhead.detection.criteria.two_stage import TwoStage
 
 __all__ = [
     "AutoAssignCriterion",
+    "BorderCriterion",
+    "BorderWeights",
+    "CenterCriterion",
     "Matches",
     "NoisyAnchorsCriterion",
     "QualityCriterion",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from dyhead.detection.anchors import Places
+from dyhead.detection.boxes.sides import sides_of
 from dyhead.detection.normalizer import divisor_of
 from dyhead.options import at_least, option
 
@@ -120,8 +121,7 @@ class AutoAssignCriterion(nn.Module):
         """The candidates of the objects of one of the images."""
         numbers, boxes, labels = predictions.boxes[image], target.boxes.to(places.anchors.dtype), target.labels
         with torch.no_grad():
-            before, after = places.centers[:, None] - boxes[:, :2], boxes[:, 2:] - places.centers[:, None]
-            inside = (torch.minimum(before, after) > 0).all(dim=2)  # (R, M)
+            inside = (sides_of(boxes, places.centers[:, None]) > 0).all(dim=2)  # (R, M)
             if self.options.force_topk:
                 (empty,) = torch.nonzero(~inside.any(dim=0), as_tuple=True)
                 everywhere = self._log_prior(places, boxes[empty], labels[empty])

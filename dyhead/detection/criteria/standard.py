@@ -13,23 +13,33 @@ from dyhead.detection.normalizer import divisor_of
 from dyhead.detection.quality import centerness
 
 if TYPE_CHECKING:
-    from dyhead.detection.detector import DenseDetector, Predictions, Targets
+    from dyhead.detection.detector import BoxForm, DenseDetector, Predictions, Targets
 
 
-def standard(detector: DenseDetector, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:
+def standard(
+    detector: DenseDetector,
+    predictions: Predictions,
+    targets: Sequence[Targets],
+    box_form: BoxForm | None = None,
+) -> dict[str, Tensor]:
     """Every place has a class or none, positive places a box, and a centerness where the head predicts a quality.
 
     See :mod:`dyhead.detection.criteria`. The losses are those of the classes, of the boxes, and of the quality if there
     is one.
+
+    Args:
+        detector, predictions, targets: those of any criterion.
+        box_form: what the box numbers mean, if it is not the detector's.
     """
-    logits, numbers, quality, _ = predictions
+    logits, numbers, quality = predictions[:3]
+    box_form = detector.box_form if box_form is None else box_form
     matches = match(detector, predictions, targets)
     positive, _, anchors, boxes, _ = matches
     divisor = detector.loss_normalizer(positive.sum(dim=1)).to(logits.dtype)
     names = detector.loss_names
     losses = {names[0]: class_cost(detector, logits, matches, divisor)}
 
-    box_losses = detector.box_form.loss(numbers[positive], anchors, boxes)
+    box_losses = box_form.loss(numbers[positive], anchors, boxes)
     box_divisor = divisor
     if quality is not None:
         good = centerness((anchors[:, :2] + anchors[:, 2:]) / 2, boxes)

@@ -34,6 +34,8 @@ class DenseHead(nn.Module):
         delta_scale: give the box numbers of each level a learned factor of its own, starting at 1.
         prior_prob: initial probability of every class, in (0, 1).
         box_numbers: numbers per anchor that describe a box.
+        predictor_channels: channels that the predictors read, where a head puts something between towers and
+            predictors; None: those of the levels.
 
     Raises:
         ValueError: an argument outside its range.
@@ -64,6 +66,7 @@ class DenseHead(nn.Module):
         delta_scale: bool = False,
         prior_prob: float = 0.01,
         box_numbers: int = 4,
+        predictor_channels: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, low in (
@@ -73,6 +76,7 @@ class DenseHead(nn.Module):
             ("num_levels", num_levels, 1),
             ("num_convs", num_convs, 0),
             ("box_numbers", box_numbers, 1),
+            ("predictor_channels", channels if predictor_channels is None else predictor_channels, 1),
         ):
             if value < low:
                 raise ValueError(f"{name}: expected at least {low}, got {value}")
@@ -91,7 +95,7 @@ class DenseHead(nn.Module):
             return nn.ModuleList(_ConvNorm(channels, norm, norm_groups, num_levels) for _ in range(num_convs))
 
         def predictor(out_channels: int) -> nn.Conv2d:
-            return convolution(channels, out_channels, kernel_size)
+            return convolution(predictor_channels or channels, out_channels, kernel_size)
 
         self.num_classes = num_classes
         self.num_anchors = num_anchors
@@ -102,7 +106,7 @@ class DenseHead(nn.Module):
         self.deltas = predictor(num_anchors * box_numbers)
         self.quality = predictor(num_anchors) if quality else None
         self.delta_scale = nn.Parameter(torch.ones(num_levels)) if delta_scale else None
-        nn.init.constant_(self.logits.bias, -math.log((1 - prior_prob) / prior_prob))
+        start_at(self.logits, prior_prob)
 
     def forward(
         self, levels: Sequence[Tensor | tuple[Tensor, Tensor]]
@@ -121,14 +125,9 @@ class DenseHead(nn.Module):
         self.check(levels)
         logits, boxes, quality = [], [], []
         for i, level in enumerate(levels):
-            of_class, of_box = self.towers(level, i)
-            numbers = self.deltas(of_box)
-            if self.delta_scale is not None:
-                numbers = numbers * self.delta_scale[i]
-            logits.append(at_least_float32(self.logits(of_class)))
-            boxes.append(at_least_float32(numbers))
-            if self.quality is not None:
-                quality.append(at_least_float32(self.quality(of_box if self.quality_from == "box" else of_class)))
+            predicted = self.predict(*self.towers(level, i), i)
+            for levels_of, values in zip((logits, boxes, quality), predicted, strict=True):
+                levels_of.append(values)
         return logits, boxes, quality if self.quality is not None else None
 
     def check(self, levels: Sequence[Tensor]) -> None:
@@ -144,6 +143,16 @@ class DenseHead(nn.Module):
         for layer in self.box_tower:
             of_box = layer(of_box, i)
         return of_class, of_box
+
+    def predict(self, of_class: Tensor, of_box: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Class logits, raw box numbers and quality logits, if any, from what the towers make of the ``i``-th level."""
+        numbers = self.deltas(of_box)
+        if self.delta_scale is not None:
+            numbers = numbers * self.delta_scale[i]
+        quality = None
+        if self.quality is not None:
+            quality = at_least_float32(self.quality(of_box if self.quality_from == "box" else of_class))
+        return at_least_float32(self.logits(of_class)), at_least_float32(numbers), quality
 
 
 class _ConvNorm(nn.Module):
@@ -174,6 +183,11 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Con
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def start_at(predictor: nn.Conv2d, probability: float) -> None:
+    """Makes the predictor of logits say this probability of everything at the start of training."""
+    nn.init.constant_(predictor.bias, -math.log((1 - probability) / probability))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
