@@ -217,7 +217,7 @@ class RegionHeads(RoIHeads):
         if self.has_mask():
             logits = self.mask_logits(features, boxes, image_shapes)
             truth = [
-                crop_masks(t["masks"][of], own, logits.shape[-1])
+                crop_masks(t["masks"], own, of, logits.shape[-1])
                 for t, of, own in zip(targets, objects, boxes, strict=True)
             ]
             classes = torch.cat([own[where] for own, where in zip(labels, positive, strict=True)]) - 1
@@ -351,6 +351,7 @@ class CascadeHeads(RegionHeads):
     def __init__(self, *args, stages: Sequence[CascadeStage], **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.stages = nn.ModuleList(stages)
+        self.box_coder = BoxCoder(stages[-1].box_form)
 
     def box_losses(
         self,
@@ -385,7 +386,6 @@ class CascadeHeads(RegionHeads):
             logits, deltas = self._run(stage, features, before, image_shapes)
             probabilities = probabilities + logits.softmax(dim=1) / len(self.stages)
             proposals = self._refined(stage, deltas, before, image_shapes)
-        self.box_coder = BoxCoder(stage.box_form)
         # Logits of which these are the probabilities.
         found = self.postprocess_detections(probabilities.log(), deltas, before, image_shapes)
         return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
