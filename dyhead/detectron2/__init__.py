@@ -17,7 +17,6 @@ In a Detectron2 project of one's own:
 arguments, as LazyConfig wants them.
 """
 
-import dyhead.detectron2.solver  # noqa: F401
 from dyhead.config import add_dyhead_config
 from dyhead.detectron2.backbone import (
     DyHeadBackbone,
@@ -32,6 +31,7 @@ from dyhead.detectron2.datasets import NamingMapper, register_datasets, register
 from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
+from dyhead.detectron2.solver import except_necks
 from dyhead.detectron2.trainer import Trainer
 from dyhead.ops.flops import register_with_fvcore
 
@@ -52,6 +52,7 @@ __all__ = [
     "build_resnet_fpn_dyhead_backbone",
     "build_resnet_fpn_p6p7_backbone",
     "build_retinanet_resnet_fpn_dyhead_backbone",
+    "except_necks",
     "main",
     "register_datasets",
     "setup",

@@ -122,8 +122,8 @@ class Change:
             rle = as_rle([p.flatten().tolist() for p in polygons], height, width)
             return torch.from_numpy(coco_masks.decode(rle)).bool()
         pixels = torch.from_numpy(coco_masks.decode(as_rle(segmentation, *self.before)))
-        # The pixel whose center is nearest.
-        return self._apply(tv_tensors.Mask(pixels), interpolation=InterpolationMode.NEAREST_EXACT).bool()
+        # The pixel whose center is nearest; as an image, because torchvision before 0.29 does not take this for masks.
+        return self._apply(tv_tensors.Image(pixels[None]), interpolation=InterpolationMode.NEAREST_EXACT)[0].bool()
 
     def points(self, points: Tensor) -> Tensor:
         """Points (..., 2) as x and y in pixels."""
