@@ -21,6 +21,7 @@ from dyhead.data import DataError
 from dyhead.detectron2.augmentation import with_augmentation
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import evaluation_loader, train_loader
+from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.detectron2.evaluation import InstanceEvaluator, build_evaluator, defined
 from dyhead.detectron2.schedule import build_lr_scheduler
 from dyhead.evaluation.expected import WITH_TTA
@@ -139,7 +140,7 @@ class Trainer(DefaultTrainer):
             known = ", ".join(sorted(name for name, _ in BACKBONE_REGISTRY))
             raise ConfigError(f"MODEL.BACKBONE.NAME: expected one of {known}, got {cfg.MODEL.BACKBONE.NAME!r}")
         try:
-            model = super().build_model(cfg)
+            model = use_own_deform_conv(super().build_model(cfg))
         except ConfigError:
             raise
         except (AssertionError, KeyError, ValueError) as error:
