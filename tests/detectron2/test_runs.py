@@ -276,7 +276,8 @@ def test_two_processes_share_a_batch(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "flags", "error", "message"),
     [
-        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, {}, ConfigError, "META_ARCHITECTURE: expected .*DyHeadFCOS"),
+        ({"MODEL.META_ARCHITECTURE": "NoNet"}, {}, ConfigError, "META_ARCHITECTURE: expected .*DyHeadFCOS"),
+        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, {}, ConfigError, "NECKS .*: RetinaNet does not know of necks"),
         (
             {"MODEL.BACKBONE.NAME": "build_resnet"},
             {},
