@@ -22,7 +22,7 @@ def build_timm(cfg: CfgNode) -> TimmNetwork:
         ConfigError: timm has no such network, or the network not the maps of ``MODEL.FPN.IN_FEATURES``.
     """
     try:
-        network = options_of(cfg, "MODEL.TIMM").build()
+        network = options_of(cfg, "MODEL.TIMM").build(cfg.MODEL.FPN.IN_FEATURES)
     except ConfigError:
         raise
     except ValueError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -48,13 +48,16 @@ class TimmOptions:
     )
     drop_path_rate: float = option(0.0, "of the last block, in training (stochastic depth)", at_least(0) & below(1))
 
-    def build(self) -> TimmNetwork:
+    def build(self, wanted: Collection[str] | None = None) -> TimmNetwork:
         """The network, with random weights.
+
+        Args:
+            wanted: the maps that are read; others have no norm, which nothing would train. None: all of them.
 
         Raises:
             ValueError: timm is not installed, or has no such network; it puts out no such maps.
         """
-        return TimmNetwork(self)
+        return TimmNetwork(self, wanted)
 
 
 class TimmNetwork(nn.Module):
@@ -62,6 +65,7 @@ class TimmNetwork(nn.Module):
 
     Args:
         options: which, and what of it.
+        wanted: see :meth:`TimmOptions.build`.
 
     Attributes:
         channels: of each map, by its name, from fine to coarse.
@@ -71,7 +75,7 @@ class TimmNetwork(nn.Module):
         ValueError: see :meth:`TimmOptions.build`.
     """
 
-    def __init__(self, options: TimmOptions) -> None:
+    def __init__(self, options: TimmOptions, wanted: Collection[str] | None = None) -> None:
         super().__init__()
         check_name(options.name)
         self.name = options.name
@@ -82,9 +86,10 @@ class TimmNetwork(nn.Module):
         self.strides = {name: 2 ** int(name.removeprefix("res")) for name in names}
         # Networks of which timm says so put out (N, H, W, C).
         self.channels_last = str(getattr(getattr(self.network, "output_fmt", ""), "value", "")) == "NHWC"
-        self.norms = None
+        self.norms = nn.ModuleDict()
         if options.out_norm:
-            self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in self.channels.items()})
+            normed = self.channels if wanted is None else wanted
+            self.norms.update({name: nn.LayerNorm(x) for name, x in self.channels.items() if name in normed})
         if options.frozen_bn:
             self.network = _timm().layers.freeze_batch_norm_2d(self.network)
 
@@ -93,9 +98,7 @@ class TimmNetwork(nn.Module):
         maps = dict(zip(self.channels, self.network(x), strict=True))
         if self.channels_last:
             maps = {name: x.permute(0, 3, 1, 2).contiguous() for name, x in maps.items()}
-        if self.norms is not None:
-            maps = {name: _over_channels(self.norms[name], x) for name, x in maps.items()}
-        return maps
+        return {name: _over_channels(self.norms[name], x) if name in self.norms else x for name, x in maps.items()}
 
     def own_weights(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """The network's part of a classifier's weights, with timm's names or, where timm knows them, its authors'.
