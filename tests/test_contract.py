@@ -24,12 +24,14 @@ from tests.detection.objects import levels_of
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
 NAMES = [*DENSE, "faster_rcnn"]
+DOUBLE_HEADS = ["doublehead", "doublehead_ext"]
 # Quickstarts by detector and neck.
 WITH_NECKS = [
     *((name, neck) for name in NAMES for neck in ("", "_dyhead")),
     ("atss", "_sepc"),
     ("faster_rcnn", "_dyhead_box_head"),
     ("cascade_rcnn", "_dyhead"),
+    *((name, "_dyhead") for name in DOUBLE_HEADS),
 ]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
@@ -39,6 +41,9 @@ OPTIONS = {
     "MODEL.DYHEAD.NUM_BLOCKS": 1,
     "MODEL.SEPC.NUM_BLOCKS": 1,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
+    **{f"MODEL.{node}.CONV_DIM": 64 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
+    "MODEL.DOUBLE_HEAD_EXT.NON_LOCAL_DIM": 32,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
@@ -152,7 +157,7 @@ def assert_same_detections(name, found, expected):
     Two-stage detectors are each engine's own, in which NMS, twice, may see overlaps as close to its threshold as
     rounding: two of a hundred detections may differ for that.
     """
-    borderline = 2 if name.endswith("rcnn") else 0
+    borderline = 0 if name in DENSE else 2
     for (boxes, scores, labels), (their_boxes, their_scores, their_labels) in zip(found, expected, strict=True):
         assert len(boxes) > 0
         assert abs(len(boxes) - len(their_boxes)) <= borderline
@@ -163,7 +168,7 @@ def assert_same_detections(name, found, expected):
 
 
 def test_every_detector_has_its_files():
-    for name in NAMES:
+    for name in (*NAMES, *DOUBLE_HEADS):
         for folder, size in ((CONFIGS, "R18_shapes"), (CONFIGS.parent, "R50")):
             for neck in ("", "_dyhead"):
                 cfg = get_cfg()
@@ -193,6 +198,13 @@ def test_both_engines_agree_behind_another_neck(case, tmp_path):
 @pytest.mark.parametrize("case", ["objects", "none in one image"])
 def test_both_engines_agree_with_task_aware_attention_in_the_box_head(case, tmp_path):
     assert_engines_agree("faster_rcnn", "_dyhead_box_head", case, tmp_path)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
+@pytest.mark.parametrize("name", DOUBLE_HEADS)
+def test_both_engines_agree_about_two_views_of_a_region(name, case, tmp_path):
+    assert_engines_agree(name, "_dyhead", case, tmp_path)
 
 
 @pytest.mark.detectron2
