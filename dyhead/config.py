@@ -32,7 +32,7 @@ from dyhead.config_checks import (
     TWO_STAGE_NODES,
 )
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
-from dyhead.config_options import OPTIONS, TWO_STAGE
+from dyhead.config_options import DUAL, OPTIONS, TWO_STAGE
 from dyhead.data.coco import COCO_KEYPOINTS
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
@@ -139,12 +139,15 @@ def _unread(cfg: CfgNode) -> list[str]:
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
     if name not in meta_architectures():  # Detectron2's own, or a user's
-        return [f"{node}.*" for node in nodes if node != "MODEL.RETINANET"]
-    keys: Sequence[str] = ()
+        return [f"{node}.*" for node in (*nodes, DUAL) if node != "MODEL.RETINANET"]
+    keys: tuple[str, ...] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
         nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
         keys = CONV_FC_KEYS if chosen in BOX_HEADS else ()
+        maps = get(cfg, f"{DUAL}.MAPS")
+        keys += (f"{DUAL}.EVERY",) if maps != "dyhead_blocks" else ()
+        keys += (f"{DUAL}.LOSS_WEIGHT",) if maps == "none" else ()
     else:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:

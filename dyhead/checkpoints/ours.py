@@ -23,7 +23,8 @@ canonical key                         what
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``;
                                       ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``mask_head.mask_fcn1``,
                                       ``deconv``, ``predictor``; ``keypoint_head.conv_fcn1``, ``score_lowres``;
-                                      of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``
+                                      of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``;
+                                      ``auxiliary.NAME.*``, the same of further heads in training: ``lateral``, ...
 ====================================  ================================================================================
 """
 
@@ -80,7 +81,7 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
     def level(name: str, norm: str = "") -> Callable[[re.Match], str]:
         return lambda m: f"{BACKBONE}fpn_{name}{first + int(m[1])}.{norm}{m[2]}"
 
-    return [
+    rows = [
         *torchvision_resnet(r"backbone\.body\."),
         Row(pyramid.format("inner", 0), level("lateral")),
         Row(pyramid.format("inner", 1), level("lateral", "norm.")),
@@ -116,6 +117,13 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         ),
         Row(r"roi_heads\.keypoint_predictor\.kps_score_lowres\.(.+)", r"roi_heads.keypoint_head.score_lowres.\1"),
     ]
+
+    def auxiliary(match: re.Match) -> str | None:
+        """The key of a head beside the detector's own, as that one's."""
+        own = next((name for row in rows if (name := row.rename(f"roi_heads.{match[2]}")) is not None), None)
+        return own and f"roi_heads.{match[1]}.{own.removeprefix('roi_heads.')}"
+
+    return [*rows, Row(r"roi_heads\.(auxiliary\.\w+)\.(.+)", auxiliary)]
 
 
 def _box_head(stage: str | None, name: str) -> str:

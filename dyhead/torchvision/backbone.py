@@ -80,7 +80,13 @@ class Pyramid(Necked, BackboneWithFPN):
         )
         self.strides = {f"p{n}": 2**n for n in (*numbers, *top.levels)}
         self.size_divisibility = _DIVISOR
+        self._summed = [f"p{n}" for n in numbers]
         self.attach(())
+
+    @property
+    def laterals(self) -> dict[str, nn.Module]:
+        """The convolutions of the network's stages, by the level that each is added to."""
+        return dict(zip(self._summed, self.fpn.inner_blocks, strict=True))
 
     def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
         """Let necks follow, each a child of its own name.
