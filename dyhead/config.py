@@ -41,9 +41,10 @@ from dyhead.options import Check, leaves, read
 
 _log = logging.getLogger(__name__)
 
-# The keys of meta-architectures that are not of the dense family, Detectron2's own with them.
-_NUM_CLASSES = {name: "MODEL.ROI_HEADS.NUM_CLASSES" for name in (TWO_STAGE, "GeneralizedRCNN", "PanopticFPN")}
-_NUM_CLASSES["RetinaNet"] = "MODEL.RETINANET.NUM_CLASSES"
+# The nodes of meta-architectures that are not of the dense family, Detectron2's own with them.
+_NODES = dict.fromkeys((TWO_STAGE, "GeneralizedRCNN", "PanopticFPN"), "MODEL.ROI_HEADS") | {
+    "RetinaNet": "MODEL.RETINANET"
+}
 
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
@@ -293,10 +294,10 @@ def num_classes(cfg: CfgNode) -> int:
     Raises:
         ConfigError: ``MODEL.META_ARCHITECTURE`` is none whose key is known.
     """
-    key = _num_classes_key(cfg)
-    known = f"one of {', '.join([*meta_architectures(), *_NUM_CLASSES])}"
-    expect(cfg, "MODEL.META_ARCHITECTURE", key is not None, known)
-    return get(cfg, key)
+    node = detector_node(cfg)
+    known = f"one of {', '.join(dict.fromkeys([*meta_architectures(), *_NODES]))}"
+    expect(cfg, "MODEL.META_ARCHITECTURE", node is not None, known)
+    return get(cfg, f"{node}.NUM_CLASSES")
 
 
 def check_num_classes(cfg: CfgNode, dataset: str, class_names: Sequence[str]) -> None:
@@ -304,8 +305,9 @@ def check_num_classes(cfg: CfgNode, dataset: str, class_names: Sequence[str]) ->
 
     A meta-architecture that somebody else has registered may have any number.
     """
-    key, expected = _num_classes_key(cfg), len(class_names)
-    if key is not None and get(cfg, key) != expected:
+    node, expected = detector_node(cfg), len(class_names)
+    key = f"{node}.NUM_CLASSES"
+    if node is not None and get(cfg, key) != expected:
         some = ", ".join(class_names[:8]) + (", ..." if expected > 8 else "")
         raise ConfigError(
             f"{key}: expected {expected}, the number of classes of dataset {dataset!r} ({some}), got {get(cfg, key)}"
@@ -333,9 +335,13 @@ def meta_architectures() -> list[str]:
     return [*DETECTORS, TWO_STAGE]
 
 
-def _num_classes_key(cfg: CfgNode) -> str | None:
+def detector_node(cfg: CfgNode) -> str | None:
+    """The node that holds NUM_CLASSES and SCORE_THRESH_TEST of the configured meta-architecture, "MODEL.FCOS".
+
+    None for one that somebody else has registered.
+    """
     name = cfg.MODEL.META_ARCHITECTURE
-    return f"{DETECTORS[name].node}.NUM_CLASSES" if name in DETECTORS else _NUM_CLASSES.get(name)
+    return DETECTORS[name].node if name in DETECTORS else _NODES.get(name)
 
 
 def _as_lists(value: Any) -> Any:

@@ -196,9 +196,16 @@ def test_both_engines_agree_behind_another_neck(case, tmp_path):
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image"])
-def test_both_engines_agree_with_task_aware_attention_in_the_box_head(case, tmp_path):
-    assert_engines_agree("faster_rcnn", "_dyhead_box_head", case, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "neck", "case"),
+    [
+        ("faster_rcnn", "_dyhead_box_head", "none in one image"),
+        ("cascade_rcnn", "_dyhead", "objects"),
+        ("cascade_rcnn", "_dyhead", "none at all"),
+    ],
+)
+def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_path):
+    assert_engines_agree(name, neck, case, tmp_path)
 
 
 @pytest.mark.detectron2
@@ -213,6 +220,12 @@ def test_both_engines_agree_about_two_views_of_a_region(name, case, tmp_path):
 @pytest.mark.parametrize("name", ["DyHeadBoxHead", "FastRCNNConvFCHead"])
 def test_both_engines_have_the_same_cascade(name, case, tmp_path):
     assert_engines_agree("cascade_rcnn", "_dyhead", case, tmp_path, **{"MODEL.ROI_BOX_HEAD.NAME": name})
+
+
+@pytest.mark.detectron2
+def test_both_engines_have_the_same_cascade_of_two_branches(tmp_path):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": "DoubleHeadExt"}
+    assert_engines_agree("cascade_rcnn", "_dyhead", "none in one image", tmp_path, **options)
 
 
 def assert_engines_agree(name, neck, case, tmp_path, **options):

@@ -68,20 +68,19 @@ def pair(tmp_path, **options):
     return ours, theirs
 
 
+OTHERWISE = {
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
+    "MODEL.ROI_MASK_HEAD.NORM": "GN",
+    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": False,
+    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": 0.5,
+}
+
+
 @pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {
-            "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
-            "MODEL.ROI_MASK_HEAD.NORM": "GN",
-            "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": False,
-            "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": 0.5,
-        },
-    ],
-    ids=["as configured", "otherwise"],
+    ("options", "case"),
+    [({}, "objects"), ({}, "none at all"), (OTHERWISE, "none in one image")],
+    ids=["objects", "none at all", "otherwise configured"],
 )
 def test_both_engines_give_the_same_losses_and_gradients(options, case, tmp_path):
     ours, theirs = pair(tmp_path, **options)

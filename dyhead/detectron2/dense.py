@@ -82,6 +82,13 @@ class DenseMetaArchitecture(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
         }
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls first; its own error would be about annotations."""
+        raise RuntimeError(
+            f"torch.jit.script: expected Detectron2's own detectors or DyHeadRCNN, got {type(self).__name__}, which "
+            "detectron2.export.TracingAdapter and torch.jit.trace take"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

@@ -288,7 +288,7 @@ class RegionHeads(RoIHeads):
         if self.has_mask():
             logits = self.mask_logits(features, boxes, image_shapes)
             truth = [
-                crop_masks(t["masks"][of], own, logits.shape[-1])
+                crop_masks(t["masks"], own, of, logits.shape[-1])
                 for t, of, own in zip(targets, objects, boxes, strict=True)
             ]
             losses["loss_mask"] = mask_loss(logits, torch.cat(classes), torch.cat(truth))
@@ -447,6 +447,7 @@ class CascadeHeads(RegionHeads):
     def __init__(self, *args, stages: Sequence[CascadeStage], **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.stages = nn.ModuleList(stages)
+        self.box_coder = BoxCoder(stages[-1].box_form)
 
     def box_losses(
         self,

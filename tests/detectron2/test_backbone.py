@@ -195,13 +195,17 @@ def test_lazy_configs_can_go_on_referring_to_the_backbones_channels():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("block", ["paper", "released"])
-def test_torchscript_takes_detectron2s_detectors_on_it(tiny_cfg, inputs, block):
+@pytest.mark.parametrize(
+    ("block", "head"),
+    [("paper", "FastRCNNConvFCHead"), ("released", "FastRCNNConvFCHead"), ("paper", "DyHeadBoxHead")],
+)
+def test_torchscript_takes_detectron2s_detectors_on_it(tiny_cfg, inputs, block, head):
     """As Detectron2's tests have it: a whole Mask R-CNN is scripted, saved, loaded and asked for the same objects."""
     settings = {
         "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
         "MODEL.BACKBONE.NAME": "build_resnet_fpn_dyhead_backbone",
         "MODEL.DYHEAD.BLOCK": block,
+        "MODEL.ROI_BOX_HEAD.NAME": head,
         "MODEL.MASK_ON": True,
         "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
         "MODEL.RPN.POST_NMS_TOPK_TEST": 20,

@@ -1,7 +1,5 @@
 """The evaluation carries everything that is detected into the results, in pixels of the files."""
 
-import json
-
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -10,21 +8,6 @@ from torch import nn
 from dyhead import data
 from dyhead.torchvision.data import load_splits
 from dyhead.torchvision.evaluation import evaluate
-
-
-@pytest.fixture
-def with_parts(rectangles, tmp_path):
-    """The rectangles with masks, as polygons, and two keypoints each: a corner and the middle."""
-    content = json.loads(rectangles.read_text())
-    for a in content["annotations"]:
-        x, y, w, h = a["bbox"]
-        a["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        a["keypoints"] = [x, y, 2, x + w // 2, y + h // 2, 2]
-    for category in content["categories"]:
-        category["keypoints"] = ["corner", "middle"]
-    path = tmp_path / "parts.json"
-    path.write_text(json.dumps(content))
-    return path
 
 
 class Knowing(nn.Module):
@@ -50,21 +33,10 @@ class Knowing(nn.Module):
         return [found]
 
 
-def test_boxes_masks_and_keypoints_come_back_as_they_are_annotated(tiny, configured, with_parts, rectangles):
-    options = {
-        "DATASETS.REGISTER": [["parts", str(with_parts), str(rectangles.parent)]],
-        "DATASETS.TEST": ("parts",),
-        "DATASETS.TRAIN": ("parts",),
-        "INPUT.MIN_SIZE_TEST": 150,
-        "INPUT.MAX_SIZE_TEST": 400,
-        "INPUT.MASK_FORMAT": "bitmask",
-        "MODEL.MASK_ON": True,
-        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 2,
-        "TEST.KEYPOINT_OKS_SIGMAS": [0.01, 0.01],
-    }
-    cfg = configured(tiny | options, "keypoint_rcnn")
+def test_boxes_masks_and_keypoints_come_back_as_they_are_annotated(tiny, configured, with_parts):
+    cfg = configured(tiny | with_parts | {"INPUT.MIN_SIZE_TEST": 150, "INPUT.MAX_SIZE_TEST": 400}, "keypoint_rcnn")
     data.register_from_config(cfg.DATASETS.REGISTER)
-    splits = load_splits(cfg, ["parts"])
+    splits = load_splits(cfg, cfg.DATASETS.TEST)
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
     (result,) = evaluate(fabric, cfg, Knowing(splits[0].records), splits)

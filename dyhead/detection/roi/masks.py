@@ -8,18 +8,19 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 
-def crop_masks(masks: Tensor, boxes: Tensor, side: int) -> Tensor:
+def crop_masks(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
     """What boxes see of masks: their average in each cell, aligned with the pixels, rounded to 0 or 1.
 
     Args:
-        masks: (P, H, W) bool, one for each box.
+        masks: (M, H, W) bool.
         boxes: (P, 4) in pixels.
+        objects: (P,), which mask a box is to see, 0 to M - 1.
         side: cells along each side of a region.
 
     Returns:
         (P, side, side) bool.
     """
-    regions = torch.cat([torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None], boxes], dim=1)
+    regions = torch.cat([objects[:, None].to(boxes.dtype), boxes], dim=1)
     cells = roi_align(masks[:, None].to(boxes.dtype), regions, side, aligned=True)
     return cells[:, 0] >= 0.5
 
