@@ -335,6 +335,12 @@ def meta_architectures() -> list[str]:
     return [*DETECTORS, TWO_STAGE]
 
 
+def reads_visible_boxes(cfg: CfgNode) -> bool:
+    """Whether the configured detector learns the box of the visible part of an object, too."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    return name in DETECTORS and DETECTORS[name].options.reads_visible_boxes
+
+
 def detector_node(cfg: CfgNode) -> str | None:
     """The node that holds NUM_CLASSES and SCORE_THRESH_TEST of the configured meta-architecture, "MODEL.FCOS".
 
