@@ -33,7 +33,7 @@ from dyhead.config_checks import (
     TWO_STAGE_NODES,
 )
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
-from dyhead.config_options import OPTIONS, TWO_STAGE
+from dyhead.config_options import DUAL, OPTIONS, TWO_STAGE
 from dyhead.data.coco import COCO_KEYPOINTS
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
@@ -142,13 +142,16 @@ def _unread(cfg: CfgNode) -> list[str]:
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
     network = "MODEL.RESNETS" if has_timm(cfg) else "MODEL.TIMM"
     if name not in meta_architectures():  # Detectron2's own, or a user's
-        return [f"{node}.*" for node in (network, *nodes) if node != "MODEL.RETINANET"]
+        return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
     nodes.append(network)
     keys: Sequence[str] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
         nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
         keys = CONV_FC_KEYS if chosen in BOX_HEADS else ()
+        maps = get(cfg, f"{DUAL}.MAPS")
+        keys += (f"{DUAL}.EVERY",) if maps != "dyhead_blocks" else ()
+        keys += (f"{DUAL}.LOSS_WEIGHT",) if maps == "none" else ()
     else:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
@@ -363,6 +366,12 @@ def values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def meta_architectures() -> list[str]:
     """All values of ``MODEL.META_ARCHITECTURE`` that are this project's."""
     return [*DETECTORS, TWO_STAGE]
+
+
+def reads_visible_boxes(cfg: CfgNode) -> bool:
+    """Whether the configured detector learns the box of the visible part of an object, too."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    return name in DETECTORS and DETECTORS[name].options.reads_visible_boxes
 
 
 def detector_node(cfg: CfgNode) -> str | None:
