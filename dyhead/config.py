@@ -200,6 +200,8 @@ def _check_together(cfg: CfgNode) -> None:
         expect(cfg, "SOLVER.NUM_DECAYS", solver.NUM_DECAYS <= solver.MAX_ITER, most)
     if solver.OPTIMIZER == "SGD" and solver.NESTEROV:
         expect(cfg, "SOLVER.MOMENTUM", solver.MOMENTUM > 0, "above 0 with SOLVER.NESTEROV True")
+    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+        _check_deformable(cfg)
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
@@ -212,6 +214,17 @@ def _check_together(cfg: CfgNode) -> None:
             count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
             fits = given == count or (given == 0 and count == COCO_KEYPOINTS)
             expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
+
+
+def _check_deformable(cfg: CfgNode) -> None:
+    options, node = cfg.MODEL.RESNETS, "MODEL.RESNETS"
+    stages = [stage for stage, deformable in enumerate(options.DEFORM_ON_PER_STAGE) if deformable]
+    if stages:
+        depths = "50, 101 or 152 with DEFORM_ON_PER_STAGE: smaller networks have no bottlenecks"
+        expect(cfg, f"{node}.DEPTH", options.DEPTH >= 50, depths)
+        width = options.NUM_GROUPS * options.WIDTH_PER_GROUP * 2 ** stages[0]  # and twice that of stage to stage
+        fits = width % options.DEFORM_NUM_GROUPS == 0
+        expect(cfg, f"{node}.DEFORM_NUM_GROUPS", fits, f"a divisor of the {width} channels that are convolved")
 
 
 def _check_cascade(cfg: CfgNode) -> None:

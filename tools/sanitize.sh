@@ -11,7 +11,7 @@ parallel="-n auto --maxprocesses 8 --dist worksteal"
 
 # Types that differ in little are left out, and the largest cases but for the type with the most slices.
 DYHEAD_RACES=1 "$python" -m pytest -q -p no:cacheprovider $parallel tests/ops/test_races.py tests/ops/test_cuda.py -m "not cuda" \
-  -k "races or (emulation and ((tf32 and 264) or ((float32 or bfloat16) and not 264)))" "${@:2}"
+  -k "races or agree or (emulation and ((tf32 and 264) or ((float32 or bfloat16) and not 264)))" "${@:2}"
 
 copy=build/sanitize
 rm -rf "$copy"

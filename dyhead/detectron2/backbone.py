@@ -10,13 +10,15 @@ from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling import build_backbone as build_detectron2_backbone
+from detectron2.modeling import build_resnet_backbone as build_detectron2_resnet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from dyhead.build import build_necks, necks_with_dyhead
 from dyhead.config import options_of
+from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.layers import P6P7
 from dyhead.necks import DyHeadOptions, Necked, Stack
 
@@ -123,7 +125,7 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     Raises:
         ConfigError: necks that cannot be built as configured.
     """
-    backbone = build_detectron2_backbone(cfg)
+    backbone = use_own_deform_conv(build_detectron2_backbone(cfg))
     return backbone if isinstance(backbone, NeckBackbone) else _with_necks(cfg, backbone, cfg.MODEL.NECKS)
 
 
@@ -133,7 +135,7 @@ def build_resnet_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     ``MODEL.FPN.P6P7_IN_FEATURE`` says what P6 is computed from, "p5" or "res5", and ``P7_RELU`` how P7 is.
     """
-    resnet = build_resnet_backbone(cfg, input_shape)
+    resnet = _resnet(cfg, input_shape)
     options = options_of(cfg, "MODEL.FPN")
     source, channels = options.p6p7_in_feature, cfg.MODEL.FPN.OUT_CHANNELS
     in_channels = channels if source == "p5" else resnet.output_shape()["res5"].channels
@@ -146,7 +148,7 @@ def build_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Ne
 
     It gives DyHead to meta-architectures that do not know ``MODEL.NECKS``, such as Detectron2's own.
     """
-    fpn = _fpn(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
+    fpn = _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool())
     return _with_necks(cfg, fpn, necks_with_dyhead(cfg))
 
 
@@ -154,6 +156,10 @@ def build_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Ne
 def build_retinanet_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NeckBackbone:
     """:func:`build_resnet_fpn_p6p7_backbone` with DyHead, for any one-stage meta-architecture."""
     return _with_necks(cfg, build_resnet_fpn_p6p7_backbone(cfg, input_shape), necks_with_dyhead(cfg))
+
+
+def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return use_own_deform_conv(build_detectron2_resnet(cfg, input_shape))
 
 
 def _with_necks(cfg: CfgNode, backbone: Backbone, names: Sequence[str]) -> NeckBackbone:

@@ -13,14 +13,16 @@ from detectron2.modeling import (
     build_proposal_generator,
     build_roi_heads,
 )
-from detectron2.structures import Boxes
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from dyhead.build import build_box_head
 from dyhead.config import expect, get
+from dyhead.detection.heads.dense import at_least_float32
 from dyhead.detection.roi import BOX_HEADS
 from dyhead.detection.roi.pooling import PyramidPool
-from dyhead.detection.roi.prediction import class_and_box_layers
+from dyhead.detection.roi.prediction import class_and_box_layers, either, loss_weights, weighed
 from dyhead.detectron2.backbone import build_backbone
 
 
@@ -73,10 +75,60 @@ class ViewPooler(nn.Module):
         return self.pool(levels, [boxes.tensor for boxes in box_lists])
 
 
+class OutputLayers(FastRCNNOutputLayers):
+    """Detectron2's, for a box head that has features for boxes alone or weights of losses, or predicts crossed.
+
+    Predictions are a list: one pair of logits (Q, K + 1) and deltas (Q, 4K or 4), or two.
+
+    Args:
+        cfg: the configuration.
+        head: see :attr:`dyhead.detection.roi.Registered.options`.
+        kwargs: of Detectron2's, in place of what the configuration says.
+    """
+
+    def __init__(self, cfg: CfgNode, head: nn.Module, **kwargs: Any) -> None:
+        super().__init__(cfg, head.output_shape, **kwargs)
+        self.weights_of_losses = loss_weights(head)
+        sizes = self.cls_score.out_features, self.bbox_pred.out_features
+        self.cls_score, self.bbox_pred = class_and_box_layers(head.out_features, *sizes)
+        if len(self.weights_of_losses) > 1:
+            layers = class_and_box_layers(head.out_features, *sizes, crossed=True)
+            self.crossed_cls_score, self.crossed_bbox_pred = layers
+
+    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Features (Q, D) to predictions in float32 at least."""
+        layers = [(self.cls_score, self.bbox_pred)]
+        if len(self.weights_of_losses) > 1:
+            layers.append((self.crossed_cls_score, self.crossed_bbox_pred))
+        return [(at_least_float32(classes(x)), at_least_float32(boxes(x))) for classes, boxes in layers]
+
+    def losses(self, predictions: list[tuple[Tensor, Tensor]], proposals: list[Instances]) -> dict[str, Tensor]:
+        """Losses by name."""
+        # Detectron2 also logs how often the class is right; the last counts, and shall not be that of crossed ones.
+        losses = [super(OutputLayers, self).losses(pair, proposals) for pair in reversed(predictions)]
+        return weighed(losses[::-1], self.weights_of_losses)
+
+    def predict_probs(self, predictions: list[tuple[Tensor, Tensor]], proposals: list[Instances]) -> list[Tensor]:
+        """Of each image, (Q, K + 1)."""
+        probabilities = [super(OutputLayers, self).predict_probs(pair, proposals) for pair in predictions]
+        return [either(own) for own in zip(*probabilities, strict=True)]
+
+    def predict_boxes(self, predictions: list[tuple[Tensor, Tensor]], proposals: list[Instances]) -> list[Tensor]:
+        """Of each image, (Q, 4K or 4)."""
+        return super().predict_boxes(predictions[0], proposals)
+
+    def predict_boxes_for_gt_classes(
+        self, predictions: list[tuple[Tensor, Tensor]], proposals: list[Instances]
+    ) -> list[Tensor]:
+        """Of each image, (Q, 4)."""
+        return super().predict_boxes_for_gt_classes(predictions[0], proposals)
+
+
 def _adapt(cfg: CfgNode, roi_heads: nn.Module, strides: dict[str, int]) -> None:
-    """Give a box head what Detectron2's RoI heads do not: several views of a region, features for boxes alone."""
+    """Give a box head what Detectron2's RoI heads do not: several views of a region, features for boxes alone, ..."""
     box, heads, predictors = cfg.MODEL.ROI_BOX_HEAD, roi_heads.box_head, roi_heads.box_predictor
-    if not isinstance(heads, nn.ModuleList):  # of one stage
+    is_cascade = isinstance(heads, nn.ModuleList)
+    if not is_cascade:
         heads, predictors = [heads], [predictors]
     scales = getattr(heads[0], "scales", (1.0,))
     if scales != (1.0,):
@@ -85,11 +137,11 @@ def _adapt(cfg: CfgNode, roi_heads: nn.Module, strides: dict[str, int]) -> None:
         levels = {name: strides[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES}
         pool = PyramidPool(levels, box.POOLER_RESOLUTION, box.POOLER_SAMPLING_RATIO, aligned, scales)
         roi_heads.box_pooler = ViewPooler(pool)
-    for head, predictor in zip(heads, predictors, strict=True):
-        if isinstance(head.out_features, int):
-            continue
-        sizes = predictor.cls_score.out_features, predictor.bbox_pred.out_features
-        predictor.cls_score, predictor.bbox_pred = class_and_box_layers(head.out_features, *sizes)
+    adapted = nn.ModuleList(
+        OutputLayers(cfg, head, box2box_transform=predictor.box2box_transform)
+        for head, predictor in zip(heads, predictors, strict=True)
+    )
+    roi_heads.box_predictor = adapted if is_cascade else adapted[0]
 
 
 def _register_box_head(name: str) -> None:
@@ -98,7 +150,7 @@ def _register_box_head(name: str) -> None:
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
         head = build_box_head(cfg, name, input_shape.channels)
         features = head.out_features
-        # What Detectron2 builds the predictors from; of a pair, _adapt builds them.
+        # What Detectron2 builds the predictors from, which _adapt replaces.
         head.output_shape = ShapeSpec(channels=features if isinstance(features, int) else sum(features))
         return head
 

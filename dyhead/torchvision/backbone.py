@@ -21,7 +21,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dyhead.build import build_necks, necks_with_dyhead
 from dyhead.config import options_of
-from dyhead.layers import P6P7
+from dyhead.layers import P6P7, DeformConv2dPack
 from dyhead.necks import Necked, Stack
 
 _DIVISOR = 32  # of Detectron2's FPN: what its finest and coarsest stage ask for
@@ -155,6 +155,11 @@ def _build_resnet(cfg: CfgNode) -> torchvision.models.ResNet:
         for stage in (resnet.layer2, resnet.layer3, resnet.layer4):
             block = stage[0]  # torchvision strides its 3x3 convolution
             block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    for number, deformable in enumerate(options.DEFORM_ON_PER_STAGE, 1):
+        for block in getattr(resnet, f"layer{number}") if deformable else ():
+            block.conv2 = DeformConv2dPack(
+                block.conv2, modulated=options.DEFORM_MODULATED, offset_groups=options.DEFORM_NUM_GROUPS
+            )
     stages = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
     for name in chain.from_iterable(stages[: max(cfg.MODEL.BACKBONE.FREEZE_AT, 0)]):
         getattr(resnet, name).requires_grad_(False)

@@ -4,8 +4,17 @@
 of all images, C channels, S side of a pooled region in cells, K classes, J keypoints of an object.
 """
 
-from dyhead.detection.roi import task_aware  # registers it
+from dyhead.detection.roi import double_head, task_aware  # registers them
+from dyhead.detection.roi.double_head import DoubleHead
 from dyhead.detection.roi.registry import BOX_HEADS, Registered, register_box_head
 from dyhead.detection.roi.task_aware import DyHeadBoxHead
 
-__all__ = ["BOX_HEADS", "DyHeadBoxHead", "Registered", "register_box_head", "task_aware"]
+__all__ = [
+    "BOX_HEADS",
+    "DoubleHead",
+    "DyHeadBoxHead",
+    "Registered",
+    "double_head",
+    "register_box_head",
+    "task_aware",
+]
