@@ -31,6 +31,7 @@ WITH_NECKS = [
     ("faster_rcnn", "_dyhead_box_head"),
     ("cascade_rcnn", "_dyhead"),
     ("doublehead_ext", "_dyhead"),
+    ("dsfpn", ""),
 ]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
@@ -40,7 +41,7 @@ OPTIONS = {
     "MODEL.DYHEAD.NUM_BLOCKS": 1,
     "MODEL.SEPC.NUM_BLOCKS": 1,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-    **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
+    **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT", "DECOUPLED_BOX_HEAD")},
     **{f"MODEL.{node}.CONV_DIM": 64 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
     "MODEL.DOUBLE_HEAD_EXT.NON_LOCAL_DIM": 32,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
@@ -167,7 +168,7 @@ def assert_same_detections(name, found, expected):
 
 
 def test_every_detector_has_its_files():
-    for name in (*NAMES, "doublehead", "doublehead_ext"):
+    for name in (*NAMES, "doublehead", "doublehead_ext", "dsfpn"):
         for folder, size in ((CONFIGS, "R18_shapes"), (CONFIGS.parent, "R50")):
             for neck in ("", "_dyhead"):
                 cfg = get_cfg()
