@@ -32,6 +32,7 @@ from dyhead.detectron2.backbone import (
 )
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper, register_datasets, register_shapes
+from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture, dense_detector
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
@@ -62,5 +63,6 @@ __all__ = [
     "main",
     "register_datasets",
     "setup",
+    "use_own_deform_conv",
 ]
 __all__ += META_ARCHITECTURES
