@@ -1,7 +1,8 @@
 """`python -m benchmarks.document`: writes the tables of benchmarks/results into docs/performance.md.
 
 A table is between a line `<!-- table: FILE WHAT KEY=VALUE ... -->` and a line `<!-- end -->`, where FILE is in
-benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds` or `goals`, and KEY=VALUE selects cases by their fields.
+benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds`, `goals`, or for the counts of
+`benchmarks.additions` `command` or `additions`, and KEY=VALUE selects cases by their fields.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import additions
 from benchmarks.operator import Case, least_bytes
 from benchmarks.program import RESULTS, markdown, number, table
 
@@ -74,6 +76,10 @@ def _section(words: list[str]) -> str:
 
     if what == "machine":
         return _machine(result)
+    if what == "command":
+        return f"    {result['command']}\n\n{result['date']}"
+    if what == "additions":
+        return additions.table(result)
     if what == "bounds":
         return _bounds(result, keep)
     if what == "goals":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -93,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         floors = {
             "products": 2e-9 * passes * case.multiply_adds / bounds["product, TFLOP/s"],
             "bytes": 1e-6 * least_bytes(case) / bounds["copy, GB/s"],
-            "additions": 1e-6 * 4 * 9 * 4 * case.batch * levels * case.channels * options.size[0] * options.size[1]
-            / bounds["atomic additions, GB/s"],
+            # With windows (docs/performance.md), about 256 for each channel, level and patch of 8 x 8 pixels.
+            "additions": 1e-6 * 4 * 256 * case.batch * levels * case.channels
+            * math.ceil(options.size[0] / 8) * math.ceil(options.size[1] / 8) / bounds["atomic additions, GB/s"],
         }  # fmt: skip
         result["cases"].append({"case": asdict(case), "floors, ms": floors, "kernels, ms": times})
         rows = [("kernel", "ms"), *((short(name), number(time)) for name, time in sorted(times.items(), key=_longest))]

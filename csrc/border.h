@@ -43,18 +43,14 @@ inline BorderProblem check_borders(const Tensor& x, const Tensor& boxes, int64_t
           static_cast<int>(pool_size)};
 }
 
-// Maxima, and which point has each. Both are written with their channels last; the maxima are returned in x's layout.
+// Maxima, in x's layout, and which point has each, with channels last.
 struct Maxima {
   Tensor values, index;
 
   Maxima(const Tensor& x, const Tensor& boxes) {
     const std::vector<int64_t> sizes{x.size(0), x.size(1), boxes.size(2), boxes.size(3)};
-    values = new_tensor(x, sizes, x.scalar_type(), is_channels_last(x) || boxes.size(2) * boxes.size(3) > 1);
+    values = new_tensor(x, sizes, x.scalar_type(), is_channels_last(x));
     index = new_tensor(x, sizes, ScalarType::Byte, true);
-  }
-
-  std::tuple<Tensor, Tensor> tuple(const Tensor& x) const {
-    return {is_channels_last(x) ? values : as_contiguous(values), index};
   }
 };
 
@@ -66,23 +62,5 @@ inline void check_maxima_gradient(const Tensor& grad, const Tensor& x, const Ten
   detail::expect_like("index", index, ScalarType::Byte, x);
   detail::expect_shape("index", index, sizes);
 }
-
-// The gradient of x, summed up with channels last in the type of sums: the result itself where it is so.
-struct MapGradient {
-  Tensor result, sums;
-
-  explicit MapGradient(const Tensor& x) {
-    const std::vector<int64_t> sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
-    const ScalarType dtype = accumulation_dtype(x.scalar_type());
-    result = new_tensor(x, sizes, x.scalar_type(), is_channels_last(x));
-    sums = x.scalar_type() == dtype && has_channels_last_strides(result) ? result : new_tensor(x, sizes, dtype, true);
-    torch::stable::zero_(sums);
-  }
-
-  Tensor finish() {
-    if (sums.get() != result.get()) torch::stable::copy_(result, sums);
-    return result;
-  }
-};
 
 }  // namespace dyhead

@@ -107,16 +107,17 @@ struct Operators {
     const BorderProblem problem = check_borders(x, boxes, pool_size);
     Maxima maxima(x, boxes);
     Implementation::border_align(x, boxes, problem, maxima);
-    return maxima.tuple(x);
+    return {maxima.values, maxima.index};
   }
 
   static Tensor border_align_backward(Tensor grad, Tensor x, Tensor boxes, Tensor index, int64_t pool_size,
                                       bool deterministic) {
     const BorderProblem problem = check_borders(x, boxes, pool_size);
     check_maxima_gradient(grad, x, boxes, index);
-    MapGradient gradient(x);
-    Implementation::border_align_backward(grad, boxes, index, problem, deterministic, gradient.sums);
-    return gradient.finish();
+    const std::vector<int64_t> sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
+    Tensor gradient = new_tensor(x, sizes, problem.dtype, is_channels_last(x));
+    Implementation::border_align_backward(grad, boxes, index, problem, deterministic, gradient);
+    return gradient;
   }
 
   // Registers them all.

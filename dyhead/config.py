@@ -33,7 +33,7 @@ from dyhead.config_checks import (
     TWO_STAGE_NODES,
 )
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
-from dyhead.config_options import OPTIONS, TWO_STAGE
+from dyhead.config_options import DUAL, OPTIONS, TWO_STAGE
 from dyhead.data.coco import COCO_KEYPOINTS
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
@@ -42,9 +42,10 @@ from dyhead.options import Check, leaves, read
 
 _log = logging.getLogger(__name__)
 
-# The keys of meta-architectures that are not of the dense family, Detectron2's own with them.
-_NUM_CLASSES = {name: "MODEL.ROI_HEADS.NUM_CLASSES" for name in (TWO_STAGE, "GeneralizedRCNN", "PanopticFPN")}
-_NUM_CLASSES["RetinaNet"] = "MODEL.RETINANET.NUM_CLASSES"
+# The nodes of meta-architectures that are not of the dense family, Detectron2's own with them.
+_NODES = dict.fromkeys((TWO_STAGE, "GeneralizedRCNN", "PanopticFPN"), "MODEL.ROI_HEADS") | {
+    "RetinaNet": "MODEL.RETINANET"
+}
 
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
@@ -141,13 +142,16 @@ def _unread(cfg: CfgNode) -> list[str]:
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
     network = "MODEL.RESNETS" if has_timm(cfg) else "MODEL.TIMM"
     if name not in meta_architectures():  # Detectron2's own, or a user's
-        return [f"{node}.*" for node in (network, *nodes) if node != "MODEL.RETINANET"]
+        return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
     nodes.append(network)
     keys: Sequence[str] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
         nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
         keys = CONV_FC_KEYS if chosen in BOX_HEADS else ()
+        maps = get(cfg, f"{DUAL}.MAPS")
+        keys += (f"{DUAL}.EVERY",) if maps != "dyhead_blocks" else ()
+        keys += (f"{DUAL}.LOSS_WEIGHT",) if maps == "none" else ()
     else:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
@@ -323,10 +327,10 @@ def num_classes(cfg: CfgNode) -> int:
     Raises:
         ConfigError: ``MODEL.META_ARCHITECTURE`` is none whose key is known.
     """
-    key = _num_classes_key(cfg)
-    known = f"one of {', '.join([*meta_architectures(), *_NUM_CLASSES])}"
-    expect(cfg, "MODEL.META_ARCHITECTURE", key is not None, known)
-    return get(cfg, key)
+    node = detector_node(cfg)
+    known = f"one of {', '.join(dict.fromkeys([*meta_architectures(), *_NODES]))}"
+    expect(cfg, "MODEL.META_ARCHITECTURE", node is not None, known)
+    return get(cfg, f"{node}.NUM_CLASSES")
 
 
 def check_num_classes(cfg: CfgNode, dataset: str, class_names: Sequence[str]) -> None:
@@ -334,8 +338,9 @@ def check_num_classes(cfg: CfgNode, dataset: str, class_names: Sequence[str]) ->
 
     A meta-architecture that somebody else has registered may have any number.
     """
-    key, expected = _num_classes_key(cfg), len(class_names)
-    if key is not None and get(cfg, key) != expected:
+    node, expected = detector_node(cfg), len(class_names)
+    key = f"{node}.NUM_CLASSES"
+    if node is not None and get(cfg, key) != expected:
         some = ", ".join(class_names[:8]) + (", ..." if expected > 8 else "")
         raise ConfigError(
             f"{key}: expected {expected}, the number of classes of dataset {dataset!r} ({some}), got {get(cfg, key)}"
@@ -363,9 +368,19 @@ def meta_architectures() -> list[str]:
     return [*DETECTORS, TWO_STAGE]
 
 
-def _num_classes_key(cfg: CfgNode) -> str | None:
+def reads_visible_boxes(cfg: CfgNode) -> bool:
+    """Whether the configured detector learns the box of the visible part of an object, too."""
     name = cfg.MODEL.META_ARCHITECTURE
-    return f"{DETECTORS[name].node}.NUM_CLASSES" if name in DETECTORS else _NUM_CLASSES.get(name)
+    return name in DETECTORS and DETECTORS[name].options.reads_visible_boxes
+
+
+def detector_node(cfg: CfgNode) -> str | None:
+    """The node that holds NUM_CLASSES and SCORE_THRESH_TEST of the configured meta-architecture, "MODEL.FCOS".
+
+    None for one that somebody else has registered.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    return DETECTORS[name].node if name in DETECTORS else _NODES.get(name)
 
 
 def _as_lists(value: Any) -> Any:

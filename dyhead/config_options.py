@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from dyhead.backbones import TimmOptions
 from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import AnchorOptions
-from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.roi import BOX_HEADS, DuallySupervisedOptions
 from dyhead.necks import NECKS
 from dyhead.options import Check, at_least, each, one_of, option
 
 #: The meta-architecture of two-stage detectors, which are those of the engine.
 TWO_STAGE = "DyHeadRCNN"
+
+#: The node of further RoI heads in training.
+DUAL = "MODEL.DSFPN"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ OPTIONS: dict[str, type] = {
     **{neck.node: neck.options for neck in NECKS.values()},
     **{detector.node: detector.options for detector in DETECTORS.values()},
     **{head.node: head.options for head in BOX_HEADS.values()},
+    DUAL: DuallySupervisedOptions,
     "DATASETS": DatasetOptions,
     "SOLVER": SolverOptions,
     "TEST.BENCHMARK": BenchmarkOptions,

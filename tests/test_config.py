@@ -138,7 +138,11 @@ def test_number_of_classes_must_be_the_datasets(cfg):
         ConfigError, match=r"MODEL.ROI_HEADS.NUM_CLASSES: expected 3, .*'pets' \(cat, dog, emu\), got 2"
     ):
         check_num_classes(cfg, "pets", ["cat", "dog", "emu"])
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    with pytest.raises(ConfigError, match=r"MODEL.ROI_HEADS.NUM_CLASSES: expected 3"):
+        check_num_classes(cfg, "pets", ["cat", "dog", "emu"])
     cfg.MODEL.META_ARCHITECTURE = "YOLO"
+    check_num_classes(cfg, "pets", ["cat", "dog", "emu"])  # whatever it reads
     with pytest.raises(ConfigError, match="META_ARCHITECTURE.*'YOLO'"):
         num_classes(cfg)
 

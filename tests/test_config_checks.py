@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from dyhead.config import OPTIONS, TWO_STAGE, ConfigError, check_config, get, load_config, meta_architectures
-from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
+from dyhead.config_checks import (
+    CASCADE_CHECKS,
+    CHECKS,
+    FPN_CHECKS,
+    KEYPOINT_CHECKS,
+    MASK_CHECKS,
+    RESNET_CHECKS,
+    TWO_STAGE_CHECKS,
+)
 from dyhead.detection import DETECTORS
 from dyhead.options import leaves
 from dyhead.torchvision import get_cfg
@@ -30,6 +38,8 @@ CONFIGS = {
         "DyHeadRCNN": "faster_rcnn",
     }.items()
 }
+# Further two-stage detectors, and the keys that they alone read.
+PARTS = {"mask_rcnn": MASK_CHECKS, "keypoint_rcnn": KEYPOINT_CHECKS, "cascade_rcnn": CASCADE_CHECKS}
 INFINITY, NAN = float("inf"), float("nan")
 # What is no value of any key; and the exceptions.
 JUNK = (None, NAN, INFINITY, "no such value", -2, [[[]]])
@@ -45,7 +55,7 @@ LEGAL = [
 @cache
 def config_of(name):
     cfg = get_cfg()
-    load_config(cfg, CONFIGS[name])
+    load_config(cfg, CONFIGS.get(name, ROOT / f"configs/quickstart/{name}_dyhead_R18_shapes.yaml"))
     return cfg
 
 
@@ -76,6 +86,9 @@ def checked_keys():
         yield key, "DyHeadRetinaNet"
     for key in TWO_STAGE_CHECKS:
         yield key, "DyHeadRCNN"
+    for name, checks in PARTS.items():
+        for key in checks:
+            yield key, name
 
 
 @pytest.mark.parametrize(("key", "detector"), list(checked_keys()))

@@ -30,6 +30,8 @@ WITH_NECKS = [
     ("atss", "_sepc"),
     ("faster_rcnn", "_dyhead_box_head"),
     ("cascade_rcnn", "_dyhead"),
+    ("doublehead_ext", "_dyhead"),
+    ("dsfpn", ""),
 ]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
@@ -39,6 +41,9 @@ OPTIONS = {
     "MODEL.DYHEAD.NUM_BLOCKS": 1,
     "MODEL.SEPC.NUM_BLOCKS": 1,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT", "DECOUPLED_BOX_HEAD")},
+    **{f"MODEL.{node}.CONV_DIM": 64 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
+    "MODEL.DOUBLE_HEAD_EXT.NON_LOCAL_DIM": 32,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
@@ -152,7 +157,7 @@ def assert_same_detections(name, found, expected):
     Two-stage detectors are each engine's own, in which NMS, twice, may see overlaps as close to its threshold as
     rounding: two of a hundred detections may differ for that.
     """
-    borderline = 2 if name.endswith("rcnn") else 0
+    borderline = 0 if name in DENSE else 2
     for (boxes, scores, labels), (their_boxes, their_scores, their_labels) in zip(found, expected, strict=True):
         assert len(boxes) > 0
         assert abs(len(boxes) - len(their_boxes)) <= borderline
@@ -163,7 +168,7 @@ def assert_same_detections(name, found, expected):
 
 
 def test_every_detector_has_its_files():
-    for name in NAMES:
+    for name in (*NAMES, "doublehead", "doublehead_ext", "dsfpn"):
         for folder, size in ((CONFIGS, "R18_shapes"), (CONFIGS.parent, "R50")):
             for neck in ("", "_dyhead"):
                 cfg = get_cfg()
@@ -190,16 +195,26 @@ def test_both_engines_agree_behind_another_neck(case, tmp_path):
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image"])
-def test_both_engines_agree_with_task_aware_attention_in_the_box_head(case, tmp_path):
-    assert_engines_agree("faster_rcnn", "_dyhead_box_head", case, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "neck", "case"),
+    [
+        ("faster_rcnn", "_dyhead_box_head", "none in one image"),
+        ("cascade_rcnn", "_dyhead", "objects"),
+        ("cascade_rcnn", "_dyhead", "none at all"),
+        ("doublehead", "_dyhead", "none in one image"),
+        ("doublehead_ext", "_dyhead", "objects"),
+        ("doublehead_ext", "_dyhead", "none at all"),
+    ],
+)
+def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_path):
+    assert_engines_agree(name, neck, case, tmp_path)
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
-@pytest.mark.parametrize("name", ["DyHeadBoxHead", "FastRCNNConvFCHead"])
-def test_both_engines_have_the_same_cascade(name, case, tmp_path):
-    assert_engines_agree("cascade_rcnn", "_dyhead", case, tmp_path, **{"MODEL.ROI_BOX_HEAD.NAME": name})
+@pytest.mark.parametrize("name", ["DyHeadBoxHead", "DoubleHeadExt"])
+def test_both_engines_have_the_same_cascade_of_other_box_heads(name, tmp_path):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": name}
+    assert_engines_agree("cascade_rcnn", "_dyhead", "none in one image", tmp_path, **options)
 
 
 def assert_engines_agree(name, neck, case, tmp_path, **options):

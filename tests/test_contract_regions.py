@@ -68,20 +68,19 @@ def pair(tmp_path, **options):
     return ours, theirs
 
 
+OTHERWISE = {
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
+    "MODEL.ROI_MASK_HEAD.NORM": "GN",
+    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": False,
+    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": 0.5,
+}
+
+
 @pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {
-            "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
-            "MODEL.ROI_MASK_HEAD.NORM": "GN",
-            "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": False,
-            "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": 0.5,
-        },
-    ],
-    ids=["as configured", "otherwise"],
+    ("options", "case"),
+    [({}, "objects"), ({}, "none at all"), (OTHERWISE, "none in one image")],
+    ids=["objects", "none at all", "otherwise configured"],
 )
 def test_both_engines_give_the_same_losses_and_gradients(options, case, tmp_path):
     ours, theirs = pair(tmp_path, **options)
@@ -134,6 +133,19 @@ def test_weights_of_masks_and_keypoints_go_from_detectron2_to_torchvision(tmp_pa
     ours.save(tmp_path / "w.pth")
     state, given = torch.load(tmp_path / "w.pth")["model"], theirs.model.state_dict()
     assert all(torch.equal(state[key], given[key]) for key in given if key.startswith("roi_heads."))
+
+
+def test_bfloat16_autocast_gives_nearly_the_same_losses_of_masks_and_keypoints():
+    adapter = build("torchvision", "keypoint_rcnn", **BOTH)
+    exact = losses_of_torchvision(adapter, *inputs("objects"))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = losses_of_torchvision(adapter, *inputs("objects"))
+        (found, *_) = adapter.model.eval()(inputs("objects")[0])
+    for key in ("loss_mask", "loss_keypoint"):
+        assert losses[key].dtype == torch.float32
+        assert losses[key].item() == pytest.approx(exact[key].item(), rel=0.1)
+    assert found["masks"].isfinite().all()
+    assert found["keypoints"].isfinite().all()
 
 
 def test_an_image_without_detections_has_no_masks_and_no_keypoints():

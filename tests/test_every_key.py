@@ -160,6 +160,25 @@ def test_what_is_ignored_is_said_to_be_as_it_is_by_default(engine, outcome):
     assert "DyHeadFCOS does not read: MODEL.ANCHOR_GENERATOR.SIZES [[32]]" in told
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_keys_of_another_box_head_are_named(engine, outcome):
+    cfg = defaults(engine)
+    load_config(cfg, QUICKSTART / "faster_rcnn_dyhead_R18_shapes.yaml")
+    told, _ = outcome(engine, cfg, "MODEL.DYHEAD_BOX_HEAD.NUM_ATTENTIONS", 2)
+    assert "DyHeadRCNN does not read: MODEL.DYHEAD_BOX_HEAD.NUM_ATTENTIONS 2" in told
+    told, _ = outcome(engine, cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", 3)
+    assert "does not read" not in told
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "DyHeadBoxHead"
+    told, _ = outcome(engine, cfg, "MODEL.DYHEAD_BOX_HEAD.NUM_ATTENTIONS", 2)
+    assert "does not read" not in told
+    for key, value in (("NUM_FC", 3), ("FC_DIM", 256), ("NUM_CONV", 1), ("CONV_DIM", 7), ("NORM", "GN")):
+        told, _ = outcome(engine, cfg, f"MODEL.ROI_BOX_HEAD.{key}", value)
+        assert f"DyHeadRCNN does not read: MODEL.ROI_BOX_HEAD.{key} {value!r}" in told
+    told, value = outcome(engine, cfg, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2)
+    assert "cannot honour, and ignores: MODEL.ROI_MASK_HEAD.NUM_CONV 2" in told
+    assert value == 0
+
+
 @pytest.mark.detectron2
 @pytest.mark.parametrize(
     ("settings", "message"),

@@ -1,8 +1,9 @@
 // Border alignment on the CPU.
 //
-// Maps are read with their channels last; others are copied once per call. In the backward pass a unit of work owns
-// channels of an image's gradient and takes the boxes in their order, so that the sums are the same for any number of
-// threads.
+// A unit of work owns some channels of a border in an image. Forward, it copies them from the map in the type of sums,
+// so that they lie close together for the boxes to read in any order; backward, it sums up their gradient in such a
+// buffer, box after box, so that the sums are the same for any number of threads. Maps of either layout are read and
+// written as they are.
 
 #include <algorithm>
 #include <array>
@@ -15,8 +16,8 @@
 namespace dyhead::cpu {
 namespace {
 
-constexpr int64_t kChunk = 16;      // boxes
-constexpr int64_t kChannels = 256;  // channels at a time, whose maxima stay in the first-level cache
+constexpr int64_t kCells = 16;     // boxes at a time, whose outputs are a line of the cache in either layout
+constexpr int64_t kChannels = 64;  // at most so many channels to a unit
 
 // Boxes (N, 4, cells).
 template <typename A>
@@ -35,63 +36,148 @@ struct Boxes {
   const A* data;
 };
 
-template <typename T, typename P>
+// What an image has of some channels: those of pixel p are at data[p * pixel + c * channel].
+template <typename T>
+struct Part {
+  T* data;
+  int64_t pixel, channel;
+
+  Part from(int64_t first) const { return {data + first * pixel, pixel, channel}; }
+};
+
+// Of a map that is contiguous or has its channels last.
+template <typename T>
+Part<T> part_of(const Tensor& map, T* data, int64_t n, int64_t channel) {
+  const int64_t channels = map.size(1), pixels = map.size(2) * map.size(3);
+  data += n * channels * pixels;
+  if (has_channels_last_strides(map)) return {data + channel, channels, 1};
+  return {data + channel * pixels, 1, pixels};
+}
+
+Tensor in_either_layout(const Tensor& map) { return has_channels_last_strides(map) ? map : as_contiguous(map); }
+
+template <typename From, typename To>
+void copy(const Part<From>& from, const Part<To>& to, int64_t pixels, int64_t channels) {
+  using Value = std::remove_const_t<To>;
+  if (from.channel == 1 && to.channel == 1) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      const From* const source = from.data + p * from.pixel;
+      To* const target = to.data + p * to.pixel;
+      for (int64_t c = 0; c < channels; ++c) target[c] = static_cast<Value>(source[c]);
+    }
+    return;
+  }
+  for (int64_t first = 0; first < pixels; first += kCells) {
+    const int64_t last = std::min(pixels, first + kCells);
+    for (int64_t c = 0; c < channels; ++c) {
+      const From* const source = from.data + c * from.channel;
+      To* const target = to.data + c * to.channel;
+      for (int64_t p = first; p < last; ++p) target[p * to.pixel] = static_cast<Value>(source[p * from.pixel]);
+    }
+  }
+}
+
+struct Unit {
+  int64_t n, channel, width;  // the image, and its channels [channel, channel + width)
+  int border;
+};
+
+// Cuts the work into units: of fewer channels where the threads would not have enough of them. A result does not depend
+// on its unit.
+class Units {
+ public:
+  explicit Units(const BorderProblem& problem) : problem_(problem) {
+    while (size_ > 16 && count() < 4 * static_cast<int64_t>(torch::stable::get_num_threads())) size_ /= 2;
+  }
+
+  int64_t count() const { return problem_.batch * kBorders * blocks(problem_.border_channels(), size_); }
+  Unit at(int64_t index) const {
+    const int64_t runs = blocks(problem_.border_channels(), size_), first = index % runs * size_;
+    const int64_t border = index / runs % kBorders;
+    return {index / runs / kBorders, border * problem_.border_channels() + first,
+            std::min(size_, problem_.border_channels() - first), static_cast<int>(border)};
+  }
+  // Every thread's, if each box takes `cost` vector instructions for every 16 channels.
+  int64_t workers(double cost) const {
+    const int64_t width = std::min(size_, problem_.border_channels());
+    return worker_count(count(), static_cast<double>(problem_.cells) * static_cast<double>(blocks(width, 16)) * cost);
+  }
+
+ private:
+  const BorderProblem& problem_;
+  int64_t size_ = kChannels;
+};
+
+template <typename A>
+std::vector<Buffer<A>> buffers(int64_t workers, int64_t pixels) {
+  std::vector<Buffer<A>> result;
+  for (int64_t worker = 0; worker < workers; ++worker) result.emplace_back(volume(pixels, kChannels));
+  return result;
+}
+
+template <typename T>
 void maxima_of(const Tensor& x, const Tensor& boxes_tensor, const BorderProblem& problem, Maxima& maxima) {
   using A = Accumulator<T>;
-  const Kernels<T, P>& kernel = kernels<T, P>();
-  const Tensor last = as_channels_last(x);
-  const T* const data = static_cast<const T*>(last.const_data_ptr());
+  const Kernels<A, A>& kernel = kernels<A, A>();
+  const Tensor map = in_either_layout(x);
+  const T* const data = static_cast<const T*>(map.const_data_ptr());
   const Boxes<A> boxes(boxes_tensor, problem);
   T* const values = static_cast<T*>(maxima.values.mutable_data_ptr());
   uint8_t* const index = static_cast<uint8_t*>(maxima.index.mutable_data_ptr());
-  const int64_t channels = problem.channels, border_channels = problem.border_channels();
-  const std::vector<T> outside(static_cast<size_t>(border_channels), T(0));
-  const int64_t chunks = blocks(problem.cells, kChunk), units = problem.batch * chunks;
-  const double cost = static_cast<double>(kChunk * (problem.pool_size + 1)) * static_cast<double>(channels) / 2;
-  parallel_units(units, worker_count(units, cost), [&](int64_t unit, int64_t) {
-    A best[kChannels], point[kChannels];
-    const int64_t n = unit / chunks, begin = unit % chunks * kChunk, end = std::min(problem.cells, begin + kChunk);
-    const T* const image = data + n * problem.pixels() * channels;
-    for (int64_t cell = begin; cell < end; ++cell) {
-      for (int which = 0; which < kBorders; ++which) {
-        const Border<A> border = boxes.border(n, cell, which);
-        for (int64_t c = 0; c < border_channels; c += kChannels) {
-          const int64_t width = std::min(kChannels, border_channels - c), channel = which * border_channels + c;
-          kernel.maximum(border, problem.pool_size, problem.height, problem.width,
-                         {image + channel, channels, outside.data()}, width, best, point);
-          const int64_t at = (n * problem.cells + cell) * channels + channel;
-          for (int64_t i = 0; i < width; ++i) values[at + i] = static_cast<T>(best[i]);
-          for (int64_t i = 0; i < width; ++i) index[at + i] = static_cast<uint8_t>(static_cast<int32_t>(point[i]));
-        }
+  const Units units(problem);
+  const int64_t workers = units.workers(static_cast<double>(8 * (problem.pool_size + 1)));
+  const std::vector<Buffer<A>> copies = buffers<A>(workers, problem.pixels());
+  parallel_units(units.count(), workers, [&](int64_t number, int64_t worker) {
+    const Unit unit = units.at(number);
+    const Part<A> part{copies[static_cast<size_t>(worker)].get(), unit.width, 1};
+    copy(part_of(map, data, unit.n, unit.channel), part, problem.pixels(), unit.width);
+    const Part<T> to = part_of(maxima.values, values, unit.n, unit.channel);
+    const Part<uint8_t> to_index = part_of(maxima.index, index, unit.n, unit.channel);
+    const std::array<A, kChannels> outside{};
+    A best[kCells * kChannels], point[kCells * kChannels];
+    for (int64_t first = 0; first < problem.cells; first += kCells) {
+      const int64_t count = std::min(kCells, problem.cells - first);
+      for (int64_t i = 0; i < count; ++i) {
+        kernel.maximum(boxes.border(unit.n, first + i, unit.border), problem.pool_size, problem.height, problem.width,
+                       {part.data, part.pixel, outside.data()}, unit.width, best + i * kChannels,
+                       point + i * kChannels);
       }
+      copy(Part<const A>{best, kChannels, 1}, to.from(first), count, unit.width);
+      copy(Part<const A>{point, kChannels, 1}, to_index.from(first), count, unit.width);
     }
   });
 }
 
-// The cells of a border's points, each of them located when it is first asked for.
+// Where the gradients of a border's points go, each located when it is first asked for.
 template <typename A>
 class Points {
  public:
   struct Point {
-    Cell<A> cell;
+    int64_t at[4];  // the corners' pixels times `stride`
     A share[4];
   };
+
+  // A corner outside the map goes to the pixel behind the last one.
+  Points(const BorderProblem& problem, int64_t stride) : problem_(problem), stride_(stride) {}
 
   void begin(const Border<A>& border) {
     border_ = border;
     known_.reset();
   }
-  const Point& at(int point, const BorderProblem& problem) {
-    Point& result = points_[point];
-    if (!known_[point]) {
-      known_.set(point);
-      result.cell = locate(border_, point, problem.height, problem.width);
-      corner_shares(result.cell, result.share);
+  const Point& get(int number) {
+    Point& point = points_[number];
+    if (!known_[number]) {
+      known_.set(number);
+      const Cell<A> cell = locate(border_, number, problem_.height, problem_.width);
+      corner_shares(cell, point.share);
+      for (int i = 0; i < 4; ++i) point.at[i] = (cell.corner[i] < 0 ? problem_.pixels() : cell.corner[i]) * stride_;
     }
-    return result;
+    return point;
   }
 
  private:
+  const BorderProblem& problem_;
+  int64_t stride_;
   Border<A> border_;
   std::bitset<kMostPoolSize + 1> known_;
   std::array<Point, kMostPoolSize + 1> points_;
@@ -99,54 +185,51 @@ class Points {
 
 template <typename T>
 void gradient_of(const Tensor& grad_tensor, const Tensor& boxes_tensor, const Tensor& index_tensor,
-                 const BorderProblem& problem, Tensor& sums_tensor) {
+                 const BorderProblem& problem, Tensor& result) {
   using A = Accumulator<T>;
   const Boxes<A> boxes(boxes_tensor, problem);
   const T* const grad = static_cast<const T*>(grad_tensor.const_data_ptr());
   const uint8_t* const index = static_cast<const uint8_t*>(index_tensor.const_data_ptr());
-  A* const sums = static_cast<A*>(sums_tensor.mutable_data_ptr());
-  // A unit takes so many channels of a border: whole lines of the cache, and few enough to give all threads work.
-  const int64_t channels = problem.channels, border_channels = problem.border_channels();
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t size = 64;
-  while (size > 16 && problem.batch * kBorders * blocks(border_channels, size) < 4 * threads) size /= 2;
-  const int64_t runs = blocks(border_channels, size), units = problem.batch * kBorders * runs;
-  const double cost = static_cast<double>(problem.cells) * static_cast<double>(std::min(size, border_channels)) * 8;
-  const int64_t workers = worker_count(units, cost);
-  std::vector<Points<A>> of_workers(static_cast<size_t>(workers));
-  parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
-    Points<A>& points = of_workers[static_cast<size_t>(worker)];
-    const int64_t run = unit % runs * size, n = unit / runs / kBorders;
-    const int which = static_cast<int>(unit / runs % kBorders);
-    const int64_t channel = which * border_channels + run, width = std::min(size, border_channels - run);
-    A* const image = sums + n * problem.pixels() * channels + channel;
-    for (int64_t cell = 0; cell < problem.cells; ++cell) {
-      const int64_t at = (n * problem.cells + cell) * channels + channel;
-      points.begin(boxes.border(n, cell, which));
-      for (int64_t i = 0; i < width; ++i) {
-        const auto& point = points.at(index[at + i], problem);
-        const A g = static_cast<A>(grad[at + i]);
-        for (int corner = 0; corner < 4; ++corner) {
-          const int64_t pixel = point.cell.corner[corner];
-          if (pixel >= 0) image[pixel * channels + i] += point.share[corner] * g;
+  T* const data = static_cast<T*>(result.mutable_data_ptr());
+  const Units units(problem);
+  const int64_t workers = units.workers(16 * 8);
+  const std::vector<Buffer<A>> sums = buffers<A>(workers, problem.pixels() + 1);
+  parallel_units(units.count(), workers, [&](int64_t number, int64_t worker) {
+    const Unit unit = units.at(number);
+    A* const sum = sums[static_cast<size_t>(worker)].get();
+    std::fill(sum, sum + (problem.pixels() + 1) * unit.width, A(0));
+    const Part<const T> from = part_of(grad_tensor, grad, unit.n, unit.channel);
+    const Part<const uint8_t> from_index = part_of(index_tensor, index, unit.n, unit.channel);
+    Points<A> points(problem, unit.width);
+    A g[kCells * kChannels];
+    uint8_t at[kCells * kChannels];
+    for (int64_t first = 0; first < problem.cells; first += kCells) {
+      const int64_t count = std::min(kCells, problem.cells - first);
+      copy(from.from(first), Part<A>{g, kChannels, 1}, count, unit.width);
+      copy(from_index.from(first), Part<uint8_t>{at, kChannels, 1}, count, unit.width);
+      for (int64_t i = 0; i < count; ++i) {
+        points.begin(boxes.border(unit.n, first + i, unit.border));
+        for (int64_t c = 0; c < unit.width; ++c) {
+          const auto& point = points.get(at[i * kChannels + c]);
+          for (int k = 0; k < 4; ++k) sum[point.at[k] + c] += point.share[k] * g[i * kChannels + c];
         }
       }
     }
+    copy(Part<const A>{sum, unit.width, 1}, part_of(result, data, unit.n, unit.channel), problem.pixels(), unit.width);
   });
 }
 
 }  // namespace
 
 void Implementation::border_align(const Tensor& x, const Tensor& boxes, const BorderProblem& problem, Maxima& maxima) {
-  dispatch(problem.dtype,
-           [&](auto value, auto operand) { maxima_of<decltype(value), decltype(operand)>(x, boxes, problem, maxima); });
+  dispatch(problem.dtype, [&](auto value, auto) { maxima_of<decltype(value)>(x, boxes, problem, maxima); });
 }
 
 void Implementation::border_align_backward(const Tensor& grad, const Tensor& boxes, const Tensor& index,
-                                           const BorderProblem& problem, bool /*deterministic*/, Tensor& sums) {
-  const Tensor grad_last = as_channels_last(grad), index_last = as_channels_last(index);
+                                           const BorderProblem& problem, bool /*deterministic*/, Tensor& result) {
+  const Tensor grad_read = in_either_layout(grad), index_read = in_either_layout(index);
   dispatch(problem.dtype,
-           [&](auto value, auto) { gradient_of<decltype(value)>(grad_last, boxes, index_last, problem, sums); });
+           [&](auto value, auto) { gradient_of<decltype(value)>(grad_read, boxes, index_read, problem, result); });
 }
 
 }  // namespace dyhead::cpu

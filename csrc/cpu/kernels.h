@@ -106,7 +106,7 @@ struct Kernels {
   // For `width` channels: the largest value along a border, and at which of its pool_size + 1 points, as a number. Of
   // equal values the first one counts, and NaN is the largest.
   void (*maximum)(const Border<A>& border, int pool_size, int64_t map_height, int64_t map_width,
-                  const Channels<T>& from, int64_t width, A* values, A* points);
+                  const Channels<A>& from, int64_t width, A* values, A* points);
 };
 
 // The instruction sets, in the words of PyTorch's environment variable ATEN_CPU_CAPABILITY.

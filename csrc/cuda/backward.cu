@@ -1,5 +1,6 @@
 // The backward pass on a CUDA device: which kernels run, and with what.
 
+#include "feature_gradient.h"
 #include "implementation.h"
 #include "sample_gradient.h"
 #include "sums.h"
@@ -15,51 +16,161 @@ void sum_rows(const Device& device, const Tensor& terms, int64_t rows, int64_t c
                  {static_cast<const A*>(terms.const_data_ptr()), static_cast<T*>(result.mutable_data_ptr()), count});
 }
 
-// Gradients of features, offset, mask and level weight.
-template <typename T, bool kTensorCores, bool kVectors>
-void sample_gradient_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
-                          const Problem& problem, bool deterministic, Gradients& gradients) {
+// The features' gradient by way of samples' gradients in main memory, and with these launches of SampleGradient
+// everything else that `params` asks for.
+template <typename Kernel, typename T, bool kVectors>
+void deterministic_pass(const Device& device, typename Kernel::Params params,
+                        const std::vector<Accumulator<T>*>& results, const Tensor& like) {
   using A = Accumulator<T>;
-  using Kernel = SampleGradient<T, kTensorCores, kVectors, false>;
-  using Ordered = SampleGradient<T, kTensorCores, false, true>;
+  using Sum = SumSamples<T, kVectors, Kernel::kRun>;
+  using Stored = StoredSample<T>;
+  const auto& maps = params.maps;
+  const int64_t patches = Patch<Kernel::kPixels>::count(maps), samples = static_cast<int64_t>(maps.taps) * maps.pixels;
+  const auto most = [&](int64_t bytes_each, int count) {
+    return static_cast<int>(std::clamp<int64_t>(device.working_bytes() / bytes_each, 1, count));
+  };
+  const int64_t run_bytes = samples * Kernel::kRun * static_cast<int64_t>(sizeof(Stored));
+  // A cell, its sorted copy, its place before, and shares.
+  const int64_t group_bytes =
+      samples * (3 * static_cast<int64_t>(sizeof(int64_t)) + 4 * static_cast<int64_t>(sizeof(A)));
+  const int splits = params.splits;
+  const int images_at_once = most(run_bytes + maps.offset_groups * group_bytes, maps.batch);
+  const int runs_at_once = most(images_at_once * run_bytes, params.run_count);
+  const int64_t rows = static_cast<int64_t>(images_at_once) * maps.offset_groups;
+  const Tensor stored = workspace(like, images_at_once * runs_at_once * run_bytes, ScalarType::Byte);
+  const Tensor shares = workspace(like, 4 * rows * samples, accumulation_dtype(like.scalar_type()));
+  for (int level = 0; level < maps.levels; ++level) {
+    const int64_t cells = cell_count(maps.level[level].height, maps.level[level].width);
+    for (int first_image = 0; first_image < maps.batch; first_image += images_at_once) {
+      const int images = std::min(images_at_once, maps.batch - first_image);
+      const int64_t groups = static_cast<int64_t>(images) * maps.offset_groups;
+      const Tensor unsorted =
+          torch::stable::empty({groups, samples}, ScalarType::Long, std::nullopt, like.device(), std::nullopt);
+      launch<LocateSamples<A>>(device, blocks_of(groups * samples, LocateSamples<A>::kThreads),
+                               {maps, level, first_image, images, static_cast<int64_t*>(unsorted.mutable_data_ptr()),
+                                static_cast<A*>(shares.mutable_data_ptr())});
+      const auto [sorted, order] = sort_rows(unsorted);
+      const Tensor begins = workspace(like, groups * cells, ScalarType::Long);
+      launch<FindCells>(device, blocks_of(groups * cells, FindCells::kThreads),
+                        {static_cast<const int64_t*>(sorted.const_data_ptr()),
+                         static_cast<int64_t*>(begins.mutable_data_ptr()), groups, samples, cells});
+      for (int first_run = 0; first_run < params.runs; first_run += runs_at_once) {
+        params.first_run = first_run;
+        params.run_count = std::min(runs_at_once, params.runs - first_run);
+        params.splits = std::min(splits, params.run_count);
+        params.first_level = level;
+        params.level_count = 1;
+        params.first_patch = first_image * patches;
+        params.samples = static_cast<Stored*>(stored.mutable_data_ptr());
+        launch<Kernel>(device, images * patches * params.splits, params);
+        const typename Sum::Params sum{maps,
+                                       level,
+                                       first_image,
+                                       images,
+                                       first_run,
+                                       params.run_count,
+                                       params.samples,
+                                       static_cast<const A*>(shares.const_data_ptr()),
+                                       static_cast<const int64_t*>(order.const_data_ptr()),
+                                       static_cast<const int64_t*>(begins.const_data_ptr()),
+                                       results[level]};
+        launch<Sum>(device, Sum::block_count(sum), sum);
+      }
+    }
+  }
+}
+
+// Gradients of features, offset, mask and level weight.
+template <typename T, bool kTensorCores, bool kVectors, int kRun, int kTaps>
+void sample_gradient_pass_of(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
+                             const Problem& problem, bool deterministic, Gradients& gradients) {
+  using A = Accumulator<T>;
+  using Kernel = SampleGradient<T, kTensorCores, kVectors, kRun, kTaps>;
   const auto& maps = inputs.maps;
   const Needs& needs = gradients.needs;
   const ScalarType dtype = accumulation_dtype(problem.dtype);
   const Tensor& like = inputs.tensors[0];
 
   const int slices = static_cast<int>(blocks_of(maps.group_out_channels, kRow<T>));
-  const int runs = maps.runs(0, maps.channels, Kernel::kRun);
+  const int runs = maps.runs(0, maps.channels, kRun);
   const Tensor weights = pack_weights<typename Kernel::Pack>(device, inputs, like, slices, runs);
-  typename Kernel::Params params{maps, gradient, static_cast<const char*>(weights.const_data_ptr()), slices, runs};
+  const int64_t patches = Patch<Kernel::kPixels>::count(maps), all_patches = maps.batch * patches;
+
+  // Runs and levels in parts of their own where patches are few. What a block begins and ends with counts as one of
+  // them; the gradients of positions take memory for every part.
+  constexpr int64_t most_elements = int64_t(1) << 26;
+  const int64_t units = static_cast<int64_t>(runs) * maps.levels;
+  const int64_t offsets = needs.offset ? gradients.offset.numel() : 0, masks = needs.mask ? gradients.mask.numel() : 0;
+  const int splits =
+      static_cast<int>(best_parts(all_patches, units, static_cast<int64_t>(device.processors()) * Kernel::kMinBlocks, 1,
+                                  most_elements / std::max<int64_t>(offsets + masks, 1)));
+  typename Kernel::Params params{
+      maps,   gradient, static_cast<const char*>(weights.const_data_ptr()), slices, runs, 0, runs, 0, maps.levels,
+      splits, 0};
+
+  std::vector<Tensor> kept;
+  const auto parts_of = [&](bool needed, Tensor& result, int64_t& stride) -> A* {
+    if (!needed) return nullptr;
+    stride = result.numel();
+    kept.push_back(splits == 1 ? result : workspace(like, splits * stride, dtype));
+    torch::stable::zero_(kept.back());
+    return static_cast<A*>(kept.back().mutable_data_ptr());
+  };
+  params.offset = parts_of(needs.offset, gradients.offset, params.offset_stride);
+  params.mask = parts_of(needs.mask, gradients.mask, params.mask_stride);
+  Tensor level_terms;
+  if (needs.level_weight) {
+    level_terms = workspace(like, static_cast<int64_t>(maps.batch) * units * patches, dtype);
+    params.level_weight = static_cast<A*>(level_terms.mutable_data_ptr());
+  }
 
   std::vector<Tensor> sums = gradients.feature_sums(problem);
   std::vector<A*> features;
-  for (Tensor& sum : sums) {
-    torch::stable::zero_(sum);
-    features.push_back(static_cast<A*>(sum.mutable_data_ptr()));
+  for (Tensor& sum : sums) features.push_back(static_cast<A*>(sum.mutable_data_ptr()));
+  if (needs.features && deterministic) {
+    deterministic_pass<Kernel, T, kVectors>(device, params, features, like);
+  } else {
+    for (Tensor& sum : sums) torch::stable::zero_(sum);
+    std::copy(features.begin(), features.end(), params.features);
+    launch<Kernel>(device, all_patches * splits, params);
   }
-  if (!deterministic) std::copy(features.begin(), features.end(), params.features);
-  const int64_t patches = Patch<Kernel::kPixels>::count(maps);
-  Tensor level_terms;
-  if (needs.offset) params.offset = static_cast<A*>(gradients.offset.mutable_data_ptr());
-  if (needs.mask) params.mask = static_cast<A*>(gradients.mask.mutable_data_ptr());
+
+  const auto add_parts = [&](const A* parts, Tensor& result) {
+    if (parts == nullptr || splits == 1) return;
+    const int64_t stride = result.numel();
+    launch<SumParts<A>>(device, blocks_of(stride, SumParts<A>::kThreads),
+                        {parts, static_cast<A*>(result.mutable_data_ptr()), stride, stride, splits, 1});
+  };
+  add_parts(params.offset, gradients.offset);
+  add_parts(params.mask, gradients.mask);
   if (needs.level_weight) {
-    level_terms = workspace(like, static_cast<int64_t>(maps.batch) * maps.levels * patches, dtype);
-    params.level_weight = static_cast<A*>(level_terms.mutable_data_ptr());
-  }
-  if (needs.positions() || !deterministic) {
-    launch<Kernel>(device, Kernel::block_count(maps, runs), params);
-  }
-  if (needs.level_weight) {
-    sum_rows<A, A>(device, level_terms, static_cast<int64_t>(maps.batch) * maps.levels, patches,
+    sum_rows<A, A>(device, level_terms, static_cast<int64_t>(maps.batch) * maps.levels, runs * patches,
                    gradients.level_weight);
   }
-  if (needs.features && deterministic) {
-    typename Ordered::Params ordered{maps, gradient, params.weights, slices, runs};
-    std::copy(features.begin(), features.end(), ordered.features);
-    launch<Ordered>(device, Ordered::block_count(maps, runs), ordered);
-  }
   gradients.finish(sums);
+}
+
+template <typename T, bool kTensorCores, bool kVectors>
+void sample_gradient_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
+                          const Problem& problem, bool deterministic, Gradients& gradients) {
+  const auto& maps = inputs.maps;
+  if constexpr (kTensorCores && kVectors) {
+    // Where shared memory is large enough for the window of 64 channels; three taps at a time, because kernels of 3 x 3
+    // have three times three.
+    if (std::min(maps.group_channels, maps.offset_channels) > 32) {
+      if (maps.taps > 1 && SampleGradient<T, true, true, 64, 3>::kSharedBytes <= device.shared_limit()) {
+        return sample_gradient_pass_of<T, true, true, 64, 3>(device, inputs, gradient, problem, deterministic,
+                                                             gradients);
+      }
+      if (SampleGradient<T, true, true, 64, 1>::kSharedBytes <= device.shared_limit()) {
+        return sample_gradient_pass_of<T, true, true, 64, 1>(device, inputs, gradient, problem, deterministic,
+                                                             gradients);
+      }
+    }
+  }
+  constexpr int run = kRowBytes / static_cast<int>(sizeof(Accumulator<T>));
+  sample_gradient_pass_of<T, kTensorCores, kVectors, run, 1>(device, inputs, gradient, problem, deterministic,
+                                                             gradients);
 }
 
 template <typename T, bool kTensorCores, bool kVectors, int kRunPanels>
@@ -67,7 +178,7 @@ void weight_gradient_pass_of(const Device& device, const Inputs<T>& inputs, cons
                              Tensor& result) {
   using A = Accumulator<T>;
   using Kernel = WeightGradient<T, kTensorCores, kVectors, kRunPanels>;
-  using Sum = SumWeightGradient<T>;
+  using Sum = SumParts<T>;
   const auto& maps = inputs.maps;
   const int blocks = static_cast<int>(blocks_of(maps.group_out_channels, Kernel::kOuts));
   const int runs = maps.runs(0, maps.channels, Kernel::kRun);
@@ -76,15 +187,14 @@ void weight_gradient_pass_of(const Device& device, const Inputs<T>& inputs, cons
   const int64_t tap_stride = static_cast<int64_t>(maps.out_channels) * maps.group_channels;
   const int64_t part_stride = tap_stride * maps.taps * maps.levels;
 
-  // Parts enough for some waves of blocks, but not so many that writing them takes longer than computing. A wave is
-  // what runs at a time: kMinBlocks blocks on every multiprocessor. Rounded down, because a few blocks in a last wave
-  // would take as long as a whole one.
-  constexpr int64_t most_waves = 8, least_slices = 4, most_elements = int64_t(1) << 26;
+  // Parts of whole waves of blocks, but not so many that writing them, which takes about as long as a few slices, takes
+  // longer than computing.
+  constexpr int64_t most_waves = 8, writing = 4, most_elements = int64_t(1) << 26;
   const int64_t wave = static_cast<int64_t>(device.processors()) * Kernel::kMinBlocks;
   const int64_t wanted =
-      std::min(most_waves * wave / units, std::min(blocks_of(slices, least_slices), most_elements / part_stride));
-  constexpr int64_t most_slices = 1 << 20;  // of a part, which counts its rows in 32 bits
-  const int64_t part_slices = std::min(blocks_of(slices, std::max<int64_t>(wanted, 1)), most_slices);
+      best_parts(units, slices, wave, writing, std::min(most_waves * wave / units, most_elements / part_stride));
+  constexpr int64_t most_slices = 1 << 20;  // of a part, which counts them in 32 bits
+  const int64_t part_slices = std::min(blocks_of(slices, wanted), most_slices);
   const int64_t parts = blocks_of(slices, part_slices);
   const Tensor workspace_tensor = workspace(result, parts * part_stride, accumulation_dtype(result.scalar_type()));
   A* const data = static_cast<A*>(workspace_tensor.mutable_data_ptr());

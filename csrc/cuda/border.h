@@ -57,8 +57,8 @@ struct BorderMaximum {
     const int channel = static_cast<int>(thread % vectors) * kCount;
     const Border<A> border = maps.border(n, row % maps.cells, channel);
     const T* const from = params.x + n * maps.image_stride() + channel;
-    A best[kCount];
-    int at[kCount];
+    A best[kCount] = {};
+    int at[kCount] = {};
 #pragma unroll 1  // registers
     for (int k = 0; k <= maps.pool_size; ++k) {
       A value[kCount];

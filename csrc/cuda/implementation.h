@@ -21,9 +21,8 @@ struct Implementation {
   static void affine_maximum_backward(const Tensor& grad, const std::vector<Tensor>& xs, const Tensor& slopes,
                                       const Tensor& intercepts, MaximumGradients& gradients);
   static void border_align(const Tensor& x, const Tensor& boxes, const BorderProblem& problem, Maxima& maxima);
-  // Adds to `sums`, which have their channels last and the type of sums.
   static void border_align_backward(const Tensor& grad, const Tensor& boxes, const Tensor& index,
-                                    const BorderProblem& problem, bool deterministic, Tensor& sums);
+                                    const BorderProblem& problem, bool deterministic, Tensor& result);
 };
 
 }  // namespace dyhead::cuda

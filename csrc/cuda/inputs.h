@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <tuple>
 #include <vector>
 
 #include "launch.h"
@@ -77,6 +78,18 @@ struct Inputs {
 // Working memory, from PyTorch's allocator, in this device's stream.
 inline Tensor workspace(const Tensor& like, int64_t count, ScalarType dtype) {
   return torch::stable::empty({count}, dtype, std::nullopt, like.device());
+}
+
+// Rows in ascending order, and where each element was; equal ones stay in their order, so that there is only one.
+inline std::tuple<Tensor, Tensor> sort_rows(const Tensor& rows) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  // torch::stable::sort is younger than the oldest PyTorch.
+  StableIValue stack[] = {from(rows), from(std::optional<bool>(true)), from(int64_t(-1)), from(false)};
+  if (torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION) != 0) {
+    detail::fail("device", "memory to sort samples in", "none");
+  }
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 // Calls visit with a value of the C++ type of `dtype`, which was checked, and whether tensor cores multiply.

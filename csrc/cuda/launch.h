@@ -26,6 +26,18 @@ namespace dyhead::cuda {
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+// Into how many parts, at most `most`, to cut each of `rows` rows of `work` steps, for which a block each runs: so that
+// all blocks take the shortest time if `wave` of them run at a time and every block takes `extra` steps more than its
+// part has. A few blocks in a last wave would take as long as a whole one.
+inline int64_t best_parts(int64_t rows, int64_t work, int64_t wave, int64_t extra, int64_t most) {
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t parts = 1; parts <= std::min(most, work); ++parts) {
+    const int64_t time = blocks_of(rows * parts, wave) * (blocks_of(work, parts) + extra);
+    if (time < least) best = parts, least = time;
+  }
+  return best;
+}
+
 #if defined(__CUDACC__)
 
 // The shared memory is in the name for those who read the compiler's report.
@@ -54,6 +66,8 @@ class Device {
 
   int processors() const { return processors_; }
   int shared_limit() const { return shared_limit_; }
+  // How much working memory to take at a time where more would only save launches.
+  int64_t working_bytes() const { return int64_t(256) << 20; }
 
   template <typename Kernel>
   void run(int64_t blocks, const typename Kernel::Params& params) const {

@@ -47,15 +47,21 @@ struct Sums {
   // Calls visit(row, column, first, second) for every two neighbours in a row that this lane has.
   template <typename Visit>
   DYHEAD_DEVICE void visit_pairs(const Visit& visit) const {
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; ++j) {
+      visit_pairs_of_block(j,
+                           [&](int row, int column, A first, A second) { visit(row, j * 8 + column, first, second); });
+    }
+  }
+  // The same for block j of 8 columns, counted from its first one.
+  template <typename Visit>
+  DYHEAD_DEVICE void visit_pairs_of_block(int j, const Visit& visit) const {
     const int lane = thread_index() % kWarp;
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int j = 0; j < kColumnBlocks; ++j) {
-          visit(i * 16 + half * 8 + lane / 4, j * 8 + lane % 4 * 2, at[i][j][2 * half], at[i][j][2 * half + 1]);
-        }
+        visit(i * 16 + half * 8 + lane / 4, lane % 4 * 2, at[i][j][2 * half], at[i][j][2 * half + 1]);
       }
     }
   }

@@ -64,6 +64,16 @@ struct Patch {
             static_cast<int>(own % across) * kWidth};
   }
 
+  // The patch after this one; behind the last one of an image, the first one of the next.
+  template <typename A>
+  DYHEAD_HOST_DEVICE void next(const Maps<A>& maps) {
+    if ((column += kWidth) < maps.width) return;
+    column = 0;
+    if ((row += kHeight) < maps.height) return;
+    row = 0;
+    ++n;
+  }
+
   // The output pixel row * width + column of place p, or -1 beyond the grid.
   template <typename A>
   DYHEAD_HOST_DEVICE int pixel(const Maps<A>& maps, int p) const {

@@ -33,6 +33,31 @@ struct SumRows {
   }
 };
 
+// The sum of parts of `part_stride` elements. Elements (row, tap, element) of a part, tap_stride elements of a tap,
+// become (row, element, tap).
+template <typename T>
+struct SumParts {
+  using A = Accumulator<T>;
+  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
+
+  struct Params {
+    const A* parts;
+    T* result;
+    int64_t part_stride, tap_stride;
+    int parts_count, taps;
+  };
+
+  static DYHEAD_DEVICE void run(const Params& params) {
+    const int64_t index = block_index() * kThreads + thread_index();
+    if (index >= params.part_stride) return;
+    A sum = A(0);
+    for (int part = 0; part < params.parts_count; ++part) sum += params.parts[part * params.part_stride + index];
+    const int64_t element = index % params.tap_stride, tap = index / params.tap_stride % params.taps;
+    const int64_t row = index / params.tap_stride / params.taps;
+    params.result[(row * params.tap_stride + element) * params.taps + tap] = static_cast<T>(sum);
+  }
+};
+
 // Sums of columns of `source`, rows of `columns` elements, over chunks of rows: terms for SumRows, (column, chunk).
 template <typename T>
 struct SumColumnChunks {

@@ -2,7 +2,8 @@
 // shared memory as in the forward pass.
 //
 // A block sums up, for a tap and level, a block of output channels by a run of input channels, over a part of all
-// pixels. The parts lie in a workspace and are added in their order, so that the result is the same every time.
+// pixels, a patch at a time: what its pixels read overlaps, and so is in the cache. The parts lie in a workspace and
+// are added in their order, so that the result is the same every time.
 
 #pragma once
 
@@ -32,13 +33,13 @@ struct WeightGradient {
     char gradient[2][kPanels * kTileBytes];
     char samples[2][kRunPanels * kTileBytes];
     Table<A, kPanelRows> table[2];
-    int64_t first_pixel[2][kPanelRows];  // element of the level's features that begins the row's image
+    int64_t first_pixel[2];  // element of the level's features that begins the slice's image
   };
   static constexpr int kSharedBytes = static_cast<int>(sizeof(Shared));
 
-  static int64_t slices(const Maps<A>& maps) {
-    return blocks_of(static_cast<int64_t>(maps.batch) * maps.pixels, kPanelRows);
-  }
+  // A slice is a patch.
+  using Slice = Patch<kPanelRows>;
+  static int64_t slices(const Maps<A>& maps) { return maps.batch * Slice::count(maps); }
 
   static DYHEAD_DEVICE void run(const Params& params) {
     const Maps<A>& maps = params.maps;
@@ -57,44 +58,45 @@ struct WeightGradient {
     const int end = maps.run_end(begin, kRun), group = begin / maps.group_channels;
     const int offset_group = begin / maps.offset_channels;
 
-    const int64_t first = rest * params.part_slices * kPanelRows;
-    const int64_t left = static_cast<int64_t>(maps.batch) * maps.pixels - first;
-    const int slices = left < params.part_slices * kPanelRows ? static_cast<int>((left + kPanelRows - 1) / kPanelRows)
-                                                              : static_cast<int>(params.part_slices);
-    const int rows = left < slices * kPanelRows ? static_cast<int>(left) : slices * kPanelRows;
+    const int64_t first = rest * params.part_slices, left = maps.batch * Slice::count(maps) - first;
+    const int slices = static_cast<int>(left < params.part_slices ? left : params.part_slices);
 
-    // A thread copies the same chunk of every eighth row.
+    // A thread copies the same chunk of a column of the patch.
     constexpr int kChunksAcross = kPanels * kChunks, kLines = kThreads / kChunksAcross;
-    static_assert(kLines % 8 == 0, "the rows of a thread have their chunks in the same order");
+    static_assert(kLines == Slice::kWidth && kLines == 8, "its rows have their chunks in the same order");
     const int column = thread % kChunksAcross, line = thread / kChunksAcross;
     const int out = block * kOuts + column * kVector<T>;
-    const int copied_rows = out < params.gradient.group_stride ? rows : 0;
-    const T* const gradient = params.gradient.at(first + line, group, out < params.gradient.group_stride ? out : 0);
-    const auto copy_gradient = [&](int slice, char* to) {
-      const T* from = gradient + slice * kPanelRows * params.gradient.pixel_stride;
+    Slice copied = Slice::at(maps, first), read = copied;
+    const auto copy_gradient = [&](char* to) {
+      const bool exists = out < params.gradient.group_stride && copied.column + line < maps.width;
+      const int64_t pixel = static_cast<int64_t>(copied.row) * maps.width + copied.column + line;
+      const T* from = params.gradient.at(static_cast<int64_t>(copied.n) * maps.pixels + pixel, group, exists ? out : 0);
       to += panel_offset(line, column);
 #pragma unroll
-      for (int i = 0; i < kPanelRows / kLines; ++i) {
-        const bool valid = slice * kPanelRows + line + i * kLines < copied_rows;
+      for (int i = 0; i < Slice::kHeight; ++i) {
+        const bool valid = exists && copied.row + i < maps.height;
         copy_async(to + i * kLines * kRowBytes, valid ? from : params.gradient.data, valid);
-        from += kLines * params.gradient.pixel_stride;
+        from += maps.width * params.gradient.pixel_stride;
       }
+      copied.next(maps);
     };
-    // The tables' owners, a row each: pixels of all images in one sequence. What a table is made of is read a slice
-    // ahead of it, and tables are made before the product, when few registers are taken.
+    // The tables' owners, a pixel of the patch each. What a table is made of is read a slice ahead of it, and tables
+    // are made before the product, when few registers are taken.
     const bool owner = thread < kPanelRows;
-    int n = static_cast<int>((first + thread) / maps.pixels), pixel = static_cast<int>((first + thread) % maps.pixels);
+    int n = 0, pixel = -1;
     Reading<A> reading{A(0), A(0), A(0)};
-    const auto read = [&](int slice) {
-      if (slice > 0) pixel += kPanelRows;
-      for (; pixel >= maps.pixels; pixel -= maps.pixels) ++n;
-      if (slice * kPanelRows + thread < rows) reading = read_offset(maps, n, offset_group, tap, pixel);
+    const auto read_next = [&](int slice) {
+      pixel = -1;
+      if (slice >= slices) return;
+      n = read.n;
+      pixel = read.pixel(maps, thread);
+      reading = read_offset(maps, n, offset_group, tap, pixel);
+      read.next(maps);
     };
     const auto fill_table = [&](int slice) {
-      const bool exists = slice * kPanelRows + thread < rows;
-      const Cell<A> cell = locate_sample(maps, level, tap, exists ? pixel : -1, reading);
-      shared.table[slice % 2].set(thread, cell, exists ? reading.mask * maps.level_factor(n, level) : A(0));
-      shared.first_pixel[slice % 2][thread] = exists ? n * maps.image_stride(level) : 0;
+      const Cell<A> cell = locate_sample(maps, level, tap, pixel, reading);
+      shared.table[slice % 2].set(thread, cell, pixel < 0 ? A(0) : reading.mask * maps.level_factor(n, level));
+      if (thread == 0) shared.first_pixel[slice % 2] = n * maps.image_stride(level);
     };
     // A thread gathers kParts vectors a slice, of two rows, while as many parts of a product run.
     constexpr int kParts = 2 * kRunPanels;
@@ -104,7 +106,7 @@ struct WeightGradient {
     Gather<T, kTensorCores, kVectors> gather;
     const auto load = [&](int slice, int part) {
       const int row = thread / kChunks + part % 2 * (kThreads / kChunks), channel = part / 2 * kRow<T>;
-      gather.load(shared.table[slice % 2], row, features + shared.first_pixel[slice % 2][row] + channel,
+      gather.load(shared.table[slice % 2], row, features + shared.first_pixel[slice % 2] + channel,
                   maps.channels * static_cast<int>(sizeof(T)), end - begin - chunk * kVector<T> - channel);
     };
     const auto store = [&](int slice, int part) {
@@ -113,14 +115,14 @@ struct WeightGradient {
                    shared.samples[slice % 2] + panel_offset(row, part / 2 * kChunks + chunk));
     };
 
-    copy_gradient(0, shared.gradient[0]);
+    copy_gradient(shared.gradient[0]);
     commit_copies();
     if (owner) {
-      read(0);
+      read_next(0);
       fill_table(0);
-      read(1);
+      read_next(1);
       fill_table(1);
-      read(2);
+      read_next(2);
     }
     sync_block();
     for (int part = 0; part < kParts; ++part) {
@@ -137,13 +139,13 @@ struct WeightGradient {
       wait_for_copies<0>();
       sync_block();
       const bool more = slice + 1 < slices;
-      if (more) copy_gradient(slice + 1, shared.gradient[(slice + 1) % 2]);
+      if (more) copy_gradient(shared.gradient[(slice + 1) % 2]);
       commit_copies();
       // This slice's table was last read before this synchronisation; the next table in its place is read after the
       // next.
       if (owner && more) {
         fill_table(slice + 2);
-        read(slice + 3);
+        read_next(slice + 3);
       }
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
@@ -168,30 +170,6 @@ struct WeightGradient {
       if (channel < end) to[0] = value0;
       if (channel + 1 < end) to[1] = value1;
     });
-  }
-};
-
-// The sum of the parts, as (L, C_out, C_in/groups, kh, kw).
-template <typename T>
-struct SumWeightGradient {
-  using A = Accumulator<T>;
-  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
-
-  struct Params {
-    const A* parts;  // of WeightGradient
-    T* result;
-    int64_t part_stride, tap_stride;  // and all elements of a part, and of a tap of it
-    int parts_count, taps;
-  };
-
-  static DYHEAD_DEVICE void run(const Params& params) {
-    const int64_t index = block_index() * kThreads + thread_index();
-    if (index >= params.part_stride) return;
-    A sum = A(0);
-    for (int part = 0; part < params.parts_count; ++part) sum += params.parts[part * params.part_stride + index];
-    const int64_t element = index % params.tap_stride, tap = index / params.tap_stride % params.taps;
-    const int64_t level = index / params.tap_stride / params.taps;
-    params.result[(level * params.tap_stride + element) * params.taps + tap] = static_cast<T>(sum);
   }
 };
 

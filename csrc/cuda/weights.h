@@ -11,14 +11,15 @@ namespace dyhead::cuda {
 
 // For the forward pass (kForward) a tile's rows are output channels, its depth a run of channels. Tiles come as
 //     (group, block of output channels, level, tap, run of the group).
-// For gradients of samples a tile's rows are a run of channels, its depth output channels. Tiles come as
-//     (tap, level, run of all channels, slice of output channels).
-template <typename T, bool kTensorCores, bool kForward, int kRows>
+// For gradients of samples a tile's rows are a run of channels for each of kTaps taps, its depth output channels. Tiles
+// come as
+//     (run of all channels, level, taps, slice of output channels).
+template <typename T, bool kTensorCores, bool kForward, int kRows, int kTaps = 1>
 struct PackWeights {
   using A = Accumulator<T>;
   static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
   static constexpr int kTileBytes = kRows * kRowBytes;
-  static constexpr int kRun = kForward ? kRow<T> : kRows;  // channels of a run, at most
+  static constexpr int kRun = kForward ? kRow<T> : kRows / kTaps;  // channels of a run, at most
 
   struct Params {
     Maps<A> maps;
@@ -29,7 +30,10 @@ struct PackWeights {
   };
 
   static int64_t tiles(const Maps<A>& maps, int blocks, int runs) {
-    return static_cast<int64_t>(kForward ? maps.groups : 1) * maps.levels * maps.taps * blocks * runs;
+    return static_cast<int64_t>(kForward ? maps.groups : 1) * maps.levels * tap_groups(maps) * blocks * runs;
+  }
+  static DYHEAD_HOST_DEVICE int tap_groups(const Maps<A>& maps) {
+    return static_cast<int>((static_cast<int64_t>(maps.taps) + kTaps - 1) / kTaps);
   }
 
   // Starts to copy a tile into shared memory, by all threads of a block that multiplies with it.
@@ -37,9 +41,11 @@ struct PackWeights {
   static DYHEAD_DEVICE void copy_tile(const char* tile, char* to) {
     constexpr int kBytes = kBlockThreads * static_cast<int>(sizeof(Vector));
     const int at = thread_index() * static_cast<int>(sizeof(Vector));
+    static_assert(kTileBytes % kBytes == 0 || kTileBytes < kBytes);
+    if (at >= kTileBytes) return;
     [&]<int... kCopy>(std::integer_sequence<int, kCopy...>) {
       (copy_async<kCopy * kBytes>(to + at, tile + at, true), ...);
-    }(std::make_integer_sequence<int, kTileBytes / kBytes>());
+    }(std::make_integer_sequence<int, (kTileBytes + kBytes - 1) / kBytes>());
   }
 
   static DYHEAD_DEVICE void run(const Params& params) {
@@ -72,20 +78,21 @@ struct PackWeights {
       out = group * maps.group_out_channels + block * kRows + row;
       exists = exists && block * kRows + row < maps.group_out_channels;
     } else {
-      const int slice = take(params.blocks), run = take(params.runs);
+      const int slice = take(params.blocks);
+      tap = take(tap_groups(maps)) * kTaps + row / kRun;
       level = take(maps.levels);
-      tap = take(maps.taps);
+      const int run = take(params.runs);
       begin = 0;
       for (int i = run; i > 0; --i) begin = maps.run_end(begin, kRun);
       end = maps.run_end(begin, kRun);
       out = begin / maps.group_channels * maps.group_out_channels + slice * kRow<T>;
-      exists = begin + row < end;
+      exists = tap < maps.taps && begin + row % kRun < end;
     }
     A value[kVector<T>];
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
       const int depth = chunk * kVector<T> + i;
-      const int channel = kForward ? begin + depth : begin + row, o = kForward ? out : out + depth;
+      const int channel = kForward ? begin + depth : begin + row % kRun, o = kForward ? out : out + depth;
       const bool inside = kForward ? channel < end : o < (begin / maps.group_channels + 1) * maps.group_out_channels;
       value[i] = A(0);
       if (exists && inside) {

@@ -17,7 +17,8 @@ namespace emulation {
 struct Machine {
   // Few, so that small tests have work for all of them and for more.
   int processors = 4;
-  int shared_limit = 227 << 10;   // bytes a block: of sm_90
+  int shared_limit = 227 << 10;  // bytes a block: of sm_90
+  int64_t working_bytes = 256 << 20;
   std::vector<int64_t> launches;  // blocks and bytes of shared memory, of one launch after the other
 };
 inline Machine machine;
@@ -30,6 +31,7 @@ class Device {
 
   int processors() const { return emulation::machine.processors; }
   int shared_limit() const { return emulation::machine.shared_limit; }
+  int64_t working_bytes() const { return emulation::machine.working_bytes; }
 
   template <typename Kernel>
   void run(int64_t blocks, const typename Kernel::Params& params) const {

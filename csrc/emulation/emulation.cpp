@@ -20,6 +20,7 @@
 namespace dyhead::cuda::emulation {
 
 Place here{-1, 0, nullptr, 0, 0};
+int64_t additions = 0;
 
 namespace {
 
@@ -223,10 +224,12 @@ void write(void* to, const void* from, size_t bytes) {
 }
 
 void atomic_add(float* to, float value) {
+  ++additions;
   races::record(to, sizeof(*to), races::Access::kAtomic);
   *to += value;
 }
 void atomic_add(double* to, double value) {
+  ++additions;
   races::record(to, sizeof(*to), races::Access::kAtomic);
   *to += value;
 }

@@ -37,6 +37,9 @@ struct Place {
 };
 extern Place here;
 
+// Elements that atomic_add has added to, for those who count.
+extern int64_t additions;
+
 // Ends the launch from within a thread.
 [[noreturn]] void fail(const std::string& problem);
 

@@ -10,7 +10,7 @@
 namespace dyhead::cuda::emulation::races {
 namespace {
 
-constexpr uintptr_t kGranule = 2;
+constexpr uintptr_t kGranule = 1;
 constexpr int64_t kNever = -1, kSeveral = -2;  // instead of a block
 
 // Who touched a granule last. Of reads, those since the block's last synchronisation, as far as they matter: all of one

@@ -2,9 +2,9 @@
 // synchronisation is between them. The emulation runs one thread at a time, so it would not show what a GPU makes of
 // them.
 //
-// Memory is looked at in granules of two bytes, the smallest type that kernels write. Threads of a block are ordered by
-// its synchronisations, those of a warp by the warp's as well; threads of different blocks by nothing. Atomic additions
-// do not race with each other. Stacks are a thread's own.
+// Memory is looked at byte by byte: kernels write some. Threads of a block are ordered by its synchronisations, those
+// of a warp by the warp's as well; threads of different blocks by nothing. Atomic additions do not race with each
+// other. Stacks are a thread's own.
 //
 // The intrinsics of emulation.h say what they touch, and of everything else the compiler does, as -fsanitize=thread
 // makes it: races.cpp takes the place of that sanitizer's runtime. Without it nothing is recorded. Reading shared

@@ -48,8 +48,22 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
         Row(r"rpn_head\.rpn_cls\.(.+)", _RPN + r"objectness_logits.\1"),
         Row(r"rpn_head\.rpn_reg\.(.+)", _RPN + r"anchor_deltas.\1"),
         Row(r"roi_head\.bbox_head\.shared_fcs\.(\d+)\.(.+)", lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}"),
+        *_double_head(),
         Row(r"roi_head\.bbox_head\.fc_cls\.(.+)", r"roi_heads.box_predictor.cls_score.\1"),
         Row(r"roi_head\.bbox_head\.fc_reg\.(.+)", r"roi_heads.box_predictor.bbox_pred.\1"),
+    ]
+
+
+def _double_head() -> list[Row]:
+    theirs, ours = r"roi_head\.bbox_head\.", "roi_heads.box_head."
+    return [
+        Row(theirs + r"fc_branch\.(\d+)\.(.+)", ours + r"fcs.\1.\2"),
+        Row(theirs + r"res_block\.(conv[12])\.conv\.(.+)", ours + r"entry.\1.conv.\2"),
+        Row(theirs + r"res_block\.(conv[12])\.(?:bn|gn)\.(.+)", ours + r"entry.\1.norm.\2"),
+        Row(theirs + r"res_block\.conv_identity\.conv\.(.+)", ours + r"entry.shortcut.conv.\1"),
+        Row(theirs + r"res_block\.conv_identity\.(?:bn|gn)\.(.+)", ours + r"entry.shortcut.norm.\1"),
+        Row(theirs + r"conv_branch\.(\d+)\.conv(\d)\.(.+)", ours + r"blocks.\1.conv\2.conv.\3"),
+        Row(theirs + r"conv_branch\.(\d+)\.(?:bn|gn)(\d)\.(.+)", ours + r"blocks.\1.conv\2.norm.\3"),
     ]
 
 

@@ -22,9 +22,12 @@ canonical key                         what
                                       of positives of its first points; BorderDet's ``border_normalizer``, likewise
 ``proposal_generator.rpn_head.*``     Faster R-CNN, with Detectron2's names: ``conv``, ``objectness_logits``, ...
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``;
-                                      ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``mask_head.mask_fcn1``,
+                                      ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``box_head.fcs.I``, ``entry``
+                                      and ``blocks.I`` of DoubleHead; ``box_predictor.crossed_cls_score`` and
+                                      ``crossed_bbox_pred`` of DoubleHeadExt; ``mask_head.mask_fcn1``,
                                       ``deconv``, ``predictor``; ``keypoint_head.conv_fcn1``, ``score_lowres``;
-                                      of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``
+                                      of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``;
+                                      ``auxiliary.NAME.*``, the same of further heads in training: ``lateral``, ...
 ====================================  ================================================================================
 """
 
@@ -81,7 +84,7 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
     def level(name: str, norm: str = "") -> Callable[[re.Match], str]:
         return lambda m: f"{BACKBONE}fpn_{name}{first + int(m[1])}.{norm}{m[2]}"
 
-    return [
+    rows = [
         Row(r"backbone\.body\.((?:network|norms)\..+)", BOTTOM_UP + r"timm.\1"),
         *torchvision_resnet(r"backbone\.body\."),
         Row(pyramid.format("inner", 0), level("lateral")),
@@ -118,6 +121,13 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         ),
         Row(r"roi_heads\.keypoint_predictor\.kps_score_lowres\.(.+)", r"roi_heads.keypoint_head.score_lowres.\1"),
     ]
+
+    def auxiliary(match: re.Match) -> str | None:
+        """The key of a head beside the detector's own, as that one's."""
+        own = next((name for row in rows if (name := row.rename(f"roi_heads.{match[2]}")) is not None), None)
+        return own and f"roi_heads.{match[1]}.{own.removeprefix('roi_heads.')}"
+
+    return [*rows, Row(r"roi_heads\.(auxiliary\.\w+)\.(.+)", auxiliary)]
 
 
 def _box_head(stage: str | None, name: str) -> str:

@@ -45,10 +45,17 @@ class Predictions(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The objects of one image: boxes (M, 4) and labels (M,), 0 to K - 1. Crowd regions are not among them."""
+    """The objects of one image. Crowd regions are not among them.
+
+    Attributes:
+        boxes: (M, 4).
+        labels: (M,), 0 to K - 1.
+        visible: boxes (M, 4) of the parts that nothing hides, for a detector that reads them; None: ``boxes``.
+    """
 
     boxes: Tensor
     labels: Tensor
+    visible: Tensor | None = None
 
 
 class Detections(NamedTuple):
@@ -272,7 +279,7 @@ class DenseDetector(nn.Module):
                 passes = passes & _are_peaks(ranked[level], shape, self.inference.peak_kernel)
             place, label = torch.nonzero(passes, as_tuple=True)
             rank = ranked[level][place, label]
-            best = rank.topk(min(self.inference.topk, len(rank))).indices
+            best = _largest(rank, self.inference.topk)
             place, label = place[best], label[best]
             boxes = self.box_form.decode(numbers[level][place], places.anchors[level][place])
             known = ~boxes.isnan().any(dim=1)  # NMS would take one NaN to all boxes
@@ -288,6 +295,13 @@ class DenseDetector(nn.Module):
             keep = scores.sort(descending=True, stable=True).indices
         keep = keep[: self.inference.limit]
         return Detections(*_inside(boxes[keep], scores[keep], labels[keep], size))
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """The indices of the largest numbers, in their order, at most ``count``."""
+    if torch.jit.is_tracing():  # where how many there are must not become a constant
+        return x.sort(descending=True).indices[:count]
+    return x.topk(min(count, len(x))).indices
 
 
 def _parts(levels: Iterable[Tensor | tuple[Tensor, Tensor]]) -> Iterator[Tensor]:

@@ -17,7 +17,6 @@ In a Detectron2 project of one's own:
 arguments, as LazyConfig wants them.
 """
 
-import dyhead.detectron2.solver  # noqa: F401
 from dyhead.config import add_dyhead_config
 from dyhead.detectron2.backbone import (
     DyHeadBackbone,
@@ -36,6 +35,7 @@ from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture, dense_detector
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
+from dyhead.detectron2.solver import except_necks
 from dyhead.detectron2.trainer import Trainer
 from dyhead.ops.flops import register_with_fvcore
 
@@ -60,6 +60,7 @@ __all__ = [
     "build_timm_fpn_backbone",
     "build_timm_fpn_p6p7_backbone",
     "dense_detector",
+    "except_necks",
     "main",
     "register_datasets",
     "setup",

@@ -44,7 +44,8 @@ class NeckBackbone(Necked, Backbone):
     def __init__(self, backbone: Backbone, necks: Stack, size_divisibility: int = 0) -> None:
         super().__init__()
         self._shapes = _by_stride(backbone.output_shape())
-        _pyramid_channels(self._shapes)
+        self._levels = list(self._shapes)
+        self._channels = _pyramid_channels(self._shapes)
         self.backbone = backbone
         self.attach(necks.named_children())
         self._size_divisibility = size_divisibility or math.lcm(
@@ -55,11 +56,16 @@ class NeckBackbone(Necked, Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) in, the pyramid after the necks out, by level, fine to coarse."""
         pyramid = self.backbone(x)
-        return self.through_necks({name: pyramid[name] for name in self._shapes})
+        return self.through_necks({name: pyramid[name] for name in self._levels})
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level, those of the wrapped backbone, fine to coarse."""
         return self._shapes
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of every level."""
+        return self._channels
 
     @property
     def size_divisibility(self) -> int:
@@ -77,13 +83,16 @@ class DyHeadBackbone(NeckBackbone):
 
     Args:
         backbone: see :class:`NeckBackbone`.
+        out_channels: channels of the levels, for LazyConfig, where other parts say ``${..backbone.out_channels}``; it
+            changes nothing.
         **dyhead: the arguments of :class:`dyhead.layers.DyHead` but for the channels.
 
     Called with a config instead, ``DyHeadBackbone(cfg, backbone)``, it takes all but the backbone from
     ``MODEL.DYHEAD``.
 
     Raises:
-        ValueError: the output of ``backbone`` is not a valid pyramid, or DyHead refuses an option.
+        ValueError: the output of ``backbone`` is not a valid pyramid, or has not ``out_channels``; or DyHead refuses an
+            option.
         TypeError: an argument that DyHead does not have.
 
     Example:
@@ -97,10 +106,13 @@ class DyHeadBackbone(NeckBackbone):
     """
 
     @configurable
-    def __init__(self, backbone: Backbone, **dyhead: Any) -> None:
+    def __init__(self, backbone: Backbone, out_channels: int | None = None, **dyhead: Any) -> None:
         options, shapes = DyHeadOptions(**dyhead), backbone.output_shape()
+        channels = _pyramid_channels(shapes)
+        if out_channels not in (None, channels):
+            raise ValueError(f"out_channels: expected {channels}, those of the backbone's levels, got {out_channels}")
         divisor = options.size_divisibility([shape.stride for shape in shapes.values()])
-        super().__init__(backbone, Stack({"dyhead": options.build(_pyramid_channels(shapes))}, [divisor]))
+        super().__init__(backbone, Stack({"dyhead": options.build(channels)}, [divisor]))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, backbone: Backbone) -> dict[str, Any]:

@@ -83,6 +83,13 @@ class DenseMetaArchitecture(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
         }
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls first; its own error would be about annotations."""
+        raise RuntimeError(
+            f"torch.jit.script: expected Detectron2's own detectors or DyHeadRCNN, got {type(self).__name__}, which "
+            "detectron2.export.TracingAdapter and torch.jit.trace take"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -92,15 +99,16 @@ class DenseMetaArchitecture(nn.Module):
         """Losses by name in training, else for each image a dict with its "instances".
 
         Args:
-            batched_inputs: for each image a dict of ``image`` (3, H, W), in training ``instances`` with ``gt_boxes``
-                and ``gt_classes``, and in inference maybe ``height`` and ``width`` of the output.
+            batched_inputs: for each image a dict of ``image`` (3, H, W), in training ``instances`` with ``gt_boxes``,
+                ``gt_classes`` and maybe ``gt_visible_boxes``, and in inference maybe ``height`` and ``width`` of the
+                output.
         """
         images = self.preprocess_image(batched_inputs)
         predictions = self.detector(self.backbone(images.tensor))
         if not self.training:
             return self._postprocess(self._instances(predictions, images), batched_inputs)
         objects = [x["instances"].to(self.device) for x in batched_inputs]
-        targets = [Targets(x.gt_boxes.tensor, x.gt_classes) for x in objects]
+        targets = [Targets(x.gt_boxes.tensor, x.gt_classes, _visible(x)) for x in objects]
         losses = self.detector.losses(predictions, targets)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             with torch.no_grad():
@@ -146,6 +154,10 @@ def dense_detector(options: DenseOptions, **arguments: Any) -> DenseDetector:
         ... )                                                                              # doctest: +SKIP
     """
     return options.build(**arguments)
+
+
+def _visible(objects: Instances) -> Tensor | None:
+    return objects.gt_visible_boxes.tensor if objects.has("gt_visible_boxes") else None
 
 
 def _to_instances(found: Detections, size: tuple[int, int]) -> Instances:

@@ -1,13 +1,15 @@
-"""``SOLVER.OPTIMIZER ADAMW`` and the clipping ``full_model`` in trainers that are not of this package.
+"""What optimizers of trainers that are not of this package need to know of it.
 
-Detectron2's ``build_optimizer``, which its ``DefaultTrainer`` and most projects call, makes SGD whatever the
-configuration says. It ends by calling ``detectron2.solver.build.maybe_add_gradient_clipping``; importing this module
-puts in its place what makes of that SGD the optimizer that is meant. Without this project's keys nothing changes.
+``SOLVER.OPTIMIZER ADAMW`` and the clipping ``full_model``: Detectron2's ``build_optimizer``, which its
+``DefaultTrainer`` and most projects call, makes SGD whatever the configuration says. It ends by calling
+``detectron2.solver.build.maybe_add_gradient_clipping``; importing this module puts in its place what makes of that SGD
+the optimizer that is meant. Without this project's keys nothing changes.
 """
 
 from __future__ import annotations
 
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.solver import build
 
 from dyhead.config import expect
+from dyhead.necks import NECKS
 from dyhead.runs.optimizer import clip_gradients
 
 _detectron2s = build.maybe_add_gradient_clipping
@@ -54,6 +57,33 @@ def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: _Optimizer) -> _Optimiz
             _clip_whole_model(cfg, self)
 
     return Clipping
+
+
+def except_necks(lr_factor_func: Callable[[str], float]) -> Callable[[str], float]:
+    """A learning rate decay for a backbone's blocks that does not take DyHead's for such.
+
+    Detectron2's ``get_vit_lr_decay_rate`` looks for ".blocks." in the names of parameters, and would train
+    "backbone.dyhead.blocks.0" as slowly as a transformer's first block.
+
+    Args:
+        lr_factor_func: from a parameter's name to what its learning rate is multiplied by.
+
+    Returns:
+        The same, but 1 for the parameters of necks. It can be pickled if ``lr_factor_func`` can.
+
+    Example:
+        >>> from functools import partial
+        >>> from detectron2.modeling import get_vit_lr_decay_rate
+        >>> decay = except_necks(partial(get_vit_lr_decay_rate, lr_decay_rate=0.5, num_layers=4))
+        >>> decay("backbone.net.blocks.3.attn.qkv.weight"), decay("backbone.dyhead.blocks.3.spatial_attention.weight")
+        (0.5, 1.0)
+    """
+    return partial(_but_for_necks, lr_factor_func)
+
+
+def _but_for_necks(lr_factor_func: Callable[[str], float], name: str) -> float:
+    necks = {neck.lower() for neck in NECKS}
+    return 1.0 if necks.intersection(name.split(".")) else lr_factor_func(name)
 
 
 def _clip_whole_model(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:

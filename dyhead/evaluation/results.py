@@ -15,9 +15,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dyhead.config import ConfigError
+from dyhead.config import ConfigError, detector_node, get
 from dyhead.data import CocoSplit
-from dyhead.detection import DETECTORS
 from dyhead.evaluation.benchmark import count_flops, count_parameters, measure
 from dyhead.evaluation.coco import LIMIT, evaluate_coco
 from dyhead.evaluation.expected import check_expected_results
@@ -183,11 +182,9 @@ def _measure(cfg: CfgNode, model: nn.Module, report: Report, inputs: Callable[[i
 
 def _warn_of_limits(cfg: CfgNode, results: Sequence[Evaluated]) -> None:
     """Say what a metric is worth where one might take it for another."""
-    name, kept = cfg.MODEL.META_ARCHITECTURE, cfg.TEST.DETECTIONS_PER_IMAGE
-    key = f"{DETECTORS[name].node if name in DETECTORS else 'MODEL.ROI_HEADS'}.SCORE_THRESH_TEST"
-    threshold = cfg
-    for part in key.split("."):
-        threshold = threshold[part]
+    node, kept = detector_node(cfg), cfg.TEST.DETECTIONS_PER_IMAGE
+    key = f"{node}.SCORE_THRESH_TEST"
+    threshold = f"{key} ({get(cfg, key)}: only higher scores count)" if node else "the least score of a detection"
     crowded = [f"TEST.DETECTIONS_PER_IMAGE is {kept}"] if kept > LIMIT else []
     for result in results:
         split, dataset = result.split, result.split.info.name
@@ -198,9 +195,9 @@ def _warn_of_limits(cfg: CfgNode, results: Sequence[Evaluated]) -> None:
             )  # fmt: skip
         elif not result.detections:
             _log.warning(
-                "Dataset '%s': there are no detections, so that AP is 0. Look at %s (%s: only higher scores count) and "
-                "at the weights: are they those of MODEL.WEIGHTS that you mean, and trained for long enough?",
-                dataset, key, threshold,
+                "Dataset '%s': there are no detections, so that AP is 0. Look at %s and at "
+                "the weights: are they those of MODEL.WEIGHTS that you mean, and trained for long enough?",
+                dataset, threshold,
             )  # fmt: skip
         count = {r["image_id"]: sum(not a["iscrowd"] for a in r["annotations"]) for r in split.records}
         fullest = max(count, key=count.get, default=None)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
-from dyhead.layers.group_norm import affine_of_group_norm
-from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid
+from dyhead.layers.group_norm import ChannelAffine, affine_of_group_norm
+from dyhead.layers.levels import Pyramid, check_integer, join_pyramid, split_pyramid
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.ops.channelwise import channel_statistics
 
 
-class DyHeadBlock(PyramidModule):
+class DyHeadBlock(nn.Module):
     """Scale-, spatial- and task-aware attention in turn, ``pi_C(pi_S(pi_L(F) F) F) F`` (Eq. 2).
 
     Each attention can be switched off, as in the paper's ablation; with all three off the block is the identity.
@@ -68,15 +69,22 @@ class DyHeadBlock(PyramidModule):
                 what was expected and what came.
         """
         levels = split_pyramid(pyramid, self.channels)
-        weight = None if self.scale_attention is None else self.scale_attention(levels)
-        norm = None
-        if self.spatial_attention is not None and self.task_attention is not None:
-            # The norm between the two is merged into the activation: one pass for its statistics, one for both.
-            levels = self.spatial_attention.aggregate(levels, weight)
-            statistics = torch.stack([channel_statistics(level) for level in levels], dim=1)
-            norm = affine_of_group_norm(self.spatial_attention.norm, statistics)
-        elif self.spatial_attention is not None:
-            levels = self.spatial_attention(levels, weight)
+        # Conditions are nested, not joined, for torch.jit.script, which leaves out branches of absent attentions then.
+        weight: Tensor | None = None
+        if self.scale_attention is not None:
+            weight = self.scale_attention(levels)
+        norm: ChannelAffine | None = None
+        if self.spatial_attention is not None:
+            if self.task_attention is not None:
+                # The norm between the two is merged into the activation: one pass for its statistics, one for both.
+                levels = self.spatial_attention.aggregate(levels, weight)
+                statistics = torch.stack([channel_statistics(level) for level in levels], dim=1)
+                group_norm = self.spatial_attention.norm
+                norm = affine_of_group_norm(
+                    statistics, group_norm.weight, group_norm.bias, group_norm.num_groups, group_norm.eps
+                )
+            else:
+                levels = self.spatial_attention(levels, weight)
         elif weight is not None:
             levels = [level * weight[:, i, None, None, None] for i, level in enumerate(levels)]
         if self.task_attention is not None:

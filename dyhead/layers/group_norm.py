@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ChannelAffine(NamedTuple):
@@ -16,20 +16,21 @@ class ChannelAffine(NamedTuple):
     mean: Tensor
 
 
-def affine_of_group_norm(norm: nn.GroupNorm, statistics: Tensor) -> ChannelAffine:
-    """``norm`` as an affine map, for inputs with these channel statistics.
+def affine_of_group_norm(
+    statistics: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
+) -> ChannelAffine:
+    """A GroupNorm as an affine map, for inputs with these channel statistics.
 
     Args:
-        norm: with weight and bias.
         statistics: (N, L, 2, C), mean and variance of every channel of L maps (`dyhead.ops.channelwise`).
+        weight, bias, num_groups, eps: of the GroupNorm.
     """
     # Not unflatten, which torch.onnx's older exporter does not know.
-    mean, variance = statistics.reshape(
-        *statistics.shape[:-1], norm.num_groups, statistics.shape[-1] // norm.num_groups
-    ).unbind(-3)
+    n, num_levels, _, channels = statistics.shape
+    mean, variance = statistics.reshape(n, num_levels, 2, num_groups, channels // num_groups).unbind(-3)
     group_mean = mean.mean(-1, keepdim=True)
     # A group's variance is the variance within its channels plus that between them.
     group_variance = (variance + (mean - group_mean).square()).mean(-1, keepdim=True)
-    slope = norm.weight * torch.rsqrt(group_variance + norm.eps).expand_as(mean).flatten(-2)
-    intercept = norm.bias - slope * group_mean.expand_as(mean).flatten(-2)
+    slope = weight * torch.rsqrt(group_variance + eps).expand_as(mean).flatten(-2)
+    intercept = bias - slope * group_mean.expand_as(mean).flatten(-2)
     return ChannelAffine(slope, intercept, slope * mean.flatten(-2) + intercept)

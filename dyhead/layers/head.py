@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from dyhead.layers.block import DyHeadBlock
-from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid, to_channels_last
+from dyhead.layers.levels import Pyramid, check_integer, join_pyramid, split_pyramid, to_channels_last
 from dyhead.layers.released import ReleasedDyHeadBlock
 
 # How the published blocks read the importances of their coarser branch.
@@ -17,7 +17,7 @@ _COARSE_MASKS = {"released": "flat", "mmdetection": "flat", "mmdetection_main": 
 BLOCKS = ("paper", *_COARSE_MASKS)
 
 
-class DyHead(PyramidModule):
+class DyHead(nn.Module):
     """Dynamic Head (Dai et al., CVPR 2021): ``num_blocks`` blocks that map a feature pyramid to one of the same shapes.
 
     Args:
@@ -99,7 +99,7 @@ class DyHead(PyramidModule):
             TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,
                 what was expected and what came.
         """
-        if self.blocks:
+        if len(self.blocks) > 0:
             # The operator's native layout; converted here once, if needed.
             levels = split_pyramid(pyramid, self.channels)
             pyramid = join_pyramid([to_channels_last(level) for level in levels], pyramid)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dyhead.ops.checks import as_integer, describe
 
-#: Levels from fine to coarse, each (N, C, H_l, W_l): a dict by name (``{"p3": ..., "p4": ...}``), a list or a tuple.
-Pyramid = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
+if TYPE_CHECKING:
+    #: Levels from fine to coarse, each (N, C, H_l, W_l): a dict by name ({"p3": ..., "p4": ...}), a list or a tuple.
+    Pyramid = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
+else:
+    # What TorchScript, which evaluates annotations, has a type for: in torch.jit.script a pyramid is a dict.
+    Pyramid = dict[str, Tensor]
 
 
-class PyramidModule(nn.Module):
-    """A module that takes pyramids, or their levels."""
+class EagerPyramidModule(nn.Module):
+    """A module that takes pyramids and that torch.jit.script cannot take."""
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script calls first; its own error would be about annotations."""
         raise RuntimeError(
-            f"torch.jit.script: expected a module without {type(self).__name__}, as TorchScript has no type for "
-            "pyramids; torch.jit.trace and torch.export take it"
+            f"torch.jit.script: expected a module without {type(self).__name__}; "
+            "torch.jit.trace and torch.export take it"
         )
 
 
-def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) -> list[Tensor]:
+def split_pyramid(pyramid: Pyramid, channels: int, round_up: bool = False) -> list[Tensor]:
     """The levels of ``pyramid`` as a list, after checking that they form a valid pyramid.
 
     Args:
@@ -37,6 +41,21 @@ def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) ->
         ValueError: no levels; a level with different channels, batch size or device, or not half the size of the
             previous level. The message names the level, what was expected and what came.
     """
+    if torch.jit.is_scripting():
+        return _scripted_levels(pyramid, channels)
+    else:
+        return _checked_levels(pyramid, channels, round_up)
+
+
+def _scripted_levels(pyramid: dict[str, Tensor], channels: int) -> list[Tensor]:
+    levels = list(pyramid.values())
+    for level in levels:
+        if level.dim() != 4 or level.shape[1] != channels:
+            raise ValueError(f"pyramid: expected levels (N, {channels}, H, W), got {level.shape}")
+    return levels
+
+
+def _checked_levels(pyramid: Pyramid, channels: int, round_up: bool) -> list[Tensor]:
     if isinstance(pyramid, dict):
         names, levels = [repr(name) for name in pyramid], list(pyramid.values())
     elif isinstance(pyramid, (list, tuple)):
@@ -83,30 +102,47 @@ def split_pyramid(pyramid: Pyramid, channels: int, *, round_up: bool = False) ->
 
 def join_pyramid(levels: list[Tensor], like: Pyramid) -> Pyramid:
     """``levels`` in the container type of ``like``: a dict with the same keys in the same order, a list or a tuple."""
+    if torch.jit.is_scripting():
+        joined: dict[str, Tensor] = {}
+        for i, name in enumerate(like.keys()):
+            joined[name] = levels[i]
+        return joined
+    else:
+        return _joined(levels, like)
+
+
+def _joined(levels: list[Tensor], like: Pyramid) -> Pyramid:
     if isinstance(like, dict):
         return dict(zip(like, levels, strict=True))
     return tuple(levels) if isinstance(like, tuple) else levels
 
 
-def mean_of_levels(levels: Iterable[Tensor]) -> Tensor:
+def mean_of_levels(levels: list[Tensor]) -> Tensor:
     """Global average pool of every level, (N, L, C)."""
     return torch.stack([level.mean(dim=(2, 3)) for level in levels], dim=1)
 
 
 def to_channels_last(level: Tensor) -> Tensor:
     """``level`` in channels_last; not copied if it is already, nor under torch.func, whose vmap knows no layouts."""
-    if torch._C._are_functorch_transforms_active():
+    if _under_functorch():
         return level
     return level.contiguous(memory_format=torch.channels_last)
 
 
 def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
     """``x`` (N, C, H, W), in channels_last if ``like`` is; not copied if it is already, nor under torch.func."""
-    if torch._C._are_functorch_transforms_active():
+    if _under_functorch():
         return x
     if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     return x
+
+
+def _under_functorch() -> bool:
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch._C._are_functorch_transforms_active()
 
 
 def check_integer(name: str, value: object, least: int = 1) -> int:

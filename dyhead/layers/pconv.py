@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid
+from dyhead.layers.levels import EagerPyramidModule, Pyramid, check_integer, join_pyramid, split_pyramid
 from dyhead.ops import deform_conv2d, pyramid_deform_conv2d
 from dyhead.ops.checks import describe
 
@@ -18,7 +18,7 @@ _OFFSETS = 18  # (dy, dx) of nine taps
 NORMS: dict[str, type[nn.Module] | None] = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
 
 
-class PConv(PyramidModule):
+class PConv(EagerPyramidModule):
     """Pyramid convolution (Wang et al., "Scale-Equalizing Pyramid Convolution for Object Detection", CVPR 2020).
 
     For each level l, fine to coarse,
@@ -80,7 +80,7 @@ class PConv(PyramidModule):
         return join_pyramid([level.relu() for level in normalize(self.norm, sums)], pyramid)
 
 
-class SampledPConv(PyramidModule):
+class SampledPConv(EagerPyramidModule):
     """A pyramid convolution that samples before it convolves: one call of the operator of Eq. 4 for each level.
 
     For each level m, over the levels l in {m-1, m, m+1} that there are,

@@ -11,7 +11,6 @@ from torch.nn import functional
 from dyhead.layers.group_norm import affine_of_group_norm
 from dyhead.layers.levels import (
     Pyramid,
-    PyramidModule,
     check_groups,
     check_integer,
     in_memory_format_of,
@@ -39,8 +38,15 @@ class DeformConvNorm(nn.Module):
         """(N, C, H, W), offsets (N, 18, H', W') in pixels of ``x`` and importances (N, 9, H', W') -> (N, C, H', W')."""
         return deform_conv2d(x, offset, self.weight, self.bias, stride=self.stride, padding=1, mask=mask)
 
+    def affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The GroupNorm of the convolved ``x`` as slope, intercept and mean of its result, each (N, C)."""
+        norm = self.norm
+        statistics = channel_statistics(x)[:, None]
+        slope, intercept, mean = affine_of_group_norm(statistics, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        return slope[:, 0], intercept[:, 0], mean[:, 0]
 
-class ReleasedDyHeadBlock(PyramidModule):
+
+class ReleasedDyHeadBlock(nn.Module):
     """The block of microsoft/DynamicHead's and of mmdetection's published weights, bit for bit. Train ``DyHeadBlock``.
 
     It exists for checkpoints; train new models with :class:`DyHeadBlock`. Where it differs from the paper:
@@ -103,48 +109,53 @@ class ReleasedDyHeadBlock(PyramidModule):
             TypeError, ValueError: not a valid pyramid. Names the level, what was expected and what came.
         """
         levels = split_pyramid(pyramid, self.channels, round_up=True)
-        out = []
+        out: list[Tensor] = []
         for m, level in enumerate(levels):
             logits = self.offset(level)
-            offset, mask_logits = logits[:, : 2 * TAPS], logits[:, 2 * TAPS :]
-            mask = mask_logits.sigmoid()
-            branches = [(self.same, self.same(level, offset, mask))]
+            taps = logits.shape[1] // 3
+            offset, mask = logits[:, : 2 * taps], logits[:, 2 * taps :].sigmoid()
+            maps = [self.same(level, offset, mask)]
+            affines = [self.same.affine(maps[0])]
             if m > 0:
-                branches.append((self.finer, self.finer(levels[m - 1], offset, mask)))
+                maps.append(self.finer(levels[m - 1], offset, mask))
+                affines.append(self.finer.affine(maps[-1]))
             if m + 1 < len(levels):
                 coarse = levels[m + 1]
                 size = coarse.shape[2:]
                 coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else _flat(mask, size)
-                branches.append((self.coarser, self.coarser(coarse, _flat(offset, size), coarse_mask)))
-            out.append(in_memory_format_of(self._combine(branches, level.shape[2:]), level))
+                maps.append(self.coarser(coarse, _flat(offset, size), coarse_mask))
+                affines.append(self.coarser.affine(maps[-1]))
+            out.append(in_memory_format_of(self._combine(maps, affines, level.shape[2:]), level))
         return join_pyramid(out, pyramid)
 
-    def _combine(self, branches: list[tuple[DeformConvNorm, Tensor]], size: torch.Size) -> Tensor:
+    def _combine(self, maps: list[Tensor], affines: list[tuple[Tensor, Tensor, Tensor]], size: list[int]) -> Tensor:
         """Normalises, resizes, weights and averages the branches and applies the activation, (N, C, *size).
 
         Norms, weights and both branches of the activation are affine maps of every channel, and affine maps commute
         with resizing: one affine map replaces them all (:mod:`dyhead.ops.channelwise`).
         """
-        maps, slopes, intercepts, means = [], [], [], []
-        for branch, x in branches:
-            statistics = channel_statistics(x)
-            slope, intercept, mean = (value[:, 0] for value in affine_of_group_norm(branch.norm, statistics[:, None]))
+        resized: list[Tensor] = []
+        slopes: list[Tensor] = []
+        intercepts: list[Tensor] = []
+        means: list[Tensor] = []
+        for i, x in enumerate(maps):
+            slope, intercept, mean = affines[i]
             if x.shape[2:] != size:
                 # Autocast resizes in float32 on CUDA.
                 x = functional.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
                 mean = slope * channel_statistics(x)[:, 0] + intercept
-            weight = self._gate(mean) / len(branches)
-            maps.append(x)
+            weight = self._gate(mean) / len(maps)
+            resized.append(x)
             slopes.append(slope * weight)
             intercepts.append(intercept * weight)
             means.append(mean * weight)
-        mean = sum(means)
+        mean = _sum(means)
         coefficients = self.theta(mean.to(self.scale.weight.dtype)).to(mean.dtype)
         a1, b1, a2, b2 = (_hard_sigmoid(coefficients) - 0.5).chunk(4, dim=1)
         a = torch.stack([2 * a1 + 1, 2 * a2], dim=1)
         b = torch.stack([b1, b2], dim=1)
-        slopes = a[:, :, None] * torch.stack(slopes, dim=1)[:, None]
-        return affine_maximum(maps, slopes, a * sum(intercepts)[:, None] + b)
+        slope = a[:, :, None] * torch.stack(slopes, dim=1)[:, None]
+        return affine_maximum(resized, slope, a * _sum(intercepts)[:, None] + b)
 
     def _gate(self, mean: Tensor) -> Tensor:
         """Scale-aware weight of a branch, (N, 1), from its channel means (N, C)."""
@@ -157,7 +168,14 @@ def _hard_sigmoid(x: Tensor) -> Tensor:
     return functional.relu6(x + 3) / 6
 
 
-def _flat(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _flat(x: Tensor, size: list[int]) -> Tensor:
     """The start of each image's memory, (N, C, H, W) in NCHW order, as (N, C, *size)."""
-    n, c = x.shape[:2]
-    return x.flatten(1)[:, : c * size[0] * size[1]].reshape(n, c, *size)
+    n, c = x.shape[0], x.shape[1]
+    return x.flatten(1)[:, : c * size[0] * size[1]].reshape(n, c, size[0], size[1])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
-from dyhead.layers.levels import PyramidModule, check_integer, mean_of_levels
+from dyhead.layers.levels import check_integer, mean_of_levels
 
 
-class ScaleAwareAttention(PyramidModule):
+class ScaleAwareAttention(nn.Module):
     """One weight in [0, 1] per level, ``sigma(f(mean of F_l))`` (Eq. 3).
 
     ``f`` is a linear function C -> 1 (a 1x1 convolution of the pooled level), shared by all levels; ``sigma`` is the
@@ -40,6 +38,6 @@ class ScaleAwareAttention(PyramidModule):
         nn.init.zeros_(self.f.weight)
         nn.init.constant_(self.f.bias, 2 * self.INITIAL_WEIGHT - 1)
 
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+    def forward(self, levels: list[Tensor]) -> Tensor:
         """The levels' weights, (N, L), from L levels (N, C, H_l, W_l)."""
         return ((self.f(mean_of_levels(levels)).squeeze(2) + 1) / 2).clamp(0, 1)

@@ -7,7 +7,14 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dyhead.layers.levels import Pyramid, PyramidModule, check_integer, join_pyramid, split_pyramid, to_channels_last
+from dyhead.layers.levels import (
+    EagerPyramidModule,
+    Pyramid,
+    check_integer,
+    join_pyramid,
+    split_pyramid,
+    to_channels_last,
+)
 from dyhead.layers.pconv import LevelConv, PConv, SampledPConv, build_norm, normalize
 
 #: What the blocks of :class:`SEPC` may be.
@@ -23,7 +30,7 @@ class TaskLevel(NamedTuple):
     boxes: Tensor
 
 
-class SEPC(PyramidModule):
+class SEPC(EagerPyramidModule):
     """Scale-equalizing pyramid convolution (Wang et al., CVPR 2020): pyramid convolutions, then one for each task.
 
     ``num_blocks`` pyramid convolutions (:class:`PConv`) are followed on every level by two 3x3 convolutions with bias,

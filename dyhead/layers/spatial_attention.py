@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dyhead.layers.levels import PyramidModule, check_groups, check_integer, in_memory_format_of
+from dyhead.layers.levels import check_groups, check_integer, in_memory_format_of
 from dyhead.ops import pyramid_deform_conv2d
 from dyhead.ops.checks import as_integer, describe
 
 
-class SpatialAwareAttention(PyramidModule):
+class SpatialAwareAttention(nn.Module):
     """Level-aggregated deformable sampling (Eq. 4), then GroupNorm.
 
     For each output level m, over the levels l of its window,
@@ -78,7 +76,7 @@ class SpatialAwareAttention(PyramidModule):
         """The arguments that do not appear in submodules."""
         return f"window={self.window}, offset_groups={self.offset_groups}"
 
-    def forward(self, levels: Sequence[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
+    def forward(self, levels: list[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
         """Maps a pyramid to one of the same shapes.
 
         Args:
@@ -89,9 +87,9 @@ class SpatialAwareAttention(PyramidModule):
         # Autocast runs the norm in float32; what follows needs only the operator's type.
         return [in_memory_format_of(self.norm(x).to(x.dtype), x) for x in self.aggregate(levels, level_weight)]
 
-    def aggregate(self, levels: Sequence[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
+    def aggregate(self, levels: list[Tensor], level_weight: Tensor | None = None) -> list[Tensor]:
         """The sums over levels and taps, before the normalisation of :meth:`forward`."""
-        out = []
+        out: list[Tensor] = []
         for m, level in enumerate(levels):
             first, last = self._window_of(m, len(levels))
             offset, mask = self._offset_and_mask(level, None if level_weight is None else level_weight[:, m])
@@ -123,8 +121,10 @@ class SpatialAwareAttention(PyramidModule):
             x = self.offset(level)
         else:
             # The convolution is linear: weighting its 27 G output channels is weighting its C inputs, but cheaper.
+            bias = self.offset.bias
+            assert bias is not None  # for torch.jit.script
             x = functional.conv2d(level, self.offset.weight, padding=1)
-            x = x * weight[:, None, None, None] + self.offset.bias[:, None, None]
+            x = x * weight[:, None, None, None] + bias[:, None, None]
         offset, mask = x.split([x.shape[1] // 3 * 2, x.shape[1] // 3], dim=1)
         return offset, mask.sigmoid()
 
@@ -132,4 +132,8 @@ class SpatialAwareAttention(PyramidModule):
         """The kernels (L_m, C, C, 3, 3) of a window with these numbers of finer and coarser levels."""
         if finer <= 1 and coarser <= 1:
             return self.weight[1 - finer : 2 + coarser]
-        return self.weight[[0] * finer + [1] + [2] * coarser]
+        sides = [0] * finer + [1] + [2] * coarser
+        if torch.jit.is_scripting():
+            return self.weight[torch.tensor(sides, device=self.weight.device)]
+        else:
+            return self.weight[sides]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from dyhead.layers.group_norm import ChannelAffine
-from dyhead.layers.levels import PyramidModule, check_groups, check_integer
+from dyhead.layers.levels import check_groups, check_integer
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 
 
-class TaskAwareAttention(PyramidModule):
+class TaskAwareAttention(nn.Module):
     """Dynamic ReLU, ``max(a1 * F_c + b1, a2 * F_c + b2)`` with coefficients per channel c (Eq. 5).
 
     ``theta``, which computes the coefficients, is that of DY-ReLU (Chen et al., ECCV 2020) with the paper's additional
@@ -51,7 +49,7 @@ class TaskAwareAttention(PyramidModule):
         )
         nn.init.constant_(self.theta[3].weight, self.INITIAL_GAIN)
 
-    def forward(self, levels: Sequence[Tensor], affine: ChannelAffine | None = None) -> list[Tensor]:
+    def forward(self, levels: list[Tensor], affine: ChannelAffine | None = None) -> list[Tensor]:
         """Applies the activation to each level; all levels of an image share one set of coefficients.
 
         Args:
@@ -68,4 +66,7 @@ class TaskAwareAttention(PyramidModule):
         if affine is not None:
             intercepts = intercepts + slopes * affine.intercept[:, :, None]
             slopes = slopes * affine.slope[:, :, None]
-        return [affine_maximum([x], slopes[:, i, :, None], intercepts[:, i]) for i, x in enumerate(levels)]
+        out: list[Tensor] = []
+        for i, x in enumerate(levels):
+            out.append(affine_maximum([x], slopes[:, i, :, None], intercepts[:, i]))
+        return out

@@ -44,6 +44,9 @@ class P6P7(nn.Module):
 
     def forward(self, level: Tensor) -> list[Tensor]:
         """P6 and P7 (N, C, H/2, W/2) and (N, C, H/4, W/4), sizes rounded up, from a level (N, C_in, H, W)."""
+        if torch.jit.is_scripting():
+            p6 = self.p6(level)
+            return [p6, self.p7(p6.relu() if self.relu else p6)]
         # Not in half precision: in bfloat16 on a CPU, PyTorch 2.15 leaves parts of the weights' gradient uninitialised
         # where the input of a strided convolution is one pixel wide, as these levels of small images are.
         device = level.device.type

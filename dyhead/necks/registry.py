@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 _Options = TypeVar("_Options", bound=type)
@@ -64,9 +65,18 @@ class Necked(nn.Module):
 
         Those of the last may be pairs, see :attr:`Registered.options`.
         """
-        for name in self._necks:
-            pyramid = getattr(self, name)(pyramid)
-        return pyramid
+        if torch.jit.is_scripting():
+            return self.dyhead(pyramid)  # the only neck that it takes, see `__prepare_scriptable__`
+        else:
+            for name in self._necks:
+                pyramid = getattr(self, name)(pyramid)
+            return pyramid
+
+    def __prepare_scriptable__(self) -> Necked:
+        """What torch.jit.script calls first."""
+        if self._necks != ["dyhead"]:
+            raise RuntimeError(f"torch.jit.script: expected DyHead and no other neck, got {', '.join(self._necks)}")
+        return self
 
 
 class Stack(Necked):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, library
+from . import backends, library, scripting
 from .checks import accumulation_dtype, check_map, check_maps, describe, expect_tensor, is_list
 
 
@@ -67,6 +67,10 @@ def affine_maximum(xs: Sequence[Tensor], slopes: Tensor, intercepts: Tensor) -> 
         dtype = accumulation_dtype(xs[0].dtype)
         return torch.ops.dyhead.affine_maximum(list(xs), slopes.to(dtype), intercepts.to(dtype))
     return define_affine_maximum(xs, slopes, intercepts)
+
+
+channel_statistics.__prepare_scriptable__ = scripting.in_place_of(scripting.channel_statistics)
+affine_maximum.__prepare_scriptable__ = scripting.in_place_of(scripting.affine_maximum)
 
 
 def define_channel_statistics(x: Tensor) -> Tensor:

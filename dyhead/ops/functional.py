@@ -60,7 +60,8 @@ def pyramid_deform_conv2d(
     weights and gradients to TF32 where PyTorch's convolutions may. An offset may have any value: NaN, infinite and
     far-away positions read 0 and have a zero gradient. The result and all gradients do not depend on the number of
     threads; on a CUDA device the features' gradient is summed in an unspecified order, unless
-    `torch.use_deterministic_algorithms` is set. Autocast casts features, weight and bias to its type.
+    `torch.use_deterministic_algorithms` is set, which takes more memory and rounds samples' gradients to bfloat16 where
+    the features are. Autocast casts features, weight and bias to its type.
 
     Every tensor has first derivatives in reverse mode; `torch.func.vmap` makes its dimension a part of the batch, or
     loops over it where weight or bias have it. In forward mode, and for derivatives of derivatives by torch.func, plain

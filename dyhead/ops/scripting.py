@@ -16,7 +16,7 @@ from . import library
 
 
 def in_place_of(function: Callable) -> Callable:
-    """A `__prepare_scriptable__` that makes torch.jit.script take `function`, which has the same arguments."""
+    """What makes torch.jit.script take `function` instead of the public function with the same arguments."""
 
     def prepare() -> Callable:
         if library.PROBLEM is not None:
@@ -76,6 +76,17 @@ def deform_conv2d(
 def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
     """`dyhead.ops.border_align`."""
     return torch.ops.dyhead.border_align(x, _widen(boxes, x).detach(), pool_size)[0]
+
+
+def channel_statistics(x: Tensor) -> Tensor:
+    """`dyhead.ops.channelwise.channel_statistics`."""
+    return torch.ops.dyhead.channel_statistics(x)
+
+
+def affine_maximum(xs: list[Tensor], slopes: Tensor, intercepts: Tensor) -> Tensor:
+    """`dyhead.ops.channelwise.affine_maximum`."""
+    dtype = torch.float32 if len(xs) == 0 or xs[0].dtype != torch.float64 else torch.float64
+    return torch.ops.dyhead.affine_maximum(xs, slopes.to(dtype), intercepts.to(dtype))
 
 
 def _widen(tensor: Tensor, like: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dyhead.config import ConfigError, expect, get
 from dyhead.config_checks import MAX_SEED
 from dyhead.data import DataError
 from dyhead.detection import DETECTORS
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.evaluation.expected import check_expectations
 from dyhead.necks import NECKS
 
@@ -160,9 +161,15 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def _check_norms(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
-    node = DETECTORS[name].node if name in DETECTORS else "MODEL.ROI_BOX_HEAD"
-    necks = [NECKS[neck].node for neck in cfg.MODEL.NECKS if "NORM" in get(cfg, NECKS[neck].node)]
-    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *(f"{part}.NORM" for part in (node, *necks))):
+    if name in DETECTORS:
+        nodes = [DETECTORS[name].node]
+    else:
+        head = cfg.MODEL.ROI_BOX_HEAD.NAME
+        nodes = [BOX_HEADS[head].node if head in BOX_HEADS else "MODEL.ROI_BOX_HEAD"]
+        nodes += ["MODEL.ROI_MASK_HEAD"] if cfg.MODEL.MASK_ON else []
+    nodes += [NECKS[neck].node for neck in cfg.MODEL.NECKS]
+    keys = [f"{node}.NORM" for node in nodes if "NORM" in get(cfg, node)]
+    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *keys):
         if get(cfg, key) in ("SyncBN", "nnSyncBN"):
             raise ConfigError(f"{key}: expected one that several processes can share on a CPU, got {get(cfg, key)!r}")
 

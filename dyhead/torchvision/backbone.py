@@ -79,6 +79,11 @@ class Pyramid(Necked):
         self.size_divisibility = _DIVISOR
         self.attach(())
 
+    @property
+    def laterals(self) -> dict[str, nn.Module]:
+        """The convolutions of the network's stages, by the level that each is added to."""
+        return dict(zip(self._stages.values(), self.fpn.inner_blocks, strict=True))
+
     def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
         """Let necks follow, each a child of its own name.
 

@@ -22,15 +22,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dyhead import data
-from dyhead.config import ConfigError
+from dyhead.config import ConfigError, reads_visible_boxes
 from dyhead.data import CocoSplit, DataError
 from dyhead.data.coco import flip_pairs
 from dyhead.evaluation.coco import as_rle
+from dyhead.runs.batches import grouped
 from dyhead.runs.interruption import leave_to_main_process
 from dyhead.runs.preflight import check_parts
-
-# Random numbers of different use come from different streams.
-_ORDER, _AUGMENTATION = 0, 1
+from dyhead.runs.seeds import augmentation_rng, order_rng
 
 Target = dict[str, Tensor]
 
@@ -122,8 +121,8 @@ class Change:
             rle = as_rle([p.flatten().tolist() for p in polygons], height, width)
             return torch.from_numpy(coco_masks.decode(rle)).bool()
         pixels = torch.from_numpy(coco_masks.decode(as_rle(segmentation, *self.before)))
-        # The pixel whose center is nearest.
-        return self._apply(tv_tensors.Mask(pixels), interpolation=InterpolationMode.NEAREST_EXACT).bool()
+        # The pixel whose center is nearest; as an image, because torchvision before 0.29 does not take this for masks.
+        return self._apply(tv_tensors.Image(pixels[None]), interpolation=InterpolationMode.NEAREST_EXACT)[0].bool()
 
     def points(self, points: Tensor) -> Tensor:
         """Points (..., 2) as x and y in pixels."""
@@ -178,10 +177,17 @@ class Parts:
     Attributes:
         masks: whether its mask is.
         keypoints: names of its keypoints.
+        visible: whether the box of its visible part is, which is its own box where the file has none.
     """
 
     masks: bool = False
     keypoints: tuple[str, ...] = ()
+    visible: bool = False
+
+    def visible_of(self, objects: Sequence[dict[str, Any]], change: Change) -> Tensor:
+        """Boxes (M, 4) of the visible parts of changed annotations."""
+        boxes = [a.get("visible_bbox", a["bbox"]) for a in objects]
+        return change.boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
 
     def masks_of(self, objects: Sequence[dict[str, Any]], change: Change) -> Tensor:
         """Masks (M, H, W), bool, of changed annotations."""
@@ -240,7 +246,7 @@ class TrainStream(Dataset):
         record = self.record(position)
         image = _read(record, self.image_format)
         objects = [a for a in record["annotations"] if not a["iscrowd"]]
-        change = self.augmentation(*image.shape[-2:], np.random.default_rng([_AUGMENTATION, self.seed, position]))
+        change = self.augmentation(*image.shape[-2:], augmentation_rng(self.seed, position))
         boxes = change.boxes(torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4))
         target = {"boxes": boxes, "labels": torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)}
         seen = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(dim=1)
@@ -252,6 +258,8 @@ class TrainStream(Dataset):
             seen &= target["masks"].flatten(1).any(dim=1)
         if self.parts.keypoints:
             target["keypoints"] = self.parts.keypoints_of(objects, change)
+        if self.parts.visible:
+            target["visible_boxes"] = self.parts.visible_of(objects, change)
         return change.image(image), {key: value[seen] for key, value in target.items()}
 
 
@@ -287,14 +295,11 @@ class TrainBatches(Sampler[list[int]]):
         return islice(self._batches(), self.start * self.world_size + self.rank, None, self.world_size)
 
     def _batches(self) -> Iterator[list[int]]:
-        waiting: dict[bool, list[int]] = {False: [], True: []}
-        for position in count():
-            record = self.stream.record(position) if self.group else {"width": 0, "height": 0}
-            batch = waiting[record["width"] > record["height"]]
-            batch.append(position)
-            if len(batch) == self.batch_size:
-                yield list(batch)
-                batch.clear()
+        return grouped(count(), self.batch_size, lambda position: self.group and self._is_wide(position))
+
+    def _is_wide(self, position: int) -> bool:
+        record = self.stream.record(position)
+        return record["width"] > record["height"]
 
 
 class EvaluationImages(Dataset):
@@ -382,7 +387,9 @@ def train_loader(
         cfg.INPUT.MAX_SIZE_TRAIN,
         cfg.INPUT.RANDOM_FLIP,
     )
-    parts = Parts(cfg.MODEL.MASK_ON, tuple(keypoints) if cfg.MODEL.KEYPOINT_ON else ())
+    parts = Parts(
+        cfg.MODEL.MASK_ON, tuple(keypoints) if cfg.MODEL.KEYPOINT_ON else (), visible=reads_visible_boxes(cfg)
+    )
     stream = TrainStream(records, augmentation, cfg.INPUT.FORMAT, seed, parts)
     batches = TrainBatches(
         stream,
@@ -411,7 +418,7 @@ def _loader_options(cfg: CfgNode) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
+    return order_rng(seed, epoch).permutation(n)
 
 
 def _read(record: dict[str, Any], image_format: str) -> Tensor:

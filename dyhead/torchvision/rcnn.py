@@ -5,7 +5,7 @@ N batch, C channels, K classes, Q proposals of all images, S side of a pooled re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from fvcore.common.config import CfgNode
@@ -18,22 +18,27 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import box_iou, clip_boxes_to_image
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
-from dyhead.build import build_box_head
+from dyhead.build import build_box_head, build_taps
 from dyhead.config import ConfigError, get, options_of
 from dyhead.config_checks import CASCADE
+from dyhead.config_options import DUAL
 from dyhead.detection import Anchors
 from dyhead.detection.boxes import Deltas
-from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.heads.dense import at_least_float32
+from dyhead.detection.roi import BOX_HEADS, Tap
 from dyhead.detection.roi.keypoints import find_keypoints, keypoint_loss
 from dyhead.detection.roi.masks import crop_masks, mask_loss, mask_probabilities
 from dyhead.detection.roi.pooling import PyramidPool
-from dyhead.detection.roi.prediction import class_and_box_layers
+from dyhead.detection.roi.prediction import LossWeights, class_and_box_layers, either, loss_weights, weighed
 from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.backbone import build_norm, build_pyramid
 from dyhead.torchvision.config import iou_thresholds
 from dyhead.torchvision.normalization import Normalization
+
+#: Class logits (Q, 1 + K) and deltas (Q, 4 + 4K) of regions, and, if there are any, crossed ones.
+RegionPredictions = list[tuple[Tensor, Tensor]]
 
 
 class FasterRCNN(GeneralizedRCNN):
@@ -80,18 +85,43 @@ class BoxPredictor(nn.Module):
         features: of a region, see :attr:`dyhead.detection.roi.Registered.options`.
         num_classes: classes K.
         class_agnostic: predict the same deltas for all classes.
+        loss_weights: of what is predicted; a second pair is of crossed predictions.
     """
 
-    def __init__(self, features: int | tuple[int, int], num_classes: int, *, class_agnostic: bool = False) -> None:
+    def __init__(
+        self,
+        features: int | tuple[int, int],
+        num_classes: int,
+        *,
+        class_agnostic: bool = False,
+        loss_weights: LossWeights = ((1.0, 1.0),),
+    ) -> None:
         super().__init__()
         self.repeats = num_classes if class_agnostic else 1
-        boxes = 4 * num_classes // self.repeats
-        self.cls_score, self.bbox_pred = class_and_box_layers(features, num_classes + 1, boxes)
+        self.loss_weights = loss_weights
+        sizes = num_classes + 1, 4 * num_classes // self.repeats
+        self.cls_score, self.bbox_pred = class_and_box_layers(features, *sizes)
+        if len(loss_weights) > 1:
+            self.crossed_cls_score, self.crossed_bbox_pred = class_and_box_layers(features, *sizes, crossed=True)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Regions (Q, C, ...) to logits (Q, 1 + K) and deltas (Q, 4 + 4K), the background first."""
+    def forward(self, x: Tensor) -> RegionPredictions:
+        """Regions (Q, C, ...) to logits and deltas in float32 at least, the background first."""
         x = x.flatten(1)
-        return self.cls_score(x).roll(1, dims=1), F.pad(self.bbox_pred(x).repeat(1, self.repeats), (4, 0))
+        layers = [(self.cls_score, self.bbox_pred)]
+        if len(self.loss_weights) > 1:
+            layers.append((self.crossed_cls_score, self.crossed_bbox_pred))
+        return [
+            (
+                at_least_float32(classes(x)).roll(1, dims=1),
+                F.pad(at_least_float32(boxes(x)).repeat(1, self.repeats), (4, 0)),
+            )
+            for classes, boxes in layers
+        ]
+
+
+def class_probabilities(predictions: RegionPredictions) -> Tensor:
+    """(Q, 1 + K), of either prediction; where there are crossed ones, the background's is no rest of the others."""
+    return either([logits.softmax(dim=1) for logits, _ in predictions])
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -189,6 +219,27 @@ class RegionHeads(RoIHeads):
         self.append_truth = append_truth
         self.keypoint_loss_weight = keypoint_loss_weight
         self.keypoint_divisor = keypoint_divisor
+        self.taps: dict[str, Tap] = {}
+
+    def supervise(self, taps: Mapping[str, Tap], heads: Mapping[str, RegionHeads], loss_weight: float) -> None:
+        """In training, let other heads learn from the same regions on other maps.
+
+        Args:
+            taps: the maps, by name.
+            heads: of the same names and the same structure.
+            loss_weight: what their losses are multiplied by.
+        """
+        self.taps, self.auxiliary, self.auxiliary_weight = dict(taps), nn.ModuleDict(heads), loss_weight
+
+    def _auxiliary_losses(
+        self, losses: Callable[[RegionHeads, dict[str, Tensor]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``losses`` gives for each of the other heads and its maps, by names that end with the heads'."""
+        return {
+            f"{key}_{name}": self.auxiliary_weight * loss
+            for name, tap in self.taps.items()
+            for key, loss in losses(self.auxiliary[name], tap.levels).items()
+        }
 
     def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
         """The proposals, with the true boxes if so configured."""
@@ -214,28 +265,66 @@ class RegionHeads(RoIHeads):
         positive = [torch.where(own > 0)[0] for own in labels]
         boxes = [own[where] for own, where in zip(proposals, positive, strict=True)]
         objects = [own[where] for own, where in zip(matched, positive, strict=True)]
+        classes = [own[where] - 1 for own, where in zip(labels, positive, strict=True)]
+        losses |= self.part_losses(features, boxes, image_shapes, objects, classes, targets)
+        losses |= self._auxiliary_losses(
+            lambda heads, maps: heads.part_losses(maps, boxes, image_shapes, objects, classes, targets)
+        )
+        for tap in self.taps.values():
+            tap.clear()
+        return [], losses
+
+    def part_losses(
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        objects: list[Tensor],
+        classes: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Losses of masks and keypoints of positive proposals, each with its object and that one's class, from 0."""
+        losses = {}
         if self.has_mask():
             logits = self.mask_logits(features, boxes, image_shapes)
             truth = [
-                crop_masks(t["masks"][of], own, logits.shape[-1])
+                crop_masks(t["masks"], own, of, logits.shape[-1])
                 for t, of, own in zip(targets, objects, boxes, strict=True)
             ]
-            classes = torch.cat([own[where] for own, where in zip(labels, positive, strict=True)]) - 1
-            losses["loss_mask"] = mask_loss(logits, classes, torch.cat(truth))
+            losses["loss_mask"] = mask_loss(logits, torch.cat(classes), torch.cat(truth))
         if self.has_keypoint():
             logits = self.keypoint_logits(features, boxes, image_shapes)
             points = torch.cat([t["keypoints"][of] for t, of in zip(targets, objects, strict=True)])
             divisor = None if self.keypoint_divisor is None else self.keypoint_divisor * len(targets)
             loss = keypoint_loss(logits, torch.cat(boxes), points, divisor)
             losses["loss_keypoint"] = self.keypoint_loss_weight * loss
-        return [], losses
+        return losses
 
     def detect_boxes(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """Boxes, scores and labels of each image."""
-        found = self.postprocess_detections(*self._predict(features, proposals, image_shapes), proposals, image_shapes)
-        return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
+        predictions = self._predict(features, proposals, image_shapes)
+        boxes = self.box_coder.decode(predictions[0][1], proposals)
+        return self._choose(boxes, class_probabilities(predictions), image_shapes, [len(own) for own in proposals])
+
+    def _choose(
+        self, boxes: Tensor, scores: Tensor, image_shapes: list[tuple[int, int]], counts: list[int]
+    ) -> list[dict[str, Tensor]]:
+        """What is left of boxes (Q, 1 + K, 4) with scores (Q, 1 + K) after NMS, for each image.
+
+        torchvision's own takes logits, whose probabilities add up to 1.
+        """
+        found = []
+        for own, own_scores, size in zip(boxes.split(counts), scores.split(counts), image_shapes, strict=True):
+            place, label = torch.nonzero(own_scores[:, 1:] > self.score_thresh, as_tuple=True)
+            label = label + 1
+            chosen, score = clip_boxes_to_image(own[place, label], size), own_scores[place, label]
+            there = remove_small_boxes(chosen, min_size=1e-2)
+            chosen, score, label = chosen[there], score[there], label[there]
+            best = batched_nms(chosen, score, label, self.nms_thresh)[: self.detections_per_img]
+            found.append({"boxes": chosen[best], "scores": score[best], "labels": label[best]})
+        return found
 
     def box_losses(
         self,
@@ -247,14 +336,18 @@ class RegionHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Losses of sampled proposals, each with the object that it overlaps most and its label."""
+        sample = proposals, matched, labels, targets
         predictions = self._predict(features, proposals, image_shapes)
-        return self._costs(self.box_form, *predictions, proposals, matched, labels, targets)
+        losses = self._costs(self.box_form, self.box_predictor, predictions, *sample)
+        return losses | self._auxiliary_losses(
+            lambda heads, maps: heads.box_losses(maps, proposals, image_shapes, matched, labels, targets)
+        )
 
     def _costs(
         self,
         box_form: Deltas,
-        logits: Tensor,
-        deltas: Tensor,
+        predictor: BoxPredictor,
+        predictions: RegionPredictions,
         proposals: list[Tensor],
         matched: list[Tensor],
         labels: list[Tensor],
@@ -263,13 +356,18 @@ class RegionHeads(RoIHeads):
         truth = [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
         labels, truth, boxes = torch.cat(labels), torch.cat(truth), torch.cat(proposals)
         positive = torch.where(labels > 0)[0]
-        own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
-        loss_box = box_form.loss(own_class, boxes[positive], truth[positive]).sum()
-        return {
-            # Summed and divided, not averaged: the mean of no proposals would be NaN.
-            "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1),
-            "loss_box_reg": self.loss_weight * loss_box / max(len(labels), 1),
-        }
+        losses = []
+        for logits, deltas in predictions:
+            own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
+            loss_box = box_form.loss(own_class, boxes[positive], truth[positive]).sum()
+            losses.append(
+                {
+                    # Summed and divided, not averaged: the mean of no proposals would be NaN.
+                    "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1),
+                    "loss_box_reg": self.loss_weight * loss_box / max(len(labels), 1),
+                }
+            )
+        return weighed(losses, predictor.loss_weights)
 
     def mask_logits(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -286,9 +384,8 @@ class RegionHeads(RoIHeads):
 
     def _predict(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
-        return logits.float(), deltas.float()
+    ) -> RegionPredictions:
+        return self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
 
     def _with_parts(
         self,
@@ -326,10 +423,9 @@ class CascadeStage(nn.Module):
         self.box_form = box_form
         self.threshold = threshold
 
-    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Regions (Q, C, S, S) to logits (Q, 1 + K) and deltas (Q, 4 + 4K) in float32, the background first."""
-        logits, deltas = self.predictor(self.head(regions))
-        return logits.float(), deltas.float()
+    def forward(self, regions: Tensor) -> RegionPredictions:
+        """Of regions (Q, V * C, S, S)."""
+        return self.predictor(self.head(regions))
 
     def label(self, boxes: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """For each box the object that it overlaps most, and that one's label, or 0 below the threshold."""
@@ -351,6 +447,7 @@ class CascadeHeads(RegionHeads):
     def __init__(self, *args, stages: Sequence[CascadeStage], **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.stages = nn.ModuleList(stages)
+        self.box_coder = BoxCoder(stages[-1].box_form)
 
     def box_losses(
         self,
@@ -369,11 +466,27 @@ class CascadeHeads(RegionHeads):
                 proposals = [boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)] for boxes in proposals]
                 pairs = [stage.label(boxes, t) for boxes, t in zip(proposals, targets, strict=True)]
                 matched, labels = (list(part) for part in zip(*pairs, strict=True))
-            logits, deltas = self._run(stage, features, proposals, image_shapes)
-            costs = self._costs(stage.box_form, logits, deltas, proposals, matched, labels, targets)
-            losses |= {f"{name}_stage{number}": loss for name, loss in costs.items()}
-            proposals = self._refined(stage, deltas, proposals, image_shapes)
+            arguments = number, proposals, image_shapes, matched, labels, targets
+            predictions, own = self.stage_losses(features, *arguments)
+            losses |= own | self._auxiliary_losses(lambda heads, maps, a=arguments: heads.stage_losses(maps, *a)[1])
+            proposals = self._refined(stage, predictions, proposals, image_shapes)
         return losses
+
+    def stage_losses(
+        self,
+        features: dict[str, Tensor],
+        number: int,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> tuple[RegionPredictions, dict[str, Tensor]]:
+        """The predictions and losses of a stage, from the proposals that it starts from."""
+        stage = self.stages[number]
+        predictions = self._run(stage, features, proposals, image_shapes)
+        costs = self._costs(stage.box_form, stage.predictor, predictions, proposals, matched, labels, targets)
+        return predictions, {f"{name}_stage{number}": loss for name, loss in costs.items()}
 
     def detect_boxes(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -382,13 +495,11 @@ class CascadeHeads(RegionHeads):
         probabilities = 0.0
         for stage in self.stages:
             before = proposals
-            logits, deltas = self._run(stage, features, before, image_shapes)
-            probabilities = probabilities + logits.softmax(dim=1) / len(self.stages)
-            proposals = self._refined(stage, deltas, before, image_shapes)
-        self.box_coder = BoxCoder(stage.box_form)
-        # Logits of which these are the probabilities.
-        found = self.postprocess_detections(probabilities.log(), deltas, before, image_shapes)
-        return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
+            predictions = self._run(stage, features, before, image_shapes)
+            probabilities = probabilities + class_probabilities(predictions) / len(self.stages)
+            proposals = self._refined(stage, predictions, before, image_shapes)
+        boxes = BoxCoder(stage.box_form).decode(predictions[0][1], before)
+        return self._choose(boxes, probabilities, image_shapes, [len(own) for own in before])
 
     def _run(
         self,
@@ -396,7 +507,7 @@ class CascadeHeads(RegionHeads):
         features: dict[str, Tensor],
         boxes: list[Tensor],
         image_shapes: list[tuple[int, int]],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> RegionPredictions:
         regions = self.box_roi_pool(features, boxes, image_shapes)
         if regions.requires_grad:  # the stages' losses are added up for the heads, and averaged for what is below
             regions.register_hook(lambda gradient: gradient / len(self.stages))
@@ -405,9 +516,10 @@ class CascadeHeads(RegionHeads):
     @staticmethod
     @torch.no_grad()
     def _refined(
-        stage: CascadeStage, deltas: Tensor, boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+        stage: CascadeStage, predictions: RegionPredictions, boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[Tensor]:
-        refined = stage.box_form.decode(deltas[:, -4:], torch.cat(boxes)).split([len(own) for own in boxes])
+        deltas = predictions[0][1][:, -4:]  # of all classes alike
+        refined = stage.box_form.decode(deltas, torch.cat(boxes)).split([len(own) for own in boxes])
         return [clip_boxes_to_image(own, size) for own, size in zip(refined, image_shapes, strict=True)]
 
 
@@ -421,10 +533,15 @@ def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
         ConfigError, ValueError: levels that are not there, labels that are not supported.
     """
     pyramid = build_pyramid(cfg)
+    strides = _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")
+    heads = _build_region_heads(cfg, pyramid.out_channels, strides)
+    if taps := build_taps(cfg, pyramid.laterals, pyramid):
+        others = {name: _build_region_heads(cfg, pyramid.out_channels, strides) for name in taps}
+        heads.supervise(taps, others, options_of(cfg, DUAL).loss_weight)
     return FasterRCNN(
         pyramid,
         _build_proposal_network(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.RPN")),
-        _build_region_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
+        heads,
         Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, pyramid.size_divisibility),
     )
 
@@ -533,5 +650,5 @@ def _build_box_head(cfg: CfgNode, channels: int) -> tuple[nn.Module, BoxPredicto
             (channels, side, side), [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC, norm
         )
         features = box.FC_DIM if box.NUM_FC else (box.CONV_DIM if box.NUM_CONV else channels) * side**2
-    agnostic = box.CLS_AGNOSTIC_BBOX_REG
-    return head, BoxPredictor(features, cfg.MODEL.ROI_HEADS.NUM_CLASSES, class_agnostic=agnostic)
+    agnostic, weights = box.CLS_AGNOSTIC_BBOX_REG, loss_weights(head)
+    return head, BoxPredictor(features, cfg.MODEL.ROI_HEADS.NUM_CLASSES, class_agnostic=agnostic, loss_weights=weights)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import block, composition, detector, kernels, measure, operator, program, scaling
+from benchmarks import additions, block, border, composition, detector, kernels, measure, operator, program, scaling
 from dyhead.layers import DyHead
 from dyhead.ops import reference
 
@@ -66,6 +66,16 @@ def test_operator_says_that_torchvision_has_no_bfloat16(tmp_path):
     assert "torchvision" not in result["cases"][0]["measured"]
     assert result["skipped"]["torchvision"] == ["has no bfloat16 on a CPU"]
     assert "mib" not in result["cases"][0]["measured"]["ours, NCHW"]
+
+
+def test_border_alignment_is_compared_with_the_same(tmp_path):
+    file = tmp_path / "border.json"
+    border.main([*TINY, "--no-memory", "--output", str(file)])
+    result = read(file, ["ours, channels_last", "ours, NCHW", "definition", "grid_sample"], cases=2)
+    assert list(result["cases"][1]["ratios"]) == ["definition / ours NCHW", "grid_sample / ours NCHW"]
+    case = border.Case("forward", "float32", (7, 9), channels=3)
+    ours, composed = (border.build(case, peer, torch.device("cpu"))() for peer in ("ours, NCHW", "grid_sample"))
+    torch.testing.assert_close(ours, composed, rtol=1e-4, atol=1e-4)
 
 
 def test_block_compares_with_the_composition(tmp_path):
@@ -228,3 +238,27 @@ def test_no_peer_is_timed_while_threads_of_the_last_one_compute():
     measure._wait_for_threads()
     assert finished
     thread.join()
+
+
+def test_additions_without_windows_are_corners_inside_the_level():
+    """Of 8 x 8 pixels without offsets a tap's rows have 14, 15 or 13 corners inside, and so have its columns."""
+    assert additions.corners(torch.zeros(1, 18, 8, 8), 1.0, (8, 8)) == (14 + 15 + 13) ** 2
+    far = torch.zeros(1, 18, 8, 8)
+    far[:, ::2] = 100.0
+    assert additions.corners(far, 1.0, (8, 8)) == 0
+    # Pixel i of a level of half the size is at 2 i + 1/2: the output's 2 and 3 read it, and the next one, by quarters.
+    assert additions.corners(torch.zeros(1, 18, 4, 4), 0.5, (2, 2)) == sum(
+        (math.floor(y) + corner in (0, 1)) for y in [0.5 * (i + r - 0.5) - 0.5 for i in range(4) for r in range(3)]
+        for corner in (0, 1)
+    ) ** 2  # fmt: skip
+
+
+def test_table_of_additions_has_a_row_for_each_deviation():
+    cases = [
+        {"scale": scale, "deviation": deviation, "without": 72 * scale, "with": 8.0, "ratio": 9 * scale}
+        for scale in (1.0, 2.0)
+        for deviation in (0.0, 4.0)
+    ]
+    lines = additions.table({"size": [2, 4], "cases": cases}).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0", "4"]
+    assert [cell.strip() for cell in lines[3].split("|")[2:-1]] == ["9.00", "1.00", "9.00", "18.0", "1.00", "18.0"]

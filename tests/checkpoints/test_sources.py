@@ -367,6 +367,13 @@ def test_mmdetections_two_stage_names(check_account):
         "rpn_head.rpn_reg.weight": "proposal_generator.rpn_head.anchor_deltas.weight",
         "roi_head.bbox_head.shared_fcs.0.weight": "roi_heads.box_head.fc1.weight",
         "roi_head.bbox_head.shared_fcs.1.bias": "roi_heads.box_head.fc2.bias",
+        "roi_head.bbox_head.fc_branch.1.weight": "roi_heads.box_head.fcs.1.weight",
+        "roi_head.bbox_head.res_block.conv1.conv.weight": "roi_heads.box_head.entry.conv1.conv.weight",
+        "roi_head.bbox_head.res_block.conv2.bn.bias": "roi_heads.box_head.entry.conv2.norm.bias",
+        "roi_head.bbox_head.res_block.conv_identity.conv.weight": "roi_heads.box_head.entry.shortcut.conv.weight",
+        "roi_head.bbox_head.res_block.conv_identity.bn.bias": "roi_heads.box_head.entry.shortcut.norm.bias",
+        "roi_head.bbox_head.conv_branch.3.conv2.weight": "roi_heads.box_head.blocks.3.conv2.conv.weight",
+        "roi_head.bbox_head.conv_branch.0.bn3.running_mean": "roi_heads.box_head.blocks.0.conv3.norm.running_mean",
         "roi_head.bbox_head.fc_cls.weight": "roi_heads.box_predictor.cls_score.weight",
         "roi_head.bbox_head.fc_reg.bias": "roi_heads.box_predictor.bbox_pred.bias",
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.originals import border, heads, losses, saccadenet
+from tools.originals import border, double_head, heads, losses, saccadenet
 from tools.originals.rows import table
 
 RECORDS = Path(__file__).parent / "originals"
@@ -41,4 +41,13 @@ def test_computes_what_the_authors_of_saccadenet_do():
 def test_computes_what_the_authors_of_borderdet_do():
     rows = list(border.compare(*heads.read(RECORDS / "borderdet.json")))
     assert [row.stage for row in rows] == STAGES + DETECTIONS
+    assert all(row.passes for row in rows), table(rows)
+
+
+@pytest.mark.parametrize("engine", ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)])
+def test_computes_what_mmdetection_does_with_regions(engine):
+    rows = list(double_head.compare(engine, *heads.read(RECORDS / "double_head.json")))
+    kinds = ("assignment", "losses", "gradients", "running statistics")
+    stages = [f"{case} {kind}" for case in "ABC" for kind in kinds] + ["detections, pixels", "detections, scores"]
+    assert [row.stage.removeprefix(f"{engine}: ") for row in rows] == stages
     assert all(row.passes for row in rows), table(rows)

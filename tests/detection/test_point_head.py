@@ -81,6 +81,17 @@ def test_starts_at_the_prior_with_points_on_the_place():
     assert points.abs().max() < 0.05
 
 
+def test_point_convolutions_keep_the_size_of_what_they_read():
+    """After ReLU the mean square is what it was: the predictors, and what is before, get a signal from the start."""
+    torch.manual_seed(0)
+    head = PointHead(64, 2)
+    level = torch.randn(1, 64, 16, 16)
+    on_the_grid = head.class_conv.grid.float().expand(1, 18, 16, 16)
+    for conv in (head.class_conv, head.box_conv):
+        inside = conv(level, on_the_grid)[..., 1:-1, 1:-1]
+        assert inside.relu().square().mean().item() == pytest.approx(1, rel=0.1)
+
+
 def test_towers_stand_before():
     head = make_head(num_convs=1, num_levels=2, norm="BN")
     levels = [torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.randn(2, 4, 2, 2, dtype=torch.float64)]

@@ -1,5 +1,6 @@
 # ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +10,20 @@ from torch.nn import functional
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.export import scripting_with_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone
 from detectron2.modeling import build_backbone as detectron2s_build_backbone
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+from detectron2.structures import Boxes
+from detectron2.utils.testing import assert_instances_allclose, reload_script_model
 
 from dyhead.config import ConfigError
-from dyhead.detectron2 import DyHeadBackbone, NeckBackbone, build_backbone
+from dyhead.detectron2 import DyHeadBackbone, NeckBackbone, Trainer, build_backbone
 from dyhead.layers import DyHead
 
 
@@ -169,6 +175,65 @@ def test_vitdets_pyramid_can_be_wrapped():
     backbone = DyHeadBackbone(pyramid, num_blocks=1)
     assert backbone.padding_constraints["square_size"] == 64
     assert [level.shape[-1] for level in backbone(torch.randn(1, 3, 64, 64)).values()] == [16, 8, 4, 2]
+
+
+def test_lazy_configs_can_go_on_referring_to_the_backbones_channels():
+    configs = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    model = LazyConfig.load(str(configs / "common" / "models" / "panoptic_fpn.py")).model
+    model.backbone = LazyCall(DyHeadBackbone)(
+        backbone=model.backbone, out_channels="${.backbone.out_channels}", num_blocks=1
+    )
+    model.backbone.backbone.out_channels = 32
+    assert model.sem_seg_head.input_shape.p2.channels == 32
+    model.roi_heads.box_head.fc_dims = [16]
+    built = instantiate(model)
+    assert isinstance(built.backbone, DyHeadBackbone)
+    assert built.backbone.out_channels == 32
+    assert built.sem_seg_head.p2[0].in_channels == 32
+    with pytest.raises(ValueError, match="out_channels: expected 32, those of the backbone's levels, got 64"):
+        DyHeadBackbone(Toy(a=(32, 4), b=(32, 8)), out_channels=64)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("block", "head"),
+    [("paper", "FastRCNNConvFCHead"), ("released", "FastRCNNConvFCHead"), ("paper", "DyHeadBoxHead")],
+)
+def test_torchscript_takes_detectron2s_detectors_on_it(tiny_cfg, inputs, block, head):
+    """As Detectron2's tests have it: a whole Mask R-CNN is scripted, saved, loaded and asked for the same objects."""
+    settings = {
+        "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+        "MODEL.BACKBONE.NAME": "build_resnet_fpn_dyhead_backbone",
+        "MODEL.DYHEAD.BLOCK": block,
+        "MODEL.ROI_BOX_HEAD.NAME": head,
+        "MODEL.MASK_ON": True,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    }
+    torch.manual_seed(0)
+    model = Trainer.build_model(tiny_cfg("faster_rcnn", settings)).eval()
+    fields = {"proposal_boxes": Boxes, "pred_boxes": Boxes}
+    fields |= dict.fromkeys(("objectness_logits", "scores", "pred_classes", "pred_masks"), torch.Tensor)
+    images = [{"image": x["image"].float()} for x in inputs]
+    with torch.no_grad():
+        expected = model.inference(images, do_postprocess=False)
+        scripted = reload_script_model(scripting_with_instances(model, fields))
+        found = scripted.inference(images, do_postprocess=False)
+    assert all(map(len, expected))
+    for got, want in zip(found, expected, strict=True):
+        assert_instances_allclose(want, got, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_takes_a_one_stage_backbone(tiny_cfg):
+    backbone = build_backbone(tiny_cfg("fcos")).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected, found = backbone(x), torch.jit.script(copy.deepcopy(backbone))(x)
+    assert list(found) == list(expected)
+    for name, level in expected.items():
+        assert torch.equal(found[name], level)
 
 
 def test_strides_that_do_not_double_are_named():

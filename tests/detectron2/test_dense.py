@@ -1,4 +1,5 @@
 # ruff: noqa: E402 (what needs Detectron2 is imported after the skip)
+import dataclasses
 import pickle
 
 import pytest
@@ -8,6 +9,7 @@ pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.config import LazyCall, get_cfg, instantiate
+from detectron2.export import TracingAdapter
 from detectron2.modeling import FPN, build_model
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
@@ -194,14 +196,15 @@ def test_keyword_constructors_serve_lazy_configs(inputs):
     assert torch.isfinite(sum(losses.values()))
 
 
-def test_training_images_are_drawn_into_the_event_storage(tiny_cfg, inputs):
+@pytest.mark.parametrize(("detector", "shape"), [("fcos", (3, 128, 96)), ("faster_rcnn", (3, 64, 192))])
+def test_training_images_are_drawn_into_the_event_storage(tiny_cfg, inputs, detector, shape):
     pytest.importorskip("cv2", reason="OpenCV, which Detectron2's visualizer needs, is not installed")
-    model = build_model(tiny_cfg("fcos", {"VIS_PERIOD": 1, "MODEL.FCOS.SCORE_THRESH_TEST": 0.001})).train()
+    model = build_model(tiny_cfg(detector, {"VIS_PERIOD": 1, "MODEL.FCOS.SCORE_THRESH_TEST": 0.001})).train()
     with EventStorage() as storage:
         model(inputs)
         ((name, image, _),) = storage._vis_data
     assert "bounding boxes" in name
-    assert image.shape == (3, 128, 96)  # two images, one above the other
+    assert image.shape == shape  # two images, one above or beside the other
 
 
 @pytest.mark.parametrize("detector", DETECTOR_NAMES)
@@ -215,3 +218,32 @@ def test_the_full_configs_build(configs, inputs, detector):
         assert {shape.channels for shape in backbone.output_shape().values()} == {256}
     cfg.MODEL.NECKS, cfg.MODEL.DYHEAD.NUM_BLOCKS = ["DyHead"], 1
     assert len(detections_of(build_model(cfg), inputs)) == 2
+
+
+def test_torchscript_says_what_takes_a_one_stage_detector(tiny_cfg):
+    model = build_model(tiny_cfg("fcos")).eval()
+    with pytest.raises(RuntimeError, match="got DyHeadFCOS, which detectron2.export.TracingAdapter .* take"):
+        torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_detector_finds_more_and_fewer_objects_than_when_it_was_traced(tiny_cfg):
+    torch.manual_seed(0)
+    model = build_model(
+        tiny_cfg("fcos", {"MODEL.FCOS.SCORE_THRESH_TEST": 0.0, "TEST.DETECTIONS_PER_IMAGE": 10**6})
+    ).eval()
+    # Scores grow with the picture: a threshold in between leaves none of a dark one.
+    pictures = [torch.full((3, 64, 96), value, dtype=torch.float32) for value in (0.0, 90.0, 255.0)]
+    with torch.no_grad():
+        scores = torch.cat([model([{"image": picture}])[0]["instances"].scores for picture in pictures])
+    model.detector.inference = dataclasses.replace(model.detector.inference, score_thresh=scores.median().item())
+    with torch.no_grad():
+        expected = [model([{"image": picture}])[0]["instances"] for picture in pictures]
+        assert len({len(found) for found in expected}) > 1
+        for example in pictures:
+            adapter = TracingAdapter(model, [{"image": example}])
+            traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+            for picture, want in zip(pictures, expected, strict=True):
+                found = adapter.outputs_schema(traced(picture))[0]["instances"]
+                torch.testing.assert_close(found.scores, want.scores)
+                torch.testing.assert_close(found.pred_boxes.tensor, want.pred_boxes.tensor)

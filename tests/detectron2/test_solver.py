@@ -2,6 +2,8 @@
 """What Detectron2's own build_optimizer, in anybody's trainer, makes of this project's keys."""
 
 import copy
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.config import get_cfg
-from detectron2.solver import build_optimizer
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, get_vit_lr_decay_rate
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+from detectron2.solver import build_optimizer, get_default_optimizer_params
 
 import dyhead.detectron2
 import dyhead.runs.optimizer
 from dyhead.config import ConfigError, add_dyhead_config
+from dyhead.detectron2 import DyHeadBackbone, except_necks
 from dyhead.detectron2.solver import maybe_add_gradient_clipping
 
 
@@ -84,3 +90,34 @@ def test_an_unknown_optimizer_is_refused_and_other_projects_keys_are_left_alone(
     before = copy.deepcopy(own.state_dict())
     assert maybe_add_gradient_clipping(config(OPTIMIZER="ADAMW"), own) is own
     assert own.state_dict() == before
+
+
+class Transformer(Backbone):
+    """The names of a vision transformer's parameters."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 16, 16, 16)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(16, 16)}) for _ in range(depth))
+
+    def forward(self, x):
+        raise NotImplementedError
+
+    def output_shape(self):
+        return {"last": ShapeSpec(channels=16, stride=16)}
+
+
+def test_a_transformers_learning_rate_decay_leaves_dyhead_alone():
+    vit = Transformer(depth=3)
+    pyramid = SimpleFeaturePyramid(vit, "last", 16, scale_factors=(2.0, 1.0), square_pad=32)
+    model = nn.ModuleDict({"backbone": DyHeadBackbone(pyramid, num_blocks=2)})
+    theirs = partial(get_vit_lr_decay_rate, lr_decay_rate=0.5, num_layers=3)
+    ours = pickle.loads(pickle.dumps(except_necks(theirs)))  # as LazyConfig's are
+    rates = {}
+    for group in get_default_optimizer_params(model, base_lr=1.0, lr_factor_func=ours):
+        rates |= {id(parameter): group["lr"] for parameter in group["params"]}
+    names = [name for name, _ in model.named_parameters()]
+    assert theirs(next(name for name in names if "dyhead.blocks.0" in name)) == 0.5**3  # what is wrong without it
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == (1.0 if ".dyhead." in name else theirs(name)), name
+    assert rates[id(vit.blocks[1].attn.weight)] == 0.25

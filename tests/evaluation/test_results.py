@@ -179,6 +179,10 @@ def test_no_detections_are_told_with_the_key(cfg, split, caplog):
     caplog.clear()
     report(cfg(**{"MODEL.META_ARCHITECTURE": "DyHeadRCNN"}), split, [])
     assert "MODEL.ROI_HEADS.SCORE_THRESH_TEST (0.05" in warnings(caplog)[0]
+    for others, told in (("RetinaNet", "MODEL.RETINANET.SCORE_THRESH_TEST (0.05"), ("Mine", "the least score of a")):
+        caplog.clear()
+        report(cfg(**{"MODEL.META_ARCHITECTURE": others}), split, [])
+        assert f"Look at {told}" in warnings(caplog)[0]
 
 
 def test_without_annotations_there_are_detections_and_no_ap(cfg, tmp_path, caplog):

@@ -17,7 +17,10 @@ def test_is_group_norm(groups, mean):
     levels = [
         torch.randn(2, 12, size, 9) * (0.5 + torch.rand(12, 1, 1)) + torch.randn(12, 1, 1) + mean for size in (5, 40)
     ]
-    affine = affine_of_group_norm(norm, torch.stack([channel_statistics(level) for level in levels], dim=1))
+    affine = affine_of_group_norm(
+        torch.stack([channel_statistics(level) for level in levels], dim=1),
+        norm.weight, norm.bias, norm.num_groups, norm.eps,
+    )  # fmt: skip
     for i, level in enumerate(levels):
         result = level * affine.slope[:, i, :, None, None] + affine.intercept[:, i, :, None, None]
         expected = norm.double()(level.double())

@@ -74,13 +74,17 @@ void hand_on(Tensor out, std::string kind) {
   });
 }
 
-void set_device(int64_t processors, int64_t shared_limit) {
+void set_device(int64_t processors, int64_t shared_limit, int64_t working_bytes) {
   emulation::machine.processors = static_cast<int>(processors);
   emulation::machine.shared_limit = static_cast<int>(shared_limit);
+  emulation::machine.working_bytes = working_bytes;
 }
 
 // Of all launches since the last call: blocks, bytes of shared memory.
 std::vector<int64_t> take_launches() { return std::exchange(emulation::machine.launches, {}); }
+
+// Elements added to global memory by atomic additions since the last call.
+int64_t take_additions() { return std::exchange(emulation::additions, 0); }
 
 }  // namespace
 }  // namespace dyhead::cuda
@@ -88,12 +92,14 @@ std::vector<int64_t> take_launches() { return std::exchange(emulation::machine.l
 STABLE_TORCH_LIBRARY(dyhead_emulated, library) {
   dyhead::define_operators(library);
   library.def("hand_on(Tensor(a!) out, str kind) -> ()");
-  library.def("set_device(int processors, int shared_limit) -> ()");
+  library.def("set_device(int processors=4, int shared_limit=232448, int working_bytes=268435456) -> ()");
   library.def("take_launches() -> int[]");
+  library.def("take_additions() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyhead_emulated, CompositeExplicitAutograd, library) {
   library.impl("set_device", TORCH_BOX(&dyhead::cuda::set_device));
   library.impl("take_launches", TORCH_BOX(&dyhead::cuda::take_launches));
+  library.impl("take_additions", TORCH_BOX(&dyhead::cuda::take_additions));
 }
 STABLE_TORCH_LIBRARY_IMPL(dyhead_emulated, CPU, library) {
   dyhead::Operators<dyhead::cuda::Implementation>::implement(library);

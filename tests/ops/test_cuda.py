@@ -1,6 +1,7 @@
 """The CUDA kernels against the reference: on a GPU, and the same kernel bodies emulated on the CPU."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ def emulated_fixture():
     place = machine("emulation")
     place.operators.take_launches()
     yield place
-    place.operators.set_device(4, 227 << 10)
+    place.operators.set_device()
 
 
 def take_launches(place):
@@ -232,12 +233,140 @@ def test_kernels_fit_the_shared_memory_of_smaller_devices(precision, emulated, m
     assert torch.equal(results[99], results[227])
 
 
-def test_blocks_of_the_weight_gradient_fill_whole_waves(emulated, make_case):
-    """Eight waves of a block on each of 4 multiprocessors hold 3 parts of 9 blocks; a fourth makes a ninth wave."""
-    case = make_case(channels=8, out_channels=8, batch=1, size=(32, 32), levels=((32, 32),), dtype=torch.bfloat16)
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_kernels_of_the_sample_gradient_agree(precision, emulated, make_case):
+    """By the shared memory that they have: 64 channels and three taps at a time, 64 and one, 32 and one."""
+    dtype, allow_tf32 = PRECISIONS[precision]
+    case = make_case(channels=40, out_channels=8, batch=1, size=(9, 10), levels=((9, 10), (5, 5)), dtype=dtype)
+    shared = {}
+    for limit in (227, 163, 99):
+        emulated.operators.set_device(4, limit << 10)
+        check_case(case, emulated, precision)
+        check_case(case, emulated, precision, deterministic=True)
+        emulated.operators.take_launches()
+        emulated.backward(case, needs=(True, *[False] * 5), allow_tf32=allow_tf32)
+        shared[limit] = max(size for _, size in take_launches(emulated))
+    assert shared[99] < shared[163] < shared[227]
+
+
+def time_of(parts, rows, work, wave, extra):
+    """Steps that the waves of blocks take, of a block that takes `extra` steps more than its part of the work has."""
+    return math.ceil(rows * parts / wave) * (math.ceil(work / parts) + extra)
+
+
+@pytest.mark.parametrize(("processors", "size"), [(4, (32, 32)), (4, (8, 56)), (14, (40, 40)), (132, (24, 24))])
+def test_blocks_of_the_weight_gradient_fill_whole_waves(processors, size, emulated, make_case):
+    """No other number of parts of 9 blocks is faster, if the waves are at most eight."""
+    case = make_case(channels=8, out_channels=8, batch=1, size=size, levels=(size,), dtype=torch.bfloat16)
+    emulated.operators.set_device(processors)
     emulated.backward(case, needs=(False, False, True, False, False, False))
     blocks, _ = max(take_launches(emulated), key=lambda launch: launch[1])
-    assert blocks == 27
+    patches = math.ceil(size[0] / 8) * math.ceil(size[1] / 8)
+    times = [
+        time_of(parts, 9, patches, processors, 4) for parts in range(1, patches + 1) if 9 * parts <= 8 * processors
+    ]
+    assert blocks % 9 == 0
+    assert time_of(blocks // 9, 9, patches, processors, 4) == min(times, default=time_of(1, 9, patches, processors, 4))
+
+
+def test_few_patches_are_split_by_channels_and_levels(emulated, make_case):
+    """6 patches on 12 multiprocessors, 2 runs of channels and 3 levels: two blocks a patch, whose parts are added."""
+    case = make_case(channels=40, batch=1, size=(24, 16), levels=((24, 16), (12, 8), (6, 4)), dtype=torch.float32)
+    emulated.operators.set_device(12)
+    check_case(case, emulated, "float32")
+    check_case(case, emulated, "float32", deterministic=True)
+    emulated.operators.take_launches()
+    emulated.backward(case, needs=(True, True, False, False, False, False))
+    assert 12 in [blocks for blocks, _ in take_launches(emulated)]
+
+
+@pytest.mark.parametrize("channels", [8, 40])
+class TestAdditions:
+    """Additions to the features' gradient in global memory, of 8 x 8 output pixels with 3 x 3 taps each."""
+
+    def count(self, case, place):
+        place.operators.take_additions()
+        place.backward(case, needs=(True, *[False] * 5))
+        return place.operators.take_additions() / case.features[0].shape[1]
+
+    def test_what_a_patch_reads_is_added_once(self, channels, emulated, make_case):
+        """Without offsets that is 9 x 9 pixels for each patch of a 16 x 16 map, of which each is at a corner."""
+        case = make_case(
+            channels=channels, batch=1, size=(16, 16), levels=((16, 16),), spread=0.0, dtype=torch.bfloat16
+        )
+        assert self.count(case, emulated) == 4 * 81
+
+    def test_what_lies_outside_the_window_is_added_by_itself(self, channels, emulated, make_case):
+        """20 pixels to the right: a tap's rows have 14, 15 or 13 corners in the map, all its 8 columns two each."""
+        case = make_case(
+            channels=channels, batch=1, size=(8, 8), levels=((8, 40),), scales=[1.0], spread=0.0, dtype=torch.bfloat16
+        )
+        case.offset = case.offset.detach().clone()
+        case.offset[:, 1::2] = 20.0
+        case.offset.requires_grad_()
+        assert self.count(case, emulated) == (14 + 15 + 13) * 16 * 3
+        check_case(case, emulated, "bfloat16")
+
+    @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+    def test_windows_lie_around_what_patches_read(self, channels, scale, emulated, make_case):
+        """Every pixel of a window that any tap reads once, and corners outside it, each by itself.
+
+        A window has 18 x 18 pixels where a kernel has 64 channels, otherwise 16 x 16.
+        """
+        size = int(16 * scale)
+        case = make_case(
+            channels=channels, batch=1, size=(16, 16), levels=((size, size),), scales=[scale], dtype=torch.bfloat16
+        )
+        near, far = self.places(case.offset.detach()[0].unflatten(0, (9, 2)), scale, size, 18 if channels > 32 else 16)
+        assert self.count(case, emulated) == near + far
+
+    def places(self, offset, scale, size, side):
+        """Pixels inside the windows around the middle of each patch, and corners outside them."""
+        near, far = set(), 0
+        for tap, i, j in itertools.product(range(9), range(16), range(16)):
+            dy, dx = offset[tap, :, i, j].tolist()
+            y, x = scale * (i + tap // 3 - 0.5 + dy) - 0.5, scale * (j + tap % 3 - 0.5 + dx) - 0.5
+            if not (-1 < y < size and -1 < x < size):
+                continue
+            patch = i // 8, j // 8
+            begins = [int(scale * (8 * at + 4)) - side // 2 for at in patch]
+            for corner in itertools.product((math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)):
+                if min(corner) < 0 or max(corner) >= size:
+                    continue
+                if all(begin <= at < begin + side for begin, at in zip(begins, corner, strict=True)):
+                    near.add((patch, corner))
+                else:
+                    far += 1
+        return len(near), far
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("channels", [6, 40])
+def test_all_samples_at_one_place(channels, deterministic, precision, place, make_case):
+    """Inside the window and outside it."""
+    case = make_case(channels=channels, batch=1, size=(8, 9), levels=((8, 60),), scales=[1.0],
+                     dtype=PRECISIONS[precision][0], spread=0.0)  # fmt: skip
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(9.0), indexing="ij")
+    for to in (4.25, 40.75):
+        offset = torch.empty_like(case.offset).detach()
+        for tap in range(9):
+            offset[:, 2 * tap] = 3.5 - (rows + tap // 3 - 1)
+            offset[:, 2 * tap + 1] = to - (columns + tap % 3 - 1)
+        case.offset = offset.requires_grad_()
+        check_case(case, place, precision, deterministic=deterministic)
+
+
+def test_little_working_memory_changes_no_gradient(emulated, make_case):
+    """Images and runs of channels one after the other, where all of them fit otherwise."""
+    case = make_case(channels=80, offset_groups=2, size=(4, 9), levels=((8, 18), (4, 9)), dtype=torch.bfloat16)
+    expected = emulated.backward(case, deterministic=True)
+    launches = len(take_launches(emulated))
+    emulated.operators.set_device(working_bytes=1)
+    got = emulated.backward(case, deterministic=True)
+    assert len(take_launches(emulated)) > launches
+    levels = len(case.features)
+    assert all(torch.equal(a, b) for a, b in zip(got[:levels], expected[:levels], strict=True))
+    torch.testing.assert_close(got[levels:], expected[levels:], rtol=1e-4, atol=1e-4)
 
 
 def test_tf32_rounds_to_nearest(place, make_case):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyhead.layers import DyHead
+from dyhead.layers import SEPC, DyHead
+from dyhead.necks import Stack
 from dyhead.ops import border_align, deform_conv2d, library, pyramid_deform_conv2d
 from tests.ops.borders import make_borders
 
@@ -89,12 +90,50 @@ def test_script_without_the_library_says_so(monkeypatch):
         deform_conv2d.__prepare_scriptable__()  # what torch.jit.script calls when it meets the function first
 
 
-@pytest.mark.parametrize("block", ["paper", "released"])
-def test_script_of_a_head_says_what_takes_it(block):
-    with pytest.raises(
-        RuntimeError, match="without DyHead, as TorchScript .*; torch.jit.trace and torch.export take it"
-    ):
-        script(nn.Sequential(DyHead(16, 1, block=block)))
+HEADS = [
+    {},
+    {"window": None},
+    {"task_aware": False},
+    {"scale_aware": False},
+    {"spatial_aware": False},
+    {"spatial_aware": False, "task_aware": False},
+    {"block": "released"},
+    {"block": "mmdetection_main"},
+]
+
+
+@compiled
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_a_scripted_head_equals_the_head(options, tmp_path):
+    torch.manual_seed(0)
+    head = DyHead(16, 2, **options)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # so that offsets are not zero
+    script(head).save(tmp_path / "head.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = torch.jit.load(tmp_path / "head.pt")
+    assert list(loaded.state_dict()) == list(head.state_dict())
+    pyramid = {f"p{i}": torch.randn(2, 16, 24 >> i, 32 >> i, requires_grad=True) for i in range(4)}
+    outputs = [module(pyramid) for module in (loaded, head)]
+    assert [list(output) for output in outputs] == [list(pyramid)] * 2
+    for name in pyramid:
+        assert torch.equal(*(output[name] for output in outputs)), name
+    grads = [
+        torch.autograd.grad(sum(level.square().sum() for level in output.values()), pyramid["p1"]) for output in outputs
+    ]
+    torch.testing.assert_close(*grads)
+    with pytest.raises(Exception, match=r"pyramid: expected levels \(N, 16, H, W\), got"):
+        loaded({"p0": torch.randn(1, 8, 4, 4)})
+
+
+def test_script_of_a_neck_that_it_cannot_take_says_what_takes_it():
+    with pytest.raises(RuntimeError, match="without SEPC; torch.jit.trace and torch.export take it"):
+        script(nn.Sequential(SEPC(16)))
+    necks = Stack({"sepc": SEPC(16, task_convs="none"), "dyhead": DyHead(16, 1)})
+    with pytest.raises(RuntimeError, match="expected DyHead and no other neck, got sepc, dyhead"):
+        script(necks)
 
 
 @pytest.mark.parametrize("exporting", [False, True])

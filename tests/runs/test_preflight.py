@@ -101,6 +101,15 @@ def test_several_cpus_share_no_statistics(check, key):
         check({key: "SyncBN"}, num_gpus=2)
 
 
+def test_other_box_heads_share_no_statistics_either(check):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": "DoubleHead", "MODEL.DOUBLE_HEAD_EXT.NORM": "SyncBN"}
+    two_stage = {"MODEL.META_ARCHITECTURE": "DyHeadRCNN"}
+    check(two_stage | options, num_gpus=2)  # it is not there
+    with pytest.raises(ConfigError, match=r"^MODEL\.DOUBLE_HEAD_EXT\.NORM: expected one that several processes can"):
+        check(two_stage | options | {"MODEL.ROI_BOX_HEAD.NAME": "DoubleHeadExt"}, num_gpus=2)
+    check(two_stage | {"MODEL.ROI_BOX_HEAD.NAME": "DyHeadBoxHead"}, num_gpus=2)  # it has no norm
+
+
 def test_necks_share_no_statistics_either(check):
     check({"MODEL.SEPC.NORM": "SyncBN"}, num_gpus=2)  # it is not there
     options = {"MODEL.NECKS": ["DyHead", "SEPC"], "MODEL.SEPC.NORM": "SyncBN"}

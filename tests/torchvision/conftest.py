@@ -84,6 +84,33 @@ def tiny(rectangles, tmp_path):
 
 
 @pytest.fixture
+def with_parts(rectangles, tmp_path):
+    """Overrides of keypoint_rcnn's: rectangles with masks as polygons, and with two keypoints, corner and middle."""
+    content = json.loads(rectangles.read_text())
+    for a in content["annotations"]:
+        x, y, w, h = a["bbox"]
+        a["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        a["keypoints"] = [x, y, 2, x + w // 2, y + h // 2, 2]
+    for category in content["categories"]:
+        category["keypoints"] = ["corner", "middle"]
+    path = tmp_path / "parts.json"
+    path.write_text(json.dumps(content))
+    name = f"parts_{tmp_path.parent.name}_{tmp_path.name}"
+    return {
+        "DATASETS.REGISTER": [[name, str(path), str(rectangles.parent)]],
+        "DATASETS.TRAIN": (name,),
+        "DATASETS.TEST": (name,),
+        "INPUT.MASK_FORMAT": "bitmask",
+        "MODEL.MASK_ON": True,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (16,),
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 2,
+        "TEST.KEYPOINT_OKS_SIGMAS": [0.01, 0.01],
+    }
+
+
+@pytest.fixture
 def command():
     """A function from overrides to the command line of train_net.py with a quickstart configuration."""
     return _command

@@ -102,6 +102,20 @@ def test_a_run_leaves_what_it_promises_and_evaluating_its_checkpoint_reproduces_
         assert main(command(again, detector, eval_only=True, num_gpus=2)) == trained
 
 
+def test_masks_and_keypoints_are_learned_and_reported(tiny, command, losses, with_parts):
+    options = tiny | with_parts | {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01}
+    (name,) = options["DATASETS.TEST"]
+    main(command(options, "keypoint_rcnn"))
+    assert all(losses[0][f"loss_{part}"] > 0 for part in ("mask", "keypoint"))
+    folder = Path(options["OUTPUT_DIR"])
+    (result,) = json.loads((folder / "results.json").read_text())["results"]
+    assert {task: "AP" in metrics for task, metrics in result["tasks"].items()} == {"segm": True, "keypoints": True}
+    (file,) = (folder / "inference" / name).iterdir()
+    assert all({"segmentation", "keypoints"} <= set(detection) for detection in json.loads(file.read_text()))
+    assert f"{name}/keypoints" in (folder / "log.txt").read_text()
+    assert (folder / "predictions.png").is_file()
+
+
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tiny, command, losses):
     options = tiny | {"SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 3, "TEST.EVAL_PERIOD": 3}
     main(command(options))

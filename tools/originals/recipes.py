@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dyhead.checkpoints import Conversion, canonical_names, convert, load_into
 from dyhead.config import TWO_STAGE, load_config
-from tools.originals.rows import Row
+from tools.originals.rows import Row, of_detections
 from tools.originals.values import tensors
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "released"
@@ -76,7 +76,7 @@ def compare(record: Path, engine: str) -> Iterator[Row]:
 
     names = ("detections/boxes", "detections/scores", "detections/classes")
     names = names if microsoft else ("det_boxes", "det_scores", "det_labels")
-    pixels, scores = _of_detections(found, [torch.from_numpy(arrays[each]) for each in names])
+    pixels, scores = of_detections(found, [torch.from_numpy(arrays[each]) for each in names])
     yield Row(name, f"{engine}: detections, pixels", pixels, _PIXELS)
     yield Row(name, f"{engine}: detections, scores", scores, _SCORES)
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
@@ -122,20 +122,6 @@ def _of_largest(got: np.ndarray, want: np.ndarray) -> float:
     """The largest difference of a map (C, H, W) from some of its channels, of the largest value."""
     kept = got[:: -(-len(got) // len(want))]
     return float("inf") if kept.shape != want.shape else float(np.abs(kept - want).max() / np.abs(want).max())
-
-
-def _of_detections(found: tuple[Tensor, ...], expected: list[Tensor]) -> tuple[float, float]:
-    """How far the farthest detection is from its partner of the same class, in pixels and in score."""
-    boxes, scores, labels = found
-    if len(boxes) != len(expected[0]):
-        return float("inf"), float("inf")
-    pixels = scores_off = 0.0
-    for box, score, label in zip(*expected, strict=True):
-        # Neighbouring scores may lie as close as rounding: a partner is near in both.
-        off = (boxes - box).abs().amax(dim=1) + 1e6 * (labels != label) + 1e6 * ((scores - score).abs() > 0.01)
-        pixels = max(pixels, off.min().item())
-        scores_off = max(scores_off, (scores[off.argmin()] - score).abs().item())
-    return pixels, scores_off
 
 
 def _watch(model: nn.Module) -> dict[tuple[str, str], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -49,6 +49,24 @@ def relative(got: Tensor, want: Tensor, floor: float = 1e-6) -> float:
         return float("inf")
     got, want = got.double(), want.double()
     return ((got - want).abs() / want.abs().clamp(min=floor)).max().item() if got.numel() else 0.0
+
+
+def of_detections(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
+    """How far the farthest detection is from its partner of the same class, in pixels and in score.
+
+    Args:
+        found, expected: boxes (D, 4), scores and labels (D,) of an image; infinite where there are not as many.
+    """
+    boxes, scores, labels = found
+    if len(boxes) != len(expected[0]):
+        return float("inf"), float("inf")
+    pixels = scores_off = 0.0
+    for box, score, label in zip(*expected, strict=True):
+        # Neighbouring scores may lie as close as rounding: a partner is near in both.
+        off = (boxes - box).abs().amax(dim=1) + 1e6 * (labels != label) + 1e6 * ((scores - score).abs() > 0.01)
+        pixels = max(pixels, off.min().item())
+        scores_off = max(scores_off, (scores[off.argmin()] - score).abs().item())
+    return pixels, scores_off
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -12,10 +12,8 @@ constexpr int kPoints = 32;
 
 // kVectors vectors of channels from c on, at points [first, first + count); goes on from what is in `values` if there
 // are points before.
-template <typename T, int kVectors>
-DYHEAD_INLINE void maximum_of(const Corners<T>* corners, int first, int count, int64_t c, Accumulator<T>* values,
-                              Accumulator<T>* points) {
-  using A = Accumulator<T>;
+template <typename A, int kVectors>
+DYHEAD_INLINE void maximum_of(const Corners<A>* corners, int first, int count, int64_t c, A* values, A* points) {
   Vector<A> best[kVectors], at[kVectors];
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
@@ -41,11 +39,10 @@ DYHEAD_INLINE void maximum_of(const Corners<T>* corners, int first, int count, i
   }
 }
 
-template <typename T>
-DYHEAD_TARGET void maximum(const Border<Accumulator<T>>& border, int pool_size, int64_t map_height, int64_t map_width,
-                           const Channels<T>& from, int64_t width, Accumulator<T>* values, Accumulator<T>* points) {
-  using A = Accumulator<T>;
-  Corners<T> corners[kPoints];
+template <typename A>
+DYHEAD_TARGET void maximum(const Border<A>& border, int pool_size, int64_t map_height, int64_t map_width,
+                           const Channels<A>& from, int64_t width, A* values, A* points) {
+  Corners<A> corners[kPoints];
   for (int first = 0; first <= pool_size; first += kPoints) {
     const int count = std::min(kPoints, pool_size + 1 - first);
     for (int k = 0; k < count; ++k) {
@@ -54,8 +51,8 @@ DYHEAD_TARGET void maximum(const Border<Accumulator<T>>& border, int pool_size, 
       for (int i = 0; i < 4; ++i) corners[k].row[i] = from.at(cell.corner[i]);
     }
     int64_t c = 0;
-    for (; c + 2 * kLanes<A> <= width; c += 2 * kLanes<A>) maximum_of<T, 2>(corners, first, count, c, values, points);
-    for (; c + kLanes<A> <= width; c += kLanes<A>) maximum_of<T, 1>(corners, first, count, c, values, points);
+    for (; c + 2 * kLanes<A> <= width; c += 2 * kLanes<A>) maximum_of<A, 2>(corners, first, count, c, values, points);
+    for (; c + kLanes<A> <= width; c += kLanes<A>) maximum_of<A, 1>(corners, first, count, c, values, points);
     for (; c < width; ++c) {
       A best = first == 0 ? interpolate_one(corners[0], c) : values[c], at = first == 0 ? A(0) : points[c];
       for (int k = first == 0 ? 1 : 0; k < count; ++k) {

@@ -28,7 +28,7 @@ const Kernels<BFloat16, BFloat16>& kernels() {
                                                      pack<BFloat16, BFloat16>,
                                                      unpack<float>,
                                                      scatter<BFloat16>,
-                                                     maximum<BFloat16>};
+                                                     maximum<float>};
   return table;
 }
 
@@ -38,7 +38,7 @@ template <typename T>
 const Kernels<T, Accumulator<T>>& kernels() {
   using A = Accumulator<T>;
   static constexpr Kernels<T, A> table{kBlockRows,    2 * kLanes<A>, locate<A>, sample<T>,  sample<T>,
-                                       product<A, A>, pack<T, A>,    unpack<A>, scatter<T>, maximum<T>};
+                                       product<A, A>, pack<T, A>,    unpack<A>, scatter<T>, maximum<A>};
   return table;
 }
 

@@ -32,9 +32,7 @@ def prepare(name: str, root: str | os.PathLike) -> tuple[str, str]:
     if name not in SPECS:
         raise DataError(f"shapes: expected one of {', '.join(SPECS)}, got '{name}'")
     spec = SPECS[name]
-    # "pictures" is what `images` was called when the first sets were drawn; the digest keeps them valid.
-    fields = {"pictures" if key == "images" else key: value for key, value in asdict(spec).items()}
-    described = json.dumps({"drawing_version": DRAWING_VERSION, **fields}, indent=1)
+    described = json.dumps({"drawing_version": DRAWING_VERSION, **asdict(spec)}, indent=1)
     digest = hashlib.sha256(described.encode()).hexdigest()[:10]
     parent = os.path.join(root, "shapes")
     folder = os.path.join(parent, f"{name}-{digest}")

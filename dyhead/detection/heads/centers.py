@@ -26,7 +26,8 @@ class Aggregation(nn.Module):
     """What is seen at certain points of a box, by one modulated deformable convolution of 3x3 taps.
 
     The taps are at the box's corners, the middles of its sides, and a learned position near the cell, each with a
-    learned importance. After ReLU a 1x1 convolution, which is 0 at first, gives the output.
+    learned importance. After ReLU a 1x1 convolution, which is 0 at first, gives the output. The deformable one starts
+    with He et al.'s uniform weights.
 
     Args:
         channels: channels C of the level.
@@ -52,7 +53,7 @@ class Aggregation(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden, channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.predictor = nn.Conv2d(hidden, outputs, 1)
-        nn.init.normal_(self.weight, std=0.01)
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
         for layer in (self.offset, self.predictor):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -84,6 +85,9 @@ class CenterHead(DenseHead):
     ``class_conv`` before ``logits``, ``box_conv`` before ``deltas`` (the sizes), ``center_conv`` before ``centers``,
     ``corner_conv`` before ``corners``. What ``aggregation`` makes of a level and the sizes is added to the sizes, which
     it gives no gradient but through the positions that it reads. All but classes are predicted from the box tower.
+
+    What stands before predictors starts with He et al.'s uniform weights: with a deviation of 0.01, as all else in a
+    head, so little would come through two layers that little is learned at first.
 
     Args:
         channels: channels C of every level.
@@ -139,6 +143,8 @@ class CenterHead(DenseHead):
         self.class_conv, self.box_conv, self.center_conv, self.corner_conv = (
             convolution(channels, hidden, 3) for _ in range(4)
         )
+        for layer in (self.class_conv, self.box_conv, self.center_conv, self.corner_conv):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
         self.centers = convolution(hidden, 2, kernel_size)
         self.corners = convolution(hidden, 4, kernel_size)
         nn.init.constant_(self.corners.bias, -math.log((1 - prior_prob) / prior_prob))

@@ -27,8 +27,9 @@ def keypoint_loss(logits: Tensor, boxes: Tensor, keypoints: Tensor, divisor: flo
     return total / (max(len(chosen), 1) if divisor is None else divisor) + 0 * logits.sum()
 
 
+@torch.no_grad()
 def find_keypoints(logits: Tensor, boxes: Tensor) -> Tensor:
-    """The highest points of heatmaps that are interpolated to the pixels of their boxes.
+    """The highest points of heatmaps that are interpolated to the pixels of their boxes; they have no gradient.
 
     Args:
         logits: (D, J, S, S).
@@ -39,13 +40,13 @@ def find_keypoints(logits: Tensor, boxes: Tensor) -> Tensor:
     """
     found = logits.new_zeros(len(logits), logits.shape[1], 3)
     sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-    for out, own, box, size in zip(found, logits, boxes, sizes, strict=True):
+    for i, (own, box, size) in enumerate(zip(logits, boxes, sizes, strict=True)):
         width, height = (int(n) for n in size.ceil().tolist())
         fine = F.interpolate(own[None], size=(height, width), mode="bicubic", align_corners=False)[0].flatten(1)
         highest, place = fine.max(dim=1)
-        out[:, 0] = box[0] + (place % width + 0.5) * (size[0] / width)
-        out[:, 1] = box[1] + (place // width + 0.5) * (size[1] / height)
-        out[:, 2] = 1 / (own.flatten(1) - highest[:, None]).exp().sum(dim=1)
+        found[i, :, 0] = box[0] + (place % width + 0.5) * (size[0] / width)
+        found[i, :, 1] = box[1] + (place // width + 0.5) * (size[1] / height)
+        found[i, :, 2] = 1 / (own.flatten(1) - highest[:, None]).exp().sum(dim=1)
     return found
 
 

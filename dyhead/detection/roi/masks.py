@@ -8,18 +8,19 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 
-def crop_masks(masks: Tensor, boxes: Tensor, side: int) -> Tensor:
+def crop_masks(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
     """What boxes see of masks: their average in each cell, aligned with the pixels, rounded to 0 or 1.
 
     Args:
-        masks: (P, H, W) bool, one for each box.
+        masks: (M, H, W) bool.
         boxes: (P, 4) in pixels.
+        objects: (P,), which mask a box is to see, 0 to M - 1.
         side: cells along each side of a region.
 
     Returns:
         (P, side, side) bool.
     """
-    regions = torch.cat([torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None], boxes], dim=1)
+    regions = torch.cat([objects[:, None].to(boxes.dtype), boxes], dim=1)
     cells = roi_align(masks[:, None].to(boxes.dtype), regions, side, aligned=True)
     return cells[:, 0] >= 0.5
 
@@ -54,7 +55,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
         (D, height, width) bool.
     """
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    for out, mask, box in zip(pasted, masks, boxes, strict=True):
+    for i, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         # Outside the box, more than half of what is interpolated is 0.
         left, top, right, bottom = (int(n) for n in (*box[:2].floor().tolist(), *box[2:].ceil().tolist()))
         left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
@@ -65,7 +66,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
         y, x = (y - box[1]) / (box[3] - box[1]) * 2 - 1, (x - box[0]) / (box[2] - box[0]) * 2 - 1
         grid = torch.stack([x[None].expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=2)
         sampled = F.grid_sample(mask[None, None], grid[None].to(mask.dtype), align_corners=False)
-        out[top:bottom, left:right] = sampled[0, 0] >= 0.5
+        pasted[i, top:bottom, left:right] = sampled[0, 0] >= 0.5
     return pasted
 
 

@@ -20,6 +20,7 @@ class PyramidPool(nn.Module):
         sampling_ratio: samples in a cell, per axis; 0 is as many as there are pixels.
         aligned: shift by half a pixel ("ROIAlignV2" of Detectron2).
         scales: V factors by which a region is enlarged around its center. The level is that of the region as it is.
+        canonical_size: root of the area, in pixels, from which on a region belongs to the level of stride 16.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class PyramidPool(nn.Module):
         sampling_ratio: int,
         aligned: bool,
         scales: Sequence[float] = (1.0,),
+        canonical_size: float = 224,  # ImageNet's image
     ) -> None:
         super().__init__()
         self.strides = dict(strides)
@@ -36,6 +38,7 @@ class PyramidPool(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.scales = tuple(scales)
+        self.canonical_size = canonical_size
 
     def forward(
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]] = ()
@@ -48,8 +51,7 @@ class PyramidPool(nn.Module):
         regions = torch.cat([index, torch.cat(boxes)], dim=1)
         size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))
         numbers = [stride.bit_length() - 1 for stride in self.strides.values()]  # log2
-        # A region of 224 pixels, ImageNet's image, belongs to level 4, of stride 16.
-        wanted = (4 + torch.log2(size / 224 + 1e-8)).floor().clamp(numbers[0], numbers[-1])
+        wanted = (4 + torch.log2(size / self.canonical_size + 1e-8)).floor().clamp(numbers[0], numbers[-1])
         views = [self._pooled([features[name] for name in self.strides], r, wanted) for r in self._enlarged(regions)]
         return views[0] if len(views) == 1 else torch.cat(views, dim=1)
 

@@ -15,12 +15,15 @@ class Registered:
 
     Attributes:
         name: what ``MODEL.ROI_BOX_HEAD.NAME`` calls it.
-        node: of its options in the configuration. Of ``MODEL.ROI_BOX_HEAD`` it reads nothing: pooling and box losses,
+        node: of its options in the configuration. Of ``MODEL.ROI_BOX_HEAD`` it reads nothing: pooling and losses,
             which do not depend on the head, are the engine's, and the rest is Detectron2's own head's.
         options: their dataclass, with the method ``build(channels, side) -> nn.Module``. The module maps pooled regions
             (Q, V * C, S, S) to features (Q, D), from which the engine predicts classes and boxes. Its ``out_features``
             are D, or a pair of numbers, of the features for classes and, behind them, of those for boxes. It pools a
-            region V times where it has ``scales``, V factors by which the region is enlarged around its center.
+            region V times where it has ``scales``, V factors by which the region is enlarged around its center. Where
+            it has ``loss_weights``, these are what the losses of classes and boxes are multiplied by, ((1.4, 2.0),).
+            With a second pair, ((1.4, 2.0), (0.5, 0.6)), classes are also predicted from the features for boxes and
+            boxes from those for classes, at these weights; a class's score is then that of either prediction.
     """
 
     name: str

@@ -12,15 +12,15 @@ def test_a_cell_of_a_region_is_of_the_object_where_half_of_it_is():
     masks = torch.zeros(2, 12, 16, dtype=torch.bool)
     masks[0, 2:8, 3:9] = True
     masks[1, :, 8:] = True
-    boxes = torch.tensor([[1.0, 0, 13, 12], [0, 0, 16, 12]])
-    cropped = crop_masks(masks, boxes, side=4)
-    for mask, (x0, y0, x1, y1), out in zip(masks, boxes.int().tolist(), cropped, strict=True):
+    boxes, objects = torch.tensor([[1.0, 0, 13, 12], [0, 0, 16, 12], [0, 0, 16, 12]]), torch.tensor([0, 1, 0])
+    cropped = crop_masks(masks, boxes, objects, side=4)
+    for mask, (x0, y0, x1, y1), out in zip(masks[objects], boxes.int().tolist(), cropped, strict=True):
         width, height = (x1 - x0) // 4, (y1 - y0) // 4
         for i in range(4):
             for j in range(4):
                 cell = mask[y0 + i * height : y0 + (i + 1) * height, x0 + j * width : x0 + (j + 1) * width]
                 assert out[i, j] == (cell.float().mean() >= 0.5)
-    assert crop_masks(masks[:0], boxes[:0], side=4).shape == (0, 4, 4)
+    assert crop_masks(masks[:0], boxes[:0], objects[:0], side=4).shape == (0, 4, 4)
 
 
 @pytest.mark.parametrize("classes", [1, 3])
