@@ -30,6 +30,7 @@ from dyhead.necks import Necked
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.optimizer import build_optimizer, resumed_state
+from dyhead.runs.processes import check_same_start
 from dyhead.runs.seeds import seed_sampling
 
 _log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Trainer(DefaultTrainer):
             DataError: an image is broken.
             Interrupted: a signal came; a checkpoint is written.
         """
+        check_same_start(self.start_iter, self.cfg.OUTPUT_DIR)
         if isinstance(self.data_loader, TrainLoader):  # which a trainer that is derived from this may not have
             self.data_loader.seed, self.data_loader.start = self.seed, self.start_iter
         with self._interruption:

@@ -126,7 +126,7 @@ def _launch(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> Metrics:
     url = urlparse(args.dist_url)
     os.environ.update(MASTER_ADDR=url.hostname, MASTER_PORT=str(url.port), NODE_RANK=str(args.machine_rank))
     threads = max(1, torch.get_num_threads() // args.num_gpus)
-    return launched(lambda errors: fabric.launch(_process, cfg, args, threads, errors))
+    return launched(lambda errors: fabric.launch(_process, cfg, args, threads, errors), args, cfg.OUTPUT_DIR)
 
 
 def _process(

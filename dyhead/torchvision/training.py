@@ -16,6 +16,7 @@ from dyhead.data import CocoSplit
 from dyhead.evaluation.results import Evaluated
 from dyhead.runs.divergence import check_finite
 from dyhead.runs.interruption import Interrupted, Interruption
+from dyhead.runs.processes import check_same_start
 from dyhead.runs.schedule import learning_rate_factor
 from dyhead.runs.seeds import seed_sampling
 from dyhead.torchvision.checkpoint import load_states, portable_state, save_checkpoint
@@ -66,7 +67,8 @@ def train(
 
     Raises:
         DivergedError: a loss is infinite or NaN, on any device.
-        ConfigError: the state of the loss scaling is none, or a checkpoint cannot be written.
+        ConfigError: the state of the loss scaling is none, a checkpoint cannot be written, or the processes have
+            different ones to go on from.
         DataError: an image is broken.
         Interrupted: a signal came; a checkpoint is written.
     """
@@ -78,6 +80,7 @@ def train(
     if checkpoint is not None:
         start = checkpoint["iteration"] + 1
         load_states(checkpoint, optimizer, precision)
+    check_same_start(start, cfg.OUTPUT_DIR)
 
     def save(name: str, iteration: int) -> None:
         content = {
