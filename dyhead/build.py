@@ -1,4 +1,4 @@
-"""The parts that a configuration stands for and both engines share: necks, dense detectors and box heads."""
+"""What a configuration stands for and both engines share: networks of timm, necks, dense detectors and box heads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,30 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dyhead.config import ConfigError, check_options, get, options_of
+from dyhead.backbones import TimmNetwork
+from dyhead.config import ConfigError, check_options, expect, get, options_of
 from dyhead.config_options import DUAL
 from dyhead.detection import DETECTORS, DenseDetector, Registered
 from dyhead.detection.roi import BOX_HEADS, Tap, dually_supervised
 from dyhead.necks import NECKS, Stack
+
+
+def build_timm(cfg: CfgNode) -> TimmNetwork:
+    """The network of ``MODEL.TIMM``, with random weights.
+
+    Raises:
+        ConfigError: timm has no such network, or the network not the maps of ``MODEL.FPN.IN_FEATURES``.
+    """
+    try:
+        network = options_of(cfg, "MODEL.TIMM").build(cfg.MODEL.FPN.IN_FEATURES)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"MODEL.TIMM.{error}") from error
+    there = list(network.strides)
+    some = f"some of the maps of MODEL.TIMM.OUT_INDICES, {there}"
+    expect(cfg, "MODEL.FPN.IN_FEATURES", set(cfg.MODEL.FPN.IN_FEATURES) <= set(there), some)
+    return network
 
 
 def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:

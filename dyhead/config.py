@@ -18,6 +18,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from dyhead.backbones.timm import check_name
 from dyhead.config_checks import (
     CASCADE,
     CASCADE_CHECKS,
@@ -136,12 +137,14 @@ def _quiet_defaults(cfg: CfgNode, defaults: CfgNode) -> None:
 
 
 def _unread(cfg: CfgNode) -> list[str]:
-    """Patterns of the keys of other detectors and box heads."""
+    """Patterns of the keys of other networks, detectors and box heads."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
+    network = "MODEL.RESNETS" if has_timm(cfg) else "MODEL.TIMM"
     if name not in meta_architectures():  # Detectron2's own, or a user's
-        return [f"{node}.*" for node in (*nodes, DUAL) if node != "MODEL.RETINANET"]
-    keys: tuple[str, ...] = ()
+        return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
+    nodes.append(network)
+    keys: Sequence[str] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
         nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
@@ -203,6 +206,10 @@ def _check_together(cfg: CfgNode) -> None:
         expect(cfg, "SOLVER.NUM_DECAYS", solver.NUM_DECAYS <= solver.MAX_ITER, most)
     if solver.OPTIMIZER == "SGD" and solver.NESTEROV:
         expect(cfg, "SOLVER.MOMENTUM", solver.MOMENTUM > 0, "above 0 with SOLVER.NESTEROV True")
+    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+        _check_deformable(cfg)
+    if has_timm(cfg):
+        _check_timm(cfg)
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
@@ -215,6 +222,32 @@ def _check_together(cfg: CfgNode) -> None:
             count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
             fits = given == count or (given == 0 and count == COCO_KEYPOINTS)
             expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
+
+
+def has_timm(cfg: CfgNode) -> bool:
+    """Whether the backbone's network is one of the package timm."""
+    return "timm" in cfg.MODEL.BACKBONE.NAME
+
+
+def _check_timm(cfg: CfgNode) -> None:
+    key, name = "MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.NAME
+    whole = f"0 with {name}, whose network is trained whole; MODEL.TIMM.FROZEN_BN keeps batch normalization"
+    expect(cfg, key, get(cfg, key) == 0, whole)
+    try:
+        check_name(cfg.MODEL.TIMM.NAME)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.TIMM.{error}") from error
+
+
+def _check_deformable(cfg: CfgNode) -> None:
+    options, node = cfg.MODEL.RESNETS, "MODEL.RESNETS"
+    stages = [stage for stage, deformable in enumerate(options.DEFORM_ON_PER_STAGE) if deformable]
+    if stages:
+        depths = "50, 101 or 152 with DEFORM_ON_PER_STAGE: smaller networks have no bottlenecks"
+        expect(cfg, f"{node}.DEPTH", options.DEPTH >= 50, depths)
+        width = options.NUM_GROUPS * options.WIDTH_PER_GROUP * 2 ** stages[0]  # and twice that of stage to stage
+        fits = width % options.DEFORM_NUM_GROUPS == 0
+        expect(cfg, f"{node}.DEFORM_NUM_GROUPS", fits, f"a divisor of the {width} channels that are convolved")
 
 
 def _check_cascade(cfg: CfgNode) -> None:

@@ -115,6 +115,9 @@ RESNET_CHECKS: dict[str, Check] = {
     "MODEL.RESNETS.STRIDE_IN_1X1": _FLAG,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": _COUNT,
     "MODEL.RESNETS.STEM_OUT_CHANNELS": _COUNT,
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": of_type(tuple[bool, bool, bool, bool]),  # res2 to res5
+    "MODEL.RESNETS.DEFORM_MODULATED": _FLAG,
+    "MODEL.RESNETS.DEFORM_NUM_GROUPS": _COUNT,
 }
 
 #: Of backbones with a feature pyramid network, likewise.

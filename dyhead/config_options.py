@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dyhead.backbones import TimmOptions
 from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.roi import BOX_HEADS, DuallySupervisedOptions
@@ -41,7 +42,7 @@ class BackboneOptions:
 
 @dataclass(frozen=True)
 class FPNOptions:
-    """P6 and P7 of ``build_resnet_fpn_p6p7_backbone`` and ``build_retinanet_resnet_fpn_dyhead_backbone``."""
+    """P6 and P7 of the backbones with ``p6p7`` in their name and ``build_retinanet_resnet_fpn_dyhead_backbone``."""
 
     p6p7_in_feature: str = option("p5", "the level that P6 and P7 are computed from", one_of("p5", "res5"))
     p7_relu: bool = option(True, "apply ReLU to P6 before P7 is computed from it; mmdetection does not")
@@ -81,6 +82,7 @@ class BenchmarkOptions:
 OPTIONS: dict[str, type] = {
     "MODEL": ModelOptions,
     "MODEL.BACKBONE": BackboneOptions,
+    "MODEL.TIMM": TimmOptions,
     "MODEL.FPN": FPNOptions,
     "MODEL.ANCHOR_GENERATOR": AnchorOptions,
     **{neck.node: neck.options for neck in NECKS.values()},

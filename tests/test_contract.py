@@ -24,14 +24,13 @@ from tests.detection.objects import levels_of
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
 NAMES = [*DENSE, "faster_rcnn"]
-DOUBLE_HEADS = ["doublehead", "doublehead_ext"]
 # Quickstarts by detector and neck.
 WITH_NECKS = [
     *((name, neck) for name in NAMES for neck in ("", "_dyhead")),
     ("atss", "_sepc"),
     ("faster_rcnn", "_dyhead_box_head"),
     ("cascade_rcnn", "_dyhead"),
-    *((name, "_dyhead") for name in DOUBLE_HEADS),
+    ("doublehead_ext", "_dyhead"),
     ("dsfpn", ""),
 ]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
@@ -171,7 +170,7 @@ def assert_same_detections(name, found, expected):
 
 
 def test_every_detector_has_its_files():
-    for name in (*NAMES, *DOUBLE_HEADS, "dsfpn"):
+    for name in (*NAMES, "doublehead", "doublehead_ext", "dsfpn"):
         for folder, size in ((CONFIGS, "R18_shapes"), (CONFIGS.parent, "R50")):
             for neck in ("", "_dyhead"):
                 cfg = get_cfg()
@@ -204,6 +203,9 @@ def test_both_engines_agree_behind_another_neck(case, tmp_path):
         ("faster_rcnn", "_dyhead_box_head", "none in one image"),
         ("cascade_rcnn", "_dyhead", "objects"),
         ("cascade_rcnn", "_dyhead", "none at all"),
+        ("doublehead", "_dyhead", "none in one image"),
+        ("doublehead_ext", "_dyhead", "objects"),
+        ("doublehead_ext", "_dyhead", "none at all"),
     ],
 )
 def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_path):
@@ -211,22 +213,9 @@ def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_p
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
-@pytest.mark.parametrize("name", DOUBLE_HEADS)
-def test_both_engines_agree_about_two_views_of_a_region(name, case, tmp_path):
-    assert_engines_agree(name, "_dyhead", case, tmp_path)
-
-
-@pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
-@pytest.mark.parametrize("name", ["DyHeadBoxHead", "FastRCNNConvFCHead"])
-def test_both_engines_have_the_same_cascade(name, case, tmp_path):
-    assert_engines_agree("cascade_rcnn", "_dyhead", case, tmp_path, **{"MODEL.ROI_BOX_HEAD.NAME": name})
-
-
-@pytest.mark.detectron2
-def test_both_engines_have_the_same_cascade_of_two_branches(tmp_path):
-    options = {"MODEL.ROI_BOX_HEAD.NAME": "DoubleHeadExt"}
+@pytest.mark.parametrize("name", ["DyHeadBoxHead", "DoubleHeadExt"])
+def test_both_engines_have_the_same_cascade_of_other_box_heads(name, tmp_path):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": name}
     assert_engines_agree("cascade_rcnn", "_dyhead", "none in one image", tmp_path, **options)
 
 

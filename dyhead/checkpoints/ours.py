@@ -3,7 +3,8 @@
 ====================================  ================================================================================
 canonical key                         what
 ====================================  ================================================================================
-``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...)
+``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...);
+                                      one of timm: ``timm.network.*``, with timm's names, and ``timm.norms.res5``
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
@@ -85,6 +86,7 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         return lambda m: f"{BACKBONE}fpn_{name}{first + int(m[1])}.{norm}{m[2]}"
 
     rows = [
+        Row(r"backbone\.body\.((?:network|norms)\..+)", BOTTOM_UP + r"timm.\1"),
         *torchvision_resnet(r"backbone\.body\."),
         Row(pyramid.format("inner", 0), level("lateral")),
         Row(pyramid.format("inner", 1), level("lateral", "norm.")),

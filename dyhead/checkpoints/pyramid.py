@@ -23,6 +23,8 @@ def torchvision_resnet(prefix: str = "") -> list[Row]:
     return [
         Row(prefix + r"conv1\.(.+)", BOTTOM_UP + r"stem.conv1.\1"),
         Row(prefix + r"bn1\.(.+)", BOTTOM_UP + r"stem.conv1.norm.\1"),
+        # mmdetection's name of what predicts offsets, and this project's.
+        Row(block + r"conv2\.(?:conv_)?offset\.(?P<rest>.+)", inside(r"conv2_offset.\g<rest>")),
         Row(block + r"conv(?P<conv>\d)\.(?P<rest>.+)", inside(r"conv\g<conv>.\g<rest>")),
         Row(block + r"bn(?P<conv>\d)\.(?P<rest>.+)", inside(r"conv\g<conv>.norm.\g<rest>")),
         Row(block + r"downsample\.0\.(?P<rest>.+)", inside(r"shortcut.\g<rest>")),

@@ -10,11 +10,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor
 
+from dyhead.backbones import timm
 from dyhead.checkpoints import (
     CheckpointError,
     Conversion,
     canonical_names,
-    convert,
+    convert_for,
     find_state,
     last_checkpoint,
     load_into,
@@ -79,6 +80,9 @@ class Checkpointer(DetectionCheckpointer):
         self._path, self._origin = path, f"checkpoint {path}"
         try:
             with as_config_errors():
+                if path.startswith(timm.SCHEME):
+                    self._load_model({"model": timm.pretrained_state(path)})
+                    return {}
                 return super().load(path, checkpointables)
         except ConfigError as error:
             if path in str(error):
@@ -122,7 +126,7 @@ class Checkpointer(DetectionCheckpointer):
         if heuristics:
             conversion, names = self._matched(state, own, caffe2=checkpoint.get("__author__") == "Caffe2"), None
         else:
-            conversion, names = convert(state, self._origin), canonical_names(own)
+            conversion, names = convert_for(self.model, state, self._origin), canonical_names(own)
         checkpoint.pop("model", None)
         load_into(self.model, conversion, names, strict=self._complete, origin=self._origin)
         if resumes:

@@ -33,9 +33,6 @@ _NORM = one_of("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyn
 CHECKS: dict[str, Check] = {
     "MODEL.RESNETS.NORM": _NORM,
     "MODEL.RESNETS.RES5_DILATION": one_of(1, 2),
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": of_type(tuple[bool, bool, bool, bool]),
-    "MODEL.RESNETS.DEFORM_MODULATED": _FLAG,
-    "MODEL.RESNETS.DEFORM_NUM_GROUPS": _COUNT,
     "MODEL.FPN.NORM": _NORM,
     "MODEL.FPN.FUSE_TYPE": one_of("sum", "avg"),
     "INPUT.FORMAT": one_of("RGB", "BGR", "L"),

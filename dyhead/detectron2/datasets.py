@@ -16,7 +16,6 @@ from detectron2.data import (
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
     detection_utils,
 )
 from detectron2.data import transforms as T
@@ -202,19 +201,6 @@ class NamingMapper(DatasetMapper):
         visible.tensor = torch.where(visible.nonempty()[:, None], visible.tensor, boxes.tensor)
         _, kept = detection_utils.filter_empty_instances(Instances(shape, gt_boxes=boxes), return_mask=True)
         return visible[kept]
-
-
-def train_loader(cfg: CfgNode) -> _Loader:
-    """Detectron2's loader of ``DATASETS.TRAIN``.
-
-    Raises:
-        DataError: there is nothing to train on; on use, also from a worker process: an image is broken.
-    """
-    check_trainable(cfg)
-    try:
-        return _Loader(build_detection_train_loader(cfg, mapper=_ErrorsAsValues(NamingMapper(cfg, is_train=True))))
-    except AssertionError as error:  # what Detectron2 says of datasets that are not ours
-        raise DataError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: {error}") from error
 
 
 def evaluation_loader(cfg: CfgNode, name: str) -> _Loader:

@@ -20,15 +20,18 @@ from dyhead.config import ConfigError
 from dyhead.data import DataError
 from dyhead.detectron2.augmentation import with_augmentation
 from dyhead.detectron2.checkpoint import Checkpointer
-from dyhead.detectron2.datasets import evaluation_loader, train_loader
+from dyhead.detectron2.datasets import evaluation_loader
+from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.detectron2.evaluation import InstanceEvaluator, build_evaluator, defined
 from dyhead.detectron2.schedule import build_lr_scheduler
+from dyhead.detectron2.train_loader import TrainLoader
 from dyhead.evaluation.expected import WITH_TTA
 from dyhead.evaluation.results import check_weights
 from dyhead.necks import Necked
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.optimizer import build_optimizer, resumed_state
+from dyhead.runs.seeds import seed_sampling
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +48,8 @@ logging.getLogger("detectron2.engine.train_loop").addFilter(_has_a_traceback_to_
 class Trainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` for the detectors of this package; it also runs on CPUs, in several processes.
 
-    The differences: ``SOLVER.OPTIMIZER``; a resumed run goes on with the configuration's settings; Ctrl-C keeps what is
+    The differences: ``SOLVER.OPTIMIZER``; a resumed run goes on with the configuration's settings, and with the images
+    and random numbers that the uninterrupted run would have had; Ctrl-C keeps what is
     learned; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``; ``TEST.EXPECTED_RESULTS`` is left
     to :func:`dyhead.detectron2.main`; an image that cannot be read is named; a checkpoint that does not fit is an error
     on ``--resume``; on a CPU ``SOLVER.AMP`` is bfloat16.
@@ -77,6 +81,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._interruption = Interruption(announce=comm.is_main_process())
         self.register_hooks(self.build_hooks())
 
@@ -88,6 +93,8 @@ class Trainer(DefaultTrainer):
             DataError: an image is broken.
             Interrupted: a signal came; a checkpoint is written.
         """
+        if isinstance(self.data_loader, TrainLoader):  # which a trainer that is derived from this may not have
+            self.data_loader.seed, self.data_loader.start = self.seed, self.start_iter
         with self._interruption:
             try:
                 # Not DefaultTrainer's: where TEST.EXPECTED_RESULTS differ it ends the process, with nothing reported.
@@ -112,10 +119,15 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """One iteration."""
+        seed_sampling(self.seed, self.iter, comm.get_rank())
         try:
             super().run_step()
         except FloatingPointError as error:
             raise DivergedError(self.iter, " ".join(str(error).split())) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the training beside the weights."""
+        return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, with this configuration's settings.
@@ -129,6 +141,8 @@ class Trainer(DefaultTrainer):
             trainer.setdefault("grad_scaler", self._trainer.grad_scaler.state_dict())
         scheduler = saved.get("LRScheduler", {}) | {"base_lrs": self.scheduler.base_lrs}
         super().load_state_dict(state_dict | {"_trainer": trainer, "hooks": saved | {"LRScheduler": scheduler}})
+        if self.cfg.SEED < 0 and "seed" in state_dict:  # which the run drew; those of earlier versions kept none
+            self.seed = state_dict["seed"]
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
             group["lr"] = lr
 
@@ -139,7 +153,7 @@ class Trainer(DefaultTrainer):
             known = ", ".join(sorted(name for name, _ in BACKBONE_REGISTRY))
             raise ConfigError(f"MODEL.BACKBONE.NAME: expected one of {known}, got {cfg.MODEL.BACKBONE.NAME!r}")
         try:
-            model = super().build_model(cfg)
+            model = use_own_deform_conv(super().build_model(cfg))
         except ConfigError:
             raise
         except (AssertionError, KeyError, ValueError) as error:
@@ -164,8 +178,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's loader of ``DATASETS.TRAIN``."""
-        return train_loader(cfg)
+        """See :class:`dyhead.detectron2.train_loader.TrainLoader`."""
+        return TrainLoader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

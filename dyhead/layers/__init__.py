@@ -5,6 +5,7 @@ half the size of the previous one. K taps of a kernel, G offset groups.
 """
 
 from dyhead.layers.block import DyHeadBlock
+from dyhead.layers.deform_conv import DeformConv2d, DeformConv2dPack
 from dyhead.layers.head import DyHead
 from dyhead.layers.pconv import PConv, SampledPConv
 from dyhead.layers.released import ReleasedDyHeadBlock
@@ -17,6 +18,8 @@ from dyhead.layers.top import P6P7
 __all__ = [
     "P6P7",
     "SEPC",
+    "DeformConv2d",
+    "DeformConv2dPack",
     "DyHead",
     "DyHeadBlock",
     "PConv",

@@ -26,11 +26,10 @@ from dyhead.config import ConfigError, reads_visible_boxes
 from dyhead.data import CocoSplit, DataError
 from dyhead.data.coco import flip_pairs
 from dyhead.evaluation.coco import as_rle
+from dyhead.runs.batches import grouped
 from dyhead.runs.interruption import leave_to_main_process
 from dyhead.runs.preflight import check_parts
-
-# Random numbers of different use come from different streams.
-_ORDER, _AUGMENTATION = 0, 1
+from dyhead.runs.seeds import augmentation_rng, order_rng
 
 Target = dict[str, Tensor]
 
@@ -247,7 +246,7 @@ class TrainStream(Dataset):
         record = self.record(position)
         image = _read(record, self.image_format)
         objects = [a for a in record["annotations"] if not a["iscrowd"]]
-        change = self.augmentation(*image.shape[-2:], np.random.default_rng([_AUGMENTATION, self.seed, position]))
+        change = self.augmentation(*image.shape[-2:], augmentation_rng(self.seed, position))
         boxes = change.boxes(torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4))
         target = {"boxes": boxes, "labels": torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)}
         seen = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(dim=1)
@@ -296,14 +295,11 @@ class TrainBatches(Sampler[list[int]]):
         return islice(self._batches(), self.start * self.world_size + self.rank, None, self.world_size)
 
     def _batches(self) -> Iterator[list[int]]:
-        waiting: dict[bool, list[int]] = {False: [], True: []}
-        for position in count():
-            record = self.stream.record(position) if self.group else {"width": 0, "height": 0}
-            batch = waiting[record["width"] > record["height"]]
-            batch.append(position)
-            if len(batch) == self.batch_size:
-                yield list(batch)
-                batch.clear()
+        return grouped(count(), self.batch_size, lambda position: self.group and self._is_wide(position))
+
+    def _is_wide(self, position: int) -> bool:
+        record = self.stream.record(position)
+        return record["width"] > record["height"]
 
 
 class EvaluationImages(Dataset):
@@ -422,7 +418,7 @@ def _loader_options(cfg: CfgNode) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
+    return order_rng(seed, epoch).permutation(n)
 
 
 def _read(record: dict[str, Any], image_format: str) -> Tensor:

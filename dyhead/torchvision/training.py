@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from lightning.fabric import Fabric
@@ -18,12 +17,11 @@ from dyhead.evaluation.results import Evaluated
 from dyhead.runs.divergence import check_finite
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.schedule import learning_rate_factor
+from dyhead.runs.seeds import seed_sampling
 from dyhead.torchvision.checkpoint import load_states, portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
-
-_SAMPLING = 2  # random numbers of the model, apart from those of the data
 
 
 class Autocast(MixedPrecision):
@@ -103,7 +101,7 @@ def train(
             cfg, records, seed, start, keypoints=keypoints, rank=fabric.global_rank, world_size=fabric.world_size
         )
         for iteration, batch in zip(range(start, max_iter), batches, strict=False):
-            torch.manual_seed(_sampling_seed(seed, iteration, fabric.global_rank))
+            seed_sampling(seed, iteration, fabric.global_rank)
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = base_lr * lr_factor(iteration)
 
@@ -136,10 +134,6 @@ def train(
                     save(_periodic(iteration), iteration)
                 raise interrupted.after(iteration, cfg.OUTPUT_DIR) from None
     return results
-
-
-def _sampling_seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence([_SAMPLING, *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _due_checkpoints(cfg: CfgNode, iteration: int) -> list[str]:

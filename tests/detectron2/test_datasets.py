@@ -19,7 +19,8 @@ from detectron2.engine import TrainerBase
 from dyhead.config import add_dyhead_config
 from dyhead.data import DataError, read_image
 from dyhead.detectron2 import NamingMapper, Trainer, register_datasets
-from dyhead.detectron2.datasets import check_trainable, evaluation_loader, train_loader
+from dyhead.detectron2.datasets import check_trainable, evaluation_loader
+from dyhead.detectron2.train_loader import TrainLoader
 
 import torch  # isort: skip
 
@@ -162,7 +163,7 @@ def test_a_broken_picture_is_named_also_by_a_worker_process(tmp_path, config, pi
         {"DATASETS.TRAIN": (name,), "SOLVER.IMS_PER_BATCH": 2, "DATALOADER.NUM_WORKERS": workers}
         | {"DATALOADER.ASPECT_RATIO_GROUPING": grouping}
     )
-    loaders = train_loader(cfg), Trainer.build_test_loader(cfg, name)
+    loaders = TrainLoader(cfg), Trainer.build_test_loader(cfg, name)
     assert len(loaders[1]) == 2
     for loader in loaders:
         with pytest.raises(DataError, match=r"^\S*2\.png: the image cannot be read") as error:
@@ -179,7 +180,7 @@ def test_a_broken_picture_ends_a_training_without_a_traceback(tmp_path, config, 
     pictures("trained")
     cut(tmp_path / "1.png")
     trainer = Trained()
-    trainer.batches = iter(train_loader(config({"DATASETS.TRAIN": ("trained",), "SOLVER.IMS_PER_BATCH": 2})))
+    trainer.batches = iter(TrainLoader(config({"DATASETS.TRAIN": ("trained",), "SOLVER.IMS_PER_BATCH": 2})))
     with pytest.raises(DataError, match=r"1\.png: the image cannot be read"):
         trainer.train(0, 3)
     assert not any(record.exc_info for record in caplog.records)
@@ -202,7 +203,7 @@ def test_there_must_be_something_to_train_on(config, pictures):
     pictures("crowds", change=lambda data: [a.update(iscrowd=1) for a in data["annotations"]])
     pictures("unannotated", change=lambda data: data.pop("annotations"))
     pictures("objects")
-    for check in (check_trainable, train_loader):
+    for check in (check_trainable, TrainLoader):
         with pytest.raises(DataError, match="crowds: no image with an annotation that is not a crowd"):
             check(config({"DATASETS.TRAIN": ("crowds",)}))
         with pytest.raises(DataError, match=r"unannotated\.json .*it has no annotations.*not trained on"):
@@ -218,7 +219,7 @@ def test_what_detectron2_says_of_sets_of_its_own_is_no_traceback(config, picture
         record["annotations"] = []
     DatasetCatalog.register("theirs_empty", lambda: records)
     with pytest.raises(DataError, match="DATASETS.TRAIN theirs_empty: No valid data found"):
-        train_loader(config({"DATASETS.TRAIN": ("theirs_empty",)}))
+        TrainLoader(config({"DATASETS.TRAIN": ("theirs_empty",)}))
 
 
 def test_boxes_beyond_the_picture_are_clipped_where_asked(pictures):

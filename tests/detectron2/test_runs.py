@@ -17,7 +17,7 @@ pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultPredictor
+from detectron2.engine import DefaultPredictor, SimpleTrainer
 from detectron2.modeling import build_model
 
 from dyhead.config import ConfigError
@@ -123,6 +123,42 @@ def test_resuming_continues_from_the_saved_state(blocks, tiny_cfg):
     assert second.iter == 4
     moments = second.optimizer.state_dict()["state"]
     assert {int(moment["step"]) for moment in moments.values()} == {4}
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Every iteration's losses, in the order in which they are computed."""
+    seen, write = [], SimpleTrainer.write_metrics
+
+    def recording(loss_dict, *args):
+        seen.append({name: loss.item() for name, loss in loss_dict.items()})
+        write(loss_dict, *args)
+
+    monkeypatch.setattr(SimpleTrainer, "write_metrics", staticmethod(recording))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("seed", "grouping", "workers"), [(3, True, (0, 1)), (-1, False, (1, 0))], ids=["seed", "drawn seed"]
+)
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(arguments, tmp_path, losses, seed, grouping, workers):
+    settings = {
+        "SEED": seed,
+        "SOLVER.MAX_ITER": 6,
+        "SOLVER.CHECKPOINT_PERIOD": 4,
+        "SOLVER.OPTIMIZER": "SGD",
+        "INPUT.MIN_SIZE_TRAIN": (48, 64),
+        "DATALOADER.ASPECT_RATIO_GROUPING": grouping,
+        "DATASETS.TEST": (),
+    }
+    # Proposals are sampled at random, and images are flipped and resized; the last ones are of a second epoch.
+    main(arguments(settings | {"DATALOADER.NUM_WORKERS": workers[0]}, "faster_rcnn"))
+    uninterrupted = list(losses)
+    assert len({entry["loss_cls"] for entry in uninterrupted}) == 6
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000003.pth")
+    losses.clear()
+    main(arguments(settings | {"DATALOADER.NUM_WORKERS": workers[1]}, "faster_rcnn", resume=True))
+    assert losses == uninterrupted[4:]
 
 
 def test_a_resumed_run_has_the_settings_of_its_command_line(arguments, tmp_path):
@@ -240,7 +276,8 @@ def test_two_processes_share_a_batch(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "flags", "error", "message"),
     [
-        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, {}, ConfigError, "META_ARCHITECTURE: expected .*DyHeadFCOS"),
+        ({"MODEL.META_ARCHITECTURE": "NoNet"}, {}, ConfigError, "META_ARCHITECTURE: expected .*DyHeadFCOS"),
+        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, {}, ConfigError, "NECKS .*: RetinaNet does not know of necks"),
         (
             {"MODEL.BACKBONE.NAME": "build_resnet"},
             {},

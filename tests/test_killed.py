@@ -1,0 +1,112 @@
+"""A training that is killed, as by a machine that loses power, and goes on with --resume."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dyhead.detection.detector import DenseDetector
+
+ROOT = Path(__file__).parent.parent
+ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import train_net
+from dyhead.detection.detector import DenseDetector
+
+calls, losses = [], DenseDetector.losses
+
+def killed(self, *args):
+    calls.append(None)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return losses(self, *args)
+
+DenseDetector.losses = killed
+sys.exit(train_net.main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The entry of DATASETS.REGISTER of five pictures with a box each."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(1, 6):
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 48, "width": 64})
+        box = {"bbox": [4 * i, 3 * i, 20, 25], "area": 500, "iscrowd": 0}
+        annotations.append({"id": i, "image_id": i, "category_id": 1 + i % 2} | box)
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    return [f"killed {tmp_path.name}", str(tmp_path / "data.json"), str(tmp_path)]
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Every iteration's losses, in the order in which they are computed."""
+    seen, original = [], DenseDetector.losses
+
+    def recording(self, *args):
+        found = original(self, *args)
+        seen.append({name: value.item() for name, value in found.items()})
+        return found
+
+    monkeypatch.setattr(DenseDetector, "losses", recording)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_training_goes_on_with_the_losses_of_one_that_was_not(engine, tmp_path, data, losses):
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
+    train_net = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_net)
+    settings = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.FPN.OUT_CHANNELS": 32,
+        "MODEL.DYHEAD.NUM_BLOCKS": 1,
+        "MODEL.FCOS.NUM_CLASSES": 2,
+        "DATASETS.REGISTER": [data],
+        "DATASETS.TRAIN": (data[0],),
+        "DATASETS.TEST": (),
+        "DATALOADER.NUM_WORKERS": 0,
+        "INPUT.MIN_SIZE_TRAIN": (32, 48, 64),
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 7,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "SOLVER.WARMUP_ITERS": 2,
+    }
+
+    def words(folder, *flags):
+        file = ROOT / "configs/quickstart/fcos_dyhead_R18_shapes.yaml"
+        opts = [str(word) for pair in (settings | {"OUTPUT_DIR": str(tmp_path / folder)}).items() for word in pair]
+        return ["--engine", engine, *flags, "--config-file", str(file), *opts]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert train_net.main(words("whole")) == 0
+        uninterrupted = list(losses)
+        assert len(uninterrupted) == 7
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(ROOT), "6", *words("killed")], capture_output=True, timeout=120
+        )
+        assert killed.returncode == -9
+        assert (tmp_path / "killed" / "last_checkpoint").read_text() == "model_0000003.pth"
+        losses.clear()
+        assert train_net.main(words("killed", "--resume")) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert losses == [pytest.approx(each, rel=1e-6) for each in uninterrupted[4:]]
