@@ -91,11 +91,11 @@ def test_detectron2s_loader_does_the_same(file, crowd):
 
     from dyhead.config import add_dyhead_config
     from dyhead.detectron2 import register_datasets
-    from dyhead.detectron2.datasets import train_loader as loader
+    from dyhead.detectron2.train_loader import TrainLoader
 
     cfg = configured(file, "DATASETS.TRAIN", "('shapes_crowd_train',)", cfg=add_dyhead_config(detectron2_cfg()))
     register_datasets(["shapes_crowd_train"])
-    instances = [sample["instances"] for sample in next(iter(loader(cfg)))]
+    instances = [sample["instances"] for sample in next(iter(TrainLoader(cfg)))]
     assert all(own.has("gt_visible_boxes") == (file == "pairedbox") for own in instances)
     if file == "pairedbox":
         assert any((own.gt_visible_boxes.tensor != own.gt_boxes.tensor).any() for own in instances)
