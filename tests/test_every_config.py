@@ -26,12 +26,8 @@ FILES = {
     if not path.stem.startswith("base_") and path.stem != "dyhead_box_head"  # parts of others
 }
 PANOPTIC = {name for name in FILES if name.startswith("panoptic")}  # which Detectron2 alone has
+TIMM = {name for name, path in FILES.items() if "base_atss_dyhead_timm.yaml" in path.read_text()}
 NEEDS_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-RUNS = [
-    pytest.param(name, marks=[NEEDS_TIMM] if "base_atss_dyhead_timm.yaml" in path.read_text() else [])
-    for name, path in FILES.items()
-    if name not in PANOPTIC
-]
 TRAIN, TEST = "every_config_train", "every_config_val"
 # Sizes, and the backbone's norm, which needs wide layers where it is GN: which parts a detector has, how they learn and
 # how it decides is the file's.
@@ -168,7 +164,7 @@ def test_a_file_writes_where_its_name_says_and_has_the_necks_that_it_says(name):
         assert cfg.MODEL.NECKS == necks
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sorted(set(FILES) - PANOPTIC - TIMM))  # timm's: tests/backbones/test_configs.py
 def test_a_file_trains_and_evaluates_on_torchvision(name, arguments, tmp_path):
     torchvision_main(arguments(name))
     (reported,) = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
@@ -177,7 +173,9 @@ def test_a_file_trains_and_evaluates_on_torchvision(name, arguments, tmp_path):
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[NEEDS_TIMM] * (name in TIMM)) for name in sorted(set(FILES) - PANOPTIC)]
+)
 def test_a_file_trains_and_evaluates_on_detectron2(name, arguments, sets, tmp_path):
     from dyhead.detectron2 import register_datasets
 
