@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dyhead.build import build_detector
 from dyhead.config import ConfigError
 from dyhead.detection import DETECTORS, DenseDetector, Detections, Registered, Targets
+from dyhead.detection.dense_options import DenseOptions
 from dyhead.detectron2.backbone import build_backbone
 
 
@@ -137,6 +138,22 @@ class DenseMetaArchitecture(nn.Module):
             )
             results.append({"instances": detector_postprocess(instances, height, width)})
         return results
+
+
+def dense_detector(options: DenseOptions, **arguments: Any) -> DenseDetector:
+    """What follows the backbone, for LazyConfig, in which functions and classes are called by name.
+
+    Args:
+        options: of a detector, such as :class:`dyhead.detection.atss.ATSSOptions`.
+        **arguments: of ``options.build``: channels and strides of the pyramid, ...
+
+    Example:
+        >>> from dyhead.detection.atss import ATSSOptions
+        >>> lazy = LazyCall(dense_detector)(                                               # doctest: +SKIP
+        ...     options=LazyCall(ATSSOptions)(num_convs=0), channels=256, strides=[8, 16, 32, 64, 128]
+        ... )                                                                              # doctest: +SKIP
+    """
+    return options.build(**arguments)
 
 
 def _visible(objects: Instances) -> Tensor | None:
