@@ -25,13 +25,14 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
 NAMES = [*DENSE, "faster_rcnn"]
 DOUBLE_HEADS = ["doublehead", "doublehead_ext"]
+BOX_HEADS = [*DOUBLE_HEADS, "d2det"]
 # Quickstarts by detector and neck.
 WITH_NECKS = [
     *((name, neck) for name in NAMES for neck in ("", "_dyhead")),
     ("atss", "_sepc"),
     ("faster_rcnn", "_dyhead_box_head"),
     ("cascade_rcnn", "_dyhead"),
-    *((name, "_dyhead") for name in DOUBLE_HEADS),
+    *((name, "_dyhead") for name in BOX_HEADS),
 ]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
@@ -44,6 +45,11 @@ OPTIONS = {
     **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
     **{f"MODEL.{node}.CONV_DIM": 64 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
     "MODEL.DOUBLE_HEAD_EXT.NON_LOCAL_DIM": 32,
+    **{f"MODEL.D2DET.{key}": 32 for key in ("FC_DIM", "OFFSET_DIM", "BOX_CONV_DIM")},
+    "MODEL.D2DET.NUM_BOX_CONV": 2,
+    "MODEL.D2DET.BOX_CONV_GROUPS": 4,
+    "MODEL.D2DET.JITTER": 0.0,
+    "MODEL.D2DET.REGIONS_TRAIN": 100000,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
@@ -168,7 +174,7 @@ def assert_same_detections(name, found, expected):
 
 
 def test_every_detector_has_its_files():
-    for name in (*NAMES, *DOUBLE_HEADS):
+    for name in (*NAMES, *BOX_HEADS):
         for folder, size in ((CONFIGS, "R18_shapes"), (CONFIGS.parent, "R50")):
             for neck in ("", "_dyhead"):
                 cfg = get_cfg()
@@ -209,8 +215,8 @@ def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_p
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
-@pytest.mark.parametrize("name", DOUBLE_HEADS)
-def test_both_engines_agree_about_two_views_of_a_region(name, case, tmp_path):
+@pytest.mark.parametrize("name", BOX_HEADS)
+def test_both_engines_agree_about_other_heads_of_regions(name, case, tmp_path):
     assert_engines_agree(name, "_dyhead", case, tmp_path)
 
 

@@ -9,15 +9,17 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
     GeneralizedRCNN,
     build_proposal_generator,
     build_roi_heads,
 )
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from dyhead.build import build_box_head
+from dyhead.build import build_box_head, detects
 from dyhead.config import expect, get
 from dyhead.detection.heads.dense import at_least_float32
 from dyhead.detection.roi import BOX_HEADS
@@ -44,8 +46,8 @@ class DyHeadRCNN(GeneralizedRCNN):
         shapes = backbone.output_shape()
         for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):
             expect(cfg, key, set(get(cfg, key)) <= set(shapes), f"some of the levels {', '.join(shapes)}")
-        roi_heads = build_roi_heads(cfg, shapes)
-        if cfg.MODEL.ROI_BOX_HEAD.NAME in BOX_HEADS:
+        roi_heads = DetectingROIHeads(cfg, shapes) if detects(cfg) else build_roi_heads(cfg, shapes)
+        if cfg.MODEL.ROI_BOX_HEAD.NAME in BOX_HEADS and not detects(cfg):
             _adapt(cfg, roi_heads, {name: shape.stride for name, shape in shapes.items()})
         return {
             "backbone": backbone,
@@ -56,6 +58,37 @@ class DyHeadRCNN(GeneralizedRCNN):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+
+@ROI_HEADS_REGISTRY.register()
+class DetectingROIHeads(StandardROIHeads):
+    """Heads whose box head has losses and detections of its own, see :attr:`dyhead.detection.roi.Registered.detects`.
+
+    :class:`DyHeadRCNN` takes them by the name of the box head; other meta-architectures by ``MODEL.ROI_HEADS.NAME``.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        names, head = cfg.MODEL.ROI_HEADS.IN_FEATURES, cfg.MODEL.ROI_BOX_HEAD.NAME
+        strides = {name: input_shape[name].stride for name in names}
+        return {
+            "box_in_features": names,
+            "box_pooler": None,
+            "box_head": build_box_head(cfg, head, input_shape[names[0]].channels, strides),
+            "box_predictor": None,
+            "train_on_pred_boxes": False,
+        }
+
+    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> Any:
+        boxes, sizes = [own.proposal_boxes.tensor for own in proposals], [own.image_size for own in proposals]
+        if not self.training:
+            found = self.box_head.detect(features, boxes, sizes)
+            return [
+                Instances(size, pred_boxes=Boxes(own), scores=scores, pred_classes=labels)
+                for size, (own, scores, labels) in zip(sizes, found, strict=True)
+            ]
+        objects = [own.gt_boxes.tensor if own.has("gt_boxes") else own.proposal_boxes.tensor for own in proposals]
+        return self.box_head.losses(features, boxes, [own.gt_classes for own in proposals], objects, sizes)
 
 
 class ViewPooler(nn.Module):
@@ -148,6 +181,8 @@ def _register_box_head(name: str) -> None:
     """Let ``MODEL.ROI_BOX_HEAD.NAME`` choose a box head of :mod:`dyhead.detection.roi`, in any RoI heads."""
 
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+        key = "MODEL.ROI_HEADS.NAME"
+        expect(cfg, key, not BOX_HEADS[name].detects, f"'DetectingROIHeads' with MODEL.ROI_BOX_HEAD.NAME {name}")
         head = build_box_head(cfg, name, input_shape.channels)
         features = head.out_features
         # What Detectron2 builds the predictors from, which _adapt replaces.

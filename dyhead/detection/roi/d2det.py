@@ -6,19 +6,23 @@ Shapes: Q regions of all images, of which P hold an object; C channels, S side o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_iou
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from dyhead.detection.boxes.losses import log_iou_loss
+from dyhead.detection.detector import Detections
 from dyhead.detection.heads.dense import at_least_float32
-from dyhead.detection.roi.pooling import level_of, numbered, pool_from
+from dyhead.detection.roi.pooling import PyramidPool, level_of, numbered, pool_from
+from dyhead.detection.roi.registry import register_box_head
 from dyhead.layers.levels import check_integer
 from dyhead.ops import deform_roi_pool
+from dyhead.options import above, at_least, below, between, option
 
 _OFFSET_SCALE = 0.1  # of an offset, in the region's width and height
 _SAMPLES = 2  # of a cell, per axis
@@ -67,9 +71,10 @@ class DiscriminativePool(nn.Module):
         regions = numbered(boxes)
         offset = self.offsets(self._pooled(features, regions, None, self.side // 2))
         cells = self._pooled(features, regions, offset.repeat_interleave(2, 2).repeat_interleave(2, 3), 2 * self.side)
-        weight = (12 * self.weight_norm(self.weight_conv(cells)).sigmoid()).exp()
+        # In float32: float16 ends below exp(12).
+        weight = (12 * at_least_float32(self.weight_norm(self.weight_conv(cells))).sigmoid()).exp()
         # Of the cells that windows at the edge lack, both numerator and denominator have 0.
-        return _windows(at_least_float32(cells) * weight) / _windows(at_least_float32(weight))
+        return _windows(at_least_float32(cells) * weight) / _windows(weight)
 
     def offsets(self, cells: Tensor) -> Tensor:
         """Of regions (Q, C, S // 2, S // 2), (Q, 2, S, S): to the right and down, see `deform_roi_pool`."""
@@ -121,6 +126,9 @@ class DenseLocalHead(nn.Module):
         for conv in (self.sides, self.inside):
             nn.init.normal_(conv.weight, std=0.001)
             nn.init.zeros_(conv.bias)
+        # Each cell starts with a box of the region's size. One of no size, as in the original code, overlaps nothing
+        # and has no gradient without the pixel that is added there.
+        nn.init.constant_(self.sides.bias, 0.5)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Regions (P, C, 2S, 2S) to distances (P, 4, S, S) and logits of being inside (P, S, S), in float32 at least.
@@ -265,3 +273,192 @@ def soft_nms(
 
 def _windows(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=2, padding=1)
+
+
+class D2DetHead(nn.Module):
+    """D2Det's two branches, with their losses and detections: engines only sample regions.
+
+    Classes are predicted by fully connected layers on :class:`DiscriminativePool`, boxes by :class:`DenseLocalHead` on
+    RoIAlign of 2S x 2S cells, the same for all classes. Labels are 0 to K - 1, and K for the background.
+
+    Args:
+        channels: channels C of the pyramid's levels.
+        side: S.
+        strides: of the levels, by name, fine to coarse.
+        num_classes: K.
+        options: the rest.
+        sampling_ratio, aligned: of RoIAlign, see :class:`PyramidPool`.
+        score_thresh, nms_thresh: which regions boxes are predicted of: scores above, and IoU of NMS.
+        detections_per_image: at most.
+
+    Raises:
+        ValueError: options that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        side: int,
+        strides: Mapping[str, int],
+        num_classes: int,
+        options: D2DetOptions,
+        *,
+        sampling_ratio: int,
+        aligned: bool,
+        score_thresh: float,
+        nms_thresh: float,
+        detections_per_image: int,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.loss_weights = (options.class_loss_weight, options.box_loss_weight, options.inside_loss_weight)
+        self.jitter, self.most_trained = options.jitter, options.regions_train
+        self.most_tested, self.soft_nms = options.regions_test, (options.soft_nms_thresh, options.soft_nms_least_score)
+        self.as_published = options.as_published
+        self.score_thresh, self.nms_thresh, self.detections_per_image = score_thresh, nms_thresh, detections_per_image
+        self.class_pool = DiscriminativePool(channels, strides, side, options.offset_dim, not options.as_published)
+        self.box_pool = PyramidPool(strides, 2 * side, sampling_ratio, aligned)
+        widths = [channels * side**2, *[options.fc_dim] * options.num_fc]
+        self.fcs = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        for layer in self.fcs:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.cls_score = nn.Linear(options.fc_dim, num_classes + 1)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.zeros_(self.cls_score.bias)
+        self.local = DenseLocalHead(channels, options.box_conv_dim, options.num_box_conv, options.box_conv_groups)
+
+    def class_logits(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Levels (N, C, H, W) and boxes of each image in pixels to (Q, K + 1), the background last."""
+        x = self.class_pool(features, boxes).flatten(1)
+        for layer in self.fcs:
+            x = layer(x).relu()
+        return at_least_float32(self.cls_score(x))
+
+    def losses(
+        self,
+        features: Mapping[str, Tensor],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        objects: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+    ) -> dict[str, Tensor]:
+        """Losses by name: of classes, of boxes, and of cells' being inside.
+
+        Args:
+            features: levels (N, C, H, W).
+            boxes, labels, objects: the regions of each image, (Q, 4), their labels (Q,), and the object of each (Q, 4),
+                which is not read where the label is the background.
+            sizes: height and width of each image.
+        """
+        logits, wanted = self.class_logits(features, boxes), torch.cat(list(labels))
+        chosen = self._choose(wanted < self.num_classes).split([len(own) for own in boxes])
+        regions = [self._jittered(own[here], size) for own, here, size in zip(boxes, chosen, sizes, strict=True)]
+        truth = torch.cat([own[here] for own, here in zip(objects, chosen, strict=True)])
+        distances, inside = self.local(self.box_pool(features, regions))
+        of_boxes, of_inside = cell_losses(torch.cat(regions), truth, distances, inside, self.as_published)
+        # Summed and divided, not averaged: the mean of no regions would be NaN.
+        of_classes = F.cross_entropy(logits, wanted, reduction="sum") / max(len(wanted), 1)
+        losses = {"loss_cls": of_classes, "loss_box_reg": of_boxes, "loss_box_inside": of_inside}
+        return {name: weight * losses[name] for name, weight in zip(losses, self.loss_weights, strict=True)}
+
+    @torch.no_grad()
+    def detect(
+        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Detections]:
+        """What is found in each image: boxes are predicted of the regions that are left after NMS of their classes."""
+        scores = self.class_logits(features, boxes).softmax(1)[:, :-1].split([len(own) for own in boxes])
+        kept = []
+        for own, probabilities in zip(boxes, scores, strict=True):
+            place, label = torch.nonzero(probabilities > self.score_thresh, as_tuple=True)
+            score = probabilities[place, label]
+            best = batched_nms(own[place], score, label, self.nms_thresh)[: self.most_tested]
+            kept.append((own[place[best]], score[best], label[best]))
+        regions = [own for own, _, _ in kept]
+        predicted = average_boxes(
+            torch.cat(regions), *self.local(self.box_pool(features, regions)), as_published=self.as_published
+        )
+        found = []
+        for own, (_, score, label), size in zip(predicted.split([len(r) for r in regions]), kept, sizes, strict=True):
+            own = clip_boxes_to_image(own, size)
+            there = (own[:, 2:] > own[:, :2]).all(1)
+            own, score, label = own[there], score[there], label[there]
+            best, score = soft_nms(own, score, label, *self.soft_nms, self.detections_per_image)
+            found.append(Detections(own[best], score, label[best]))
+        return found
+
+    def _choose(self, positive: Tensor) -> Tensor:
+        """As many of what is positive (Q,), at random, as boxes are learnt from."""
+        index = torch.where(positive)[0]
+        if len(index) <= self.most_trained:
+            return positive
+        chosen = index[torch.randperm(len(index), device=index.device)[: self.most_trained]]
+        return torch.zeros_like(positive).index_fill(0, chosen, True)
+
+    def _jittered(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.jitter == 0:
+            return boxes
+        return jitter(boxes, (2 * torch.rand_like(boxes) - 1) * self.jitter, size)
+
+
+#: A feature pyramid's.
+_STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
+
+
+@register_box_head("D2Det", "MODEL.D2DET", detects=True)
+@dataclass(frozen=True)
+class D2DetOptions:
+    """D2Det, with ``MODEL.ROI_BOX_HEAD.NAME D2Det``; the defaults are the authors'.
+
+    See :class:`dyhead.detection.roi.d2det.D2DetHead`. Boxes are the same for all classes and no deltas: of
+    ``MODEL.ROI_BOX_HEAD`` it reads alone how regions are pooled. Classes are predicted from ``POOLER_RESOLUTION`` cells
+    a side, boxes from twice as many, of the regions that ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` and ``NMS_THRESH_TEST``
+    leave.
+    """
+
+    num_fc: int = option(2, "layers that predict classes", at_least(1))
+    fc_dim: int = option(1024, "features of each of them", at_least(1))
+    offset_dim: int = option(1024, "features of the two layers that predict where cells move", at_least(1))
+    num_box_conv: int = option(8, "convolutions that predict boxes", at_least(1))
+    box_conv_dim: int = option(576, "channels of each of them", at_least(1))
+    box_conv_groups: int = option(36, "groups of their GroupNorm; it divides BOX_CONV_DIM", at_least(1))
+    class_loss_weight: float = option(2.0, "of the classes", at_least(0))
+    box_loss_weight: float = option(2.0, "of the boxes", at_least(0))
+    inside_loss_weight: float = option(1.0, "of whether cells are inside the object", at_least(0))
+    jitter: float = option(
+        0.15,
+        "regions that boxes are learnt from move and change their size by up to so much of it, at random",
+        at_least(0) & below(1),
+    )
+    regions_train: int = option(192, "regions that boxes are learnt from, of all images of a device", at_least(1))
+    regions_test: int = option(125, "regions of an image that boxes are predicted of", at_least(1))
+    soft_nms_thresh: float = option(0.5, "IoU from which on soft-NMS lowers a box's score", between(0, 1))
+    soft_nms_least_score: float = option(0.001, "boxes of a lower score are dropped by it", above(0))
+    as_published: bool = option(
+        False,
+        "as the authors' code computes, for their weights: pooled by rounded corners; a box loss of all cells times "
+        "the share of those inside; no box of a region whose cells all say that they are outside",
+    )
+
+    def build(
+        self,
+        channels: int,
+        side: int,
+        strides: Mapping[str, int] = _STRIDES,
+        num_classes: int = 80,
+        *,
+        sampling_ratio: int = 2,
+        aligned: bool = True,
+        score_thresh: float = 0.03,
+        nms_thresh: float = 0.5,
+        detections_per_image: int = 100,
+    ) -> D2DetHead:
+        """The module with random weights, see :class:`D2DetHead`.
+
+        Raises:
+            ValueError: options that do not fit the channels or each other.
+        """
+        return D2DetHead(
+            channels, side, strides, num_classes, self, sampling_ratio=sampling_ratio, aligned=aligned,
+            score_thresh=score_thresh, nms_thresh=nms_thresh, detections_per_image=detections_per_image,
+        )  # fmt: skip

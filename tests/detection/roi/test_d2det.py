@@ -2,11 +2,14 @@
 
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dyhead.config import ConfigError, add_dyhead_config, check_config, load_config
+from dyhead.detection.roi import BOX_HEADS
 from dyhead.detection.roi.d2det import (
     DenseLocalHead,
     DiscriminativePool,
@@ -19,7 +22,9 @@ from dyhead.detection.roi.d2det import (
     soft_nms,
 )
 from dyhead.ops import deform_roi_pool
+from dyhead.torchvision import get_cfg
 
+CONFIGS = Path(__file__).parents[3] / "configs" / "quickstart"
 STRIDES = {"p2": 4, "p3": 8}
 
 
@@ -101,6 +106,16 @@ def test_gradients_of_pooling_are_those_of_finite_differences(aligned):
         return pool({"p2": feature}, boxes)
 
     assert torch.autograd.gradcheck(run, (feature, *weights))
+
+
+def test_boxes_start_with_the_size_of_their_region():
+    torch.manual_seed(0)
+    head, region = DenseLocalHead(3, 8, 2, 4), torch.tensor([[10.0, 20, 22, 26]])
+    distances, inside = head(torch.randn(1, 3, 8, 8))
+    torch.testing.assert_close(average_boxes(region, distances, inside - 1), region, atol=0.2, rtol=0)
+    loss, _ = cell_losses(region, region, distances, inside)
+    loss.backward()
+    assert head.sides.bias.grad.abs().min() > 0
 
 
 def test_no_regions_give_nothing_and_gradients_of_zero():
@@ -230,3 +245,125 @@ def test_soft_nms_is_that_of_a_slow_loop(least, most):
 def test_names_what_does_not_fit(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def built(**options):
+    options = {"fc_dim": 6, "offset_dim": 5, "num_box_conv": 1, "box_conv_dim": 8, "box_conv_groups": 4} | options
+    head = BOX_HEADS["D2Det"].options(**options).build(3, 2, STRIDES, 2, detections_per_image=3)
+    return randomized(head)
+
+
+# Of three regions of an image of 40 x 60 pixels, two have an object; with 2 x 2 cells.
+REGIONS = torch.tensor([[0.0, 0, 12, 12], [24, 0, 36, 12], [0, 20, 20, 40]]).double()
+OBJECTS = torch.tensor([[0.0, 0, 12, 12], [24, 0, 48, 12], [0, 0, 1, 1]]).double()
+LABELS = torch.tensor([0, 1, 2])
+LOGITS = torch.tensor([[math.log(2), 0, 0], [0, 0, 0], [0, math.log(3), math.log(6)]]).double()
+# Each cell predicts its region, and that it is inside.
+SIDES = torch.tensor(
+    [[[0.25, 0.75]] * 2, [[0.75, 0.25]] * 2, [[0.25] * 2, [0.75] * 2], [[0.75] * 2, [0.25] * 2]]
+).double()
+
+
+def predicting(head, monkeypatch, sides=SIDES):
+    """A head whose branches predict the above of however many regions."""
+    monkeypatch.setattr(head, "class_logits", lambda *_: LOGITS)
+    monkeypatch.setattr(head.local, "forward", lambda x: (sides.expand(len(x), 4, 2, 2), x.new_zeros(len(x), 2, 2) + 1))
+    return head
+
+
+def test_losses_of_a_hand_computed_step(monkeypatch):
+    head = predicting(
+        built(jitter=0.0, class_loss_weight=3.0, box_loss_weight=5.0, inside_loss_weight=7.0), monkeypatch
+    )
+    losses = head.losses(levels(), [REGIONS, REGIONS[:0]], [LABELS, LABELS[:0]], [OBJECTS, OBJECTS[:0]], [(40, 60)] * 2)
+    assert losses["loss_cls"].item() == pytest.approx(3 * (math.log(2) + math.log(3) + math.log(10 / 6)) / 3)
+    # All 4 + 4 cells are inside; the second object is twice as wide as its region.
+    assert losses["loss_box_reg"].item() == pytest.approx(5 * math.log(2) / 2)
+    assert losses["loss_box_inside"].item() == pytest.approx(7 * math.log(1 + math.exp(-1)))
+
+
+def test_detections_of_a_hand_computed_step(monkeypatch):
+    head = predicting(built(), monkeypatch)
+    shifted = SIDES.clone()
+    shifted[0] += 0.5  # to the left, by half a region
+    head = predicting(head, monkeypatch, shifted)
+    (found,) = head.detect(levels(), [REGIONS], [(40, 60)])
+    # Probabilities of the classes are 1/2 and 1/4; 1/3 and 1/3; 0.1 and 0.3. The three best of six, cut to the image.
+    torch.testing.assert_close(found.scores, torch.tensor([1 / 2, 1 / 3, 1 / 3]).double())
+    assert found.labels.tolist() in ([0, 0, 1], [0, 1, 0])
+    torch.testing.assert_close(found.boxes, torch.tensor([[0, 0, 12, 12], [18, 0, 36, 12], [18, 0, 36, 12]]).double())
+    head.score_thresh = 0.4
+    (found,) = head.detect(levels(), [REGIONS], [(40, 60)])
+    assert found.scores.tolist() == pytest.approx([0.5])
+    head.score_thresh = 0.6
+    assert [len(each) for each in head.detect(levels(), [REGIONS], [(40, 60)])[0]] == [0, 0, 0]
+
+
+def test_boxes_are_predicted_of_the_best_regions_of_each_image(monkeypatch):
+    head, seen = built(regions_test=2), []
+    predicting(head, monkeypatch)
+    pool = head.box_pool.forward
+    monkeypatch.setattr(head.box_pool, "forward", lambda features, boxes: seen.append(boxes) or pool(features, boxes))
+    head.detect(levels(), [REGIONS], [(40, 60)])
+    assert [each.tolist() for each in seen[0]] == [[REGIONS[0].tolist(), REGIONS[1].tolist()]]
+
+
+def test_boxes_are_learnt_from_some_regions_that_move(monkeypatch):
+    torch.manual_seed(0)
+    seen = []
+    head = predicting(built(regions_train=1, jitter=0.2), monkeypatch)
+    pool = head.box_pool.forward
+    monkeypatch.setattr(head.box_pool, "forward", lambda features, boxes: seen.append(boxes) or pool(features, boxes))
+    for _ in range(8):
+        head.losses(levels(), [REGIONS[:1], REGIONS[1:]], [LABELS[:1], LABELS[1:]], [OBJECTS[:1], OBJECTS[1:]],
+                    [(40, 60)] * 2)  # fmt: skip
+    counts = [[len(own) for own in boxes] for boxes in seen]
+    assert sorted({tuple(each) for each in counts}) == [(0, 1), (1, 0)]
+    moved = torch.cat([boxes[1] for boxes in seen])
+    off = (moved - REGIONS[1]).abs()
+    assert (off > 0).any(1).all()
+    assert off.max() <= 0.3 * 12  # 0.2 of the size, and half of as much
+
+
+def test_as_published_reaches_all_parts(monkeypatch):
+    head = built(as_published=True, jitter=0.0)
+    assert not head.class_pool.aligned
+    torch.manual_seed(1)
+    inputs = levels(), [REGIONS], [LABELS], [OBJECTS], [(40, 60)]
+    published = head.losses(*inputs)
+    head.as_published = False
+    other = head.losses(*inputs)
+    assert published["loss_cls"] == other["loss_cls"]
+    assert published["loss_box_reg"] != other["loss_box_reg"]
+    distances, inside = head.local(head.box_pool(levels(), [REGIONS[:2]]))
+    want, _ = cell_losses(REGIONS[:2], OBJECTS[:2], distances, inside, as_published=True)
+    torch.testing.assert_close(published["loss_box_reg"], 2 * want)
+
+
+def test_a_cascade_of_it_is_refused():
+    cfg = get_cfg()
+    words = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.DEVICE", "cpu"]
+    load_config(cfg, CONFIGS / "d2det_R18_shapes.yaml", words)
+    with pytest.raises(
+        ConfigError, match=r"MODEL\.ROI_HEADS\.NAME: expected 'StandardROIHeads' with MODEL\.ROI_BOX_HEAD"
+    ):
+        check_config(cfg)
+
+
+@pytest.mark.detectron2
+def test_other_meta_architectures_take_it_with_its_roi_heads_or_refuse_it():
+    from detectron2.config import get_cfg as detectron2_cfg
+    from detectron2.modeling import build_model
+
+    import dyhead.detectron2  # noqa: F401  registers the heads
+
+    cfg = add_dyhead_config(detectron2_cfg())
+    load_config(cfg, CONFIGS / "d2det_R18_shapes.yaml", ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
+    cfg.MODEL.DEVICE = "cpu"
+    with pytest.raises(ConfigError, match=r"^MODEL\.ROI_HEADS\.NAME: expected 'DetectingROIHeads' with .* D2Det"):
+        build_model(cfg)
+    cfg.MODEL.ROI_HEADS.NAME = "DetectingROIHeads"
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        (found,) = model([{"image": torch.zeros(3, 64, 64), "height": 64, "width": 64}])
+    assert set(found["instances"].get_fields()) == {"pred_boxes", "scores", "pred_classes"}
