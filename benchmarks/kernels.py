@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         floors = {
             "products": 2e-9 * passes * case.multiply_adds / bounds["product, TFLOP/s"],
             "bytes": 1e-6 * least_bytes(case) / bounds["copy, GB/s"],
-            # A window of 16 x 16 floats for each channel, level and patch of 8 x 8 pixels.
+            # With windows (docs/performance.md), about 256 for each channel, level and patch of 8 x 8 pixels.
             "additions": 1e-6 * 4 * 256 * case.batch * levels * case.channels
             * math.ceil(options.size[0] / 8) * math.ceil(options.size[1] / 8) / bounds["atomic additions, GB/s"],
         }  # fmt: skip

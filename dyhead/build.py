@@ -1,4 +1,4 @@
-"""The parts that a configuration stands for and both engines share: necks, dense detectors and box heads."""
+"""What a configuration stands for and both engines share: networks of timm, necks, dense detectors and box heads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,30 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dyhead.config import ConfigError, check_options, expect, options_of
+from dyhead.backbones import TimmNetwork
+from dyhead.config import ConfigError, check_options, expect, get, options_of
+from dyhead.config_options import DUAL
 from dyhead.detection import DETECTORS, DenseDetector, Registered
-from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.roi import BOX_HEADS, Tap, dually_supervised
 from dyhead.necks import NECKS, Stack
+
+
+def build_timm(cfg: CfgNode) -> TimmNetwork:
+    """The network of ``MODEL.TIMM``, with random weights.
+
+    Raises:
+        ConfigError: timm has no such network, or the network not the maps of ``MODEL.FPN.IN_FEATURES``.
+    """
+    try:
+        network = options_of(cfg, "MODEL.TIMM").build(cfg.MODEL.FPN.IN_FEATURES)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"MODEL.TIMM.{error}") from error
+    there = list(network.strides)
+    some = f"some of the maps of MODEL.TIMM.OUT_INDICES, {there}"
+    expect(cfg, "MODEL.FPN.IN_FEATURES", set(cfg.MODEL.FPN.IN_FEATURES) <= set(there), some)
+    return network
 
 
 def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:
@@ -117,3 +137,21 @@ def build_box_head(cfg: CfgNode, name: str, channels: int, strides: Mapping[str,
         return options_of(cfg, node).build(channels, box.POOLER_RESOLUTION, **of_engine)
     except ValueError as error:
         raise ConfigError(f"{node} cannot be built as configured: {error}") from error
+
+
+def build_taps(cfg: CfgNode, laterals: Mapping[str, nn.Module], backbone: nn.Module) -> dict[str, Tap]:
+    """The maps that further RoI heads read in training (``MODEL.DSFPN``), by the names of these heads.
+
+    Args:
+        cfg: the configuration.
+        laterals: the pyramid's lateral convolutions, by the level that each is added to.
+        backbone: with the necks.
+
+    Raises:
+        ConfigError: the network does not have these maps.
+    """
+    levels = tuple(get(cfg, "MODEL.ROI_HEADS.IN_FEATURES"))
+    try:
+        return dually_supervised.build_taps(options_of(cfg, DUAL), levels, laterals, getattr(backbone, "dyhead", None))
+    except ValueError as error:
+        raise ConfigError(f"{DUAL}.{error}") from error

@@ -18,6 +18,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from dyhead.backbones.timm import check_name
 from dyhead.config_checks import (
     BOX_LOSS_KEYS,
     CASCADE,
@@ -33,7 +34,7 @@ from dyhead.config_checks import (
     TWO_STAGE_NODES,
 )
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
-from dyhead.config_options import OPTIONS, TWO_STAGE
+from dyhead.config_options import DUAL, OPTIONS, TWO_STAGE
 from dyhead.data.coco import COCO_KEYPOINTS
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
@@ -137,17 +138,22 @@ def _quiet_defaults(cfg: CfgNode, defaults: CfgNode) -> None:
 
 
 def _unread(cfg: CfgNode) -> list[str]:
-    """Patterns of the keys of other detectors and box heads."""
+    """Patterns of the keys of other networks, detectors and box heads."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
+    network = "MODEL.RESNETS" if has_timm(cfg) else "MODEL.TIMM"
     if name not in meta_architectures():  # Detectron2's own, or a user's
-        return [f"{node}.*" for node in nodes if node != "MODEL.RETINANET"]
+        return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
+    nodes.append(network)
     keys: tuple[str, ...] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
         nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
         keys = CONV_FC_KEYS if chosen in BOX_HEADS else ()
         keys += BOX_LOSS_KEYS if chosen in BOX_HEADS and BOX_HEADS[chosen].detects else ()
+        maps = get(cfg, f"{DUAL}.MAPS")
+        keys += (f"{DUAL}.EVERY",) if maps != "dyhead_blocks" else ()
+        keys += (f"{DUAL}.LOSS_WEIGHT",) if maps == "none" else ()
     else:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
@@ -204,6 +210,8 @@ def _check_together(cfg: CfgNode) -> None:
         expect(cfg, "SOLVER.MOMENTUM", solver.MOMENTUM > 0, "above 0 with SOLVER.NESTEROV True")
     if "resnet" in cfg.MODEL.BACKBONE.NAME:
         _check_deformable(cfg)
+    if has_timm(cfg):
+        _check_timm(cfg)
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
@@ -218,6 +226,21 @@ def _check_together(cfg: CfgNode) -> None:
             count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
             fits = given == count or (given == 0 and count == COCO_KEYPOINTS)
             expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
+
+
+def has_timm(cfg: CfgNode) -> bool:
+    """Whether the backbone's network is one of the package timm."""
+    return "timm" in cfg.MODEL.BACKBONE.NAME
+
+
+def _check_timm(cfg: CfgNode) -> None:
+    key, name = "MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.NAME
+    whole = f"0 with {name}, whose network is trained whole; MODEL.TIMM.FROZEN_BN keeps batch normalization"
+    expect(cfg, key, get(cfg, key) == 0, whole)
+    try:
+        check_name(cfg.MODEL.TIMM.NAME)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.TIMM.{error}") from error
 
 
 def _check_deformable(cfg: CfgNode) -> None:
@@ -347,6 +370,12 @@ def values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def meta_architectures() -> list[str]:
     """All values of ``MODEL.META_ARCHITECTURE`` that are this project's."""
     return [*DETECTORS, TWO_STAGE]
+
+
+def reads_visible_boxes(cfg: CfgNode) -> bool:
+    """Whether the configured detector learns the box of the visible part of an object, too."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    return name in DETECTORS and DETECTORS[name].options.reads_visible_boxes
 
 
 def detector_node(cfg: CfgNode) -> str | None:

@@ -159,6 +159,7 @@ TWO_STAGE_NODES = (
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "MODEL.ROI_MASK_HEAD",
     "MODEL.ROI_KEYPOINT_HEAD",
+    "MODEL.DSFPN",
     *(head.node for head in BOX_HEADS.values()),
 )
 

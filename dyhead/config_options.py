@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dyhead.backbones import TimmOptions
 from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import AnchorOptions
-from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.roi import BOX_HEADS, DuallySupervisedOptions
 from dyhead.necks import NECKS
-from dyhead.options import Check, at_least, each, one_of, option
+from dyhead.options import Check, at_least, between, each, one_of, option
 
 #: The meta-architecture of two-stage detectors, which are those of the engine.
 TWO_STAGE = "DyHeadRCNN"
+
+#: The node of further RoI heads in training.
+DUAL = "MODEL.DSFPN"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class BackboneOptions:
 
 @dataclass(frozen=True)
 class FPNOptions:
-    """P6 and P7 of ``build_resnet_fpn_p6p7_backbone`` and ``build_retinanet_resnet_fpn_dyhead_backbone``."""
+    """P6 and P7 of the backbones with ``p6p7`` in their name and ``build_retinanet_resnet_fpn_dyhead_backbone``."""
 
     p6p7_in_feature: str = option("p5", "the level that P6 and P7 are computed from", one_of("p5", "res5"))
     p7_relu: bool = option(True, "apply ReLU to P6 before P7 is computed from it; mmdetection does not")
@@ -64,6 +68,35 @@ class SolverOptions:
     """The optimizer."""
 
     optimizer: str = option("SGD", "SGD has MOMENTUM and NESTEROV", one_of("SGD", "ADAMW"))
+    accumulate: int = option(
+        1,
+        "parts into which each device divides its images of an iteration, to hold one at a time in memory; the "
+        "gradient is the mean of theirs, and IMS_PER_BATCH and everything else stay as they are",
+        at_least(1),
+    )
+
+
+@dataclass(frozen=True)
+class AMPOptions:
+    """Mixed precision, where ``SOLVER.AMP.ENABLED`` is True."""
+
+    dtype: str = option(
+        "",
+        "of the forward pass; empty: float16 on a GPU, bfloat16 on a CPU. The loss is scaled with float16",
+        one_of("", "float16", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True)
+class EMAOptions:
+    """An exponential moving average of the weights. It is evaluated, and saved as the model."""
+
+    enabled: bool = option(False, "keep one, and evaluate it instead of the last weights")
+    decay: float = option(
+        0.9998,
+        "what stays of it in an iteration; less in the first ones, (1 + i) / (10 + i) of iteration i",
+        between(0, 1),
+    )
 
 
 @dataclass(frozen=True)
@@ -78,12 +111,16 @@ class BenchmarkOptions:
 OPTIONS: dict[str, type] = {
     "MODEL": ModelOptions,
     "MODEL.BACKBONE": BackboneOptions,
+    "MODEL.TIMM": TimmOptions,
     "MODEL.FPN": FPNOptions,
     "MODEL.ANCHOR_GENERATOR": AnchorOptions,
     **{neck.node: neck.options for neck in NECKS.values()},
     **{detector.node: detector.options for detector in DETECTORS.values()},
     **{head.node: head.options for head in BOX_HEADS.values()},
+    DUAL: DuallySupervisedOptions,
     "DATASETS": DatasetOptions,
     "SOLVER": SolverOptions,
+    "SOLVER.AMP": AMPOptions,
+    "SOLVER.EMA": EMAOptions,
     "TEST.BENCHMARK": BenchmarkOptions,
 }

@@ -48,6 +48,7 @@ LEGAL = [
     ("SOLVER.WEIGHT_DECAY_BIAS", None),
     ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", INFINITY),
     ("SEED", -2),
+    ("MODEL.TIMM.NAME", "no such value"),  # where the backbone is not one of timm
 ]
 
 

@@ -24,15 +24,15 @@ from tests.detection.objects import levels_of
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 DENSE = {detector.name.lower(): name for name, detector in DETECTORS.items()}
 NAMES = [*DENSE, "faster_rcnn"]
-DOUBLE_HEADS = ["doublehead", "doublehead_ext"]
-BOX_HEADS = [*DOUBLE_HEADS, "d2det"]
 # Quickstarts by detector and neck.
 WITH_NECKS = [
     *((name, neck) for name in NAMES for neck in ("", "_dyhead")),
     ("atss", "_sepc"),
     ("faster_rcnn", "_dyhead_box_head"),
     ("cascade_rcnn", "_dyhead"),
-    *((name, "_dyhead") for name in BOX_HEADS),
+    ("doublehead_ext", "_dyhead"),
+    ("dsfpn", ""),
+    ("d2det", "_dyhead"),
 ]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
@@ -42,7 +42,7 @@ OPTIONS = {
     "MODEL.DYHEAD.NUM_BLOCKS": 1,
     "MODEL.SEPC.NUM_BLOCKS": 1,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-    **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
+    **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT", "DECOUPLED_BOX_HEAD")},
     **{f"MODEL.{node}.CONV_DIM": 64 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
     "MODEL.DOUBLE_HEAD_EXT.NON_LOCAL_DIM": 32,
     **{f"MODEL.D2DET.{key}": 32 for key in ("FC_DIM", "OFFSET_DIM", "BOX_CONV_DIM")},
@@ -174,7 +174,7 @@ def assert_same_detections(name, found, expected):
 
 
 def test_every_detector_has_its_files():
-    for name in (*NAMES, *BOX_HEADS):
+    for name in (*NAMES, "doublehead", "doublehead_ext", "dsfpn", "d2det"):
         for folder, size in ((CONFIGS, "R18_shapes"), (CONFIGS.parent, "R50")):
             for neck in ("", "_dyhead"):
                 cfg = get_cfg()
@@ -207,6 +207,9 @@ def test_both_engines_agree_behind_another_neck(case, tmp_path):
         ("faster_rcnn", "_dyhead_box_head", "none in one image"),
         ("cascade_rcnn", "_dyhead", "objects"),
         ("cascade_rcnn", "_dyhead", "none at all"),
+        ("doublehead", "_dyhead", "none in one image"),
+        ("doublehead_ext", "_dyhead", "objects"),
+        ("doublehead_ext", "_dyhead", "none at all"),
     ],
 )
 def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_path):
@@ -215,21 +218,20 @@ def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_p
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
-@pytest.mark.parametrize("name", BOX_HEADS)
-def test_both_engines_agree_about_other_heads_of_regions(name, case, tmp_path):
-    assert_engines_agree(name, "_dyhead", case, tmp_path)
+def test_both_engines_agree_about_a_box_head_with_losses_of_its_own(case, tmp_path):
+    assert_engines_agree("d2det", "_dyhead", case, tmp_path)
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
-@pytest.mark.parametrize("name", ["DyHeadBoxHead", "FastRCNNConvFCHead"])
-def test_both_engines_have_the_same_cascade(name, case, tmp_path):
-    assert_engines_agree("cascade_rcnn", "_dyhead", case, tmp_path, **{"MODEL.ROI_BOX_HEAD.NAME": name})
+def test_such_a_box_head_may_be_supervised_on_other_maps(tmp_path):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": "D2Det"}
+    assert_engines_agree("dsfpn", "", "none in one image", tmp_path, **options)
 
 
 @pytest.mark.detectron2
-def test_both_engines_have_the_same_cascade_of_two_branches(tmp_path):
-    options = {"MODEL.ROI_BOX_HEAD.NAME": "DoubleHeadExt"}
+@pytest.mark.parametrize("name", ["DyHeadBoxHead", "DoubleHeadExt"])
+def test_both_engines_have_the_same_cascade_of_other_box_heads(name, tmp_path):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": name}
     assert_engines_agree("cascade_rcnn", "_dyhead", "none in one image", tmp_path, **options)
 
 
@@ -277,6 +279,18 @@ def test_gradients_reach_every_parameter(engine, name, neck, case):
     assert all(loss.isfinite() and loss.shape == () for loss in losses.values())
     sum(losses.values()).backward()
     assert [key for key, p in adapter.model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["cascade_rcnn", "doublehead_ext"])
+def test_without_proposals_nothing_is_lost_or_found_by_the_box_head(engine, name):
+    adapter = build(engine, name, **{"MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 5000})
+    losses = adapter.losses(*inputs("none at all"))
+    assert all(loss.item() == 0 for key, loss in losses.items() if not key.startswith("loss_rpn"))
+    sum(losses.values()).backward()
+    assert [key for key, p in adapter.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert all(b.isfinite().all() for b in adapter.model.buffers())
+    assert [len(boxes) for boxes, _, _ in adapter.detections(inputs("objects")[0])] == [0, 0]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -39,7 +39,7 @@ struct SampleGradient {
   static constexpr int kWarpColumns = kColumns / kWarpsAcross;
   static constexpr int kWarpRows = kPixels / (kThreads / kWarp / kWarpsAcross);
   static constexpr int kCount = kVector<A>, kLanes = kRun / kCount;  // channels of a lane, lanes of a pixel
-  static constexpr int kSide = 16;                                   // of the window
+  static constexpr int kSide = kRun == 64 ? 18 : 16;                 // of the window: as shared memory allows
   static constexpr int kKinds = kThreads / kRun, kSubkinds = kKinds / 4;
   static constexpr int kOwners = kTaps * kPixels;  // of a tap's sample at a pixel
   static_assert(kOwners <= kThreads && kPixels % kWarp == 0, "owners are whole warps");
@@ -328,7 +328,7 @@ struct SampleGradient {
   // Which of the kinds that share an entry's place in the table owns it; for what is nowhere, none that exists.
   static DYHEAD_DEVICE int subkind(int target) {
     if (target >= kPlaces) return kSubkinds;
-    const int at = target < 0 ? ~target / 2 : target / 2, row = at / (kSide / 2) / 2 % 2, column = at % 2;
+    const int at = target < 0 ? ~target / 2 : target / 2, row = at / kSide % 2, column = at % 2;
     return kSubkinds == 2 ? row : 2 * row + column;
   }
 

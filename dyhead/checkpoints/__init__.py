@@ -5,7 +5,7 @@ The canonical keys, which files of both engines have, are listed in :mod:`dyhead
 has a table of its own beside it.
 """
 
-from dyhead.checkpoints.convert import Conversion, convert
+from dyhead.checkpoints.convert import Conversion, convert, convert_for
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.checkpoints.files import read_file
 from dyhead.checkpoints.loading import load_into
@@ -18,6 +18,7 @@ __all__ = [
     "Conversion",
     "canonical_names",
     "convert",
+    "convert_for",
     "find_state",
     "last_checkpoint",
     "load_into",

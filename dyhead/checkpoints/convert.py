@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyhead.checkpoints.detectron2 import DETECTRON2
 from dyhead.checkpoints.dynamic_head import MICROSOFT
@@ -16,6 +16,7 @@ from dyhead.checkpoints.files import shown, some
 from dyhead.checkpoints.imagenet import CAFFE2_RESNET, DETECTRON2_RESNET, TORCHVISION_RESNET
 from dyhead.checkpoints.mmdetection import MMDETECTION_DETECTOR
 from dyhead.checkpoints.ours import CANONICAL, EARLIER_DETECTRON2, TORCHVISION
+from dyhead.checkpoints.pyramid import BOTTOM_UP
 from dyhead.checkpoints.source import Source
 from dyhead.checkpoints.towers import FENECK_HEAD, GLIP, MMDETECTION_GLIP_DETECTOR, YOLO
 
@@ -103,6 +104,25 @@ def convert(state: Mapping[str, Tensor], origin: str = "state dict") -> Conversi
         raise CheckpointError(
             f"{origin}: keys or shapes that are not those of {source.name}: {shown(str(error))}"
         ) from error
+
+
+def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "state dict") -> Conversion:
+    """:func:`convert`, which also knows the weights of a classifier of timm if the model has its network.
+
+    Args:
+        model: the detector. A network of timm in it has the method ``own_weights``
+            (:class:`dyhead.backbones.TimmNetwork`).
+        state: see :func:`convert`.
+        origin: likewise.
+    """
+    for network in model.modules():
+        found = network.own_weights(state) if hasattr(network, "own_weights") else None
+        if found is not None:
+            weights, names = found
+            ours = {key: f"{BOTTOM_UP}timm.{name}" for key, name in names.items()}
+            rest = {key: "not of the network's maps" for key in weights if key not in names}
+            return Conversion({name: weights[key] for key, name in ours.items()}, "timm", ours, left_over=rest)
+    return convert(state, origin)
 
 
 def _convert(state: Mapping[str, Tensor], source: Source) -> Conversion:

@@ -3,7 +3,8 @@
 ====================================  ================================================================================
 canonical key                         what
 ====================================  ================================================================================
-``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...)
+``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...);
+                                      one of timm: ``timm.network.*``, with timm's names, and ``timm.norms.res5``
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
@@ -26,7 +27,8 @@ canonical key                         what
                                       ``crossed_bbox_pred`` of DoubleHeadExt; ``box_head.class_pool``, ``fcs.I``,
                                       ``cls_score`` and ``local`` of D2Det; ``mask_head.mask_fcn1``,
                                       ``deconv``, ``predictor``; ``keypoint_head.conv_fcn1``, ``score_lowres``;
-                                      of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``
+                                      of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``;
+                                      ``auxiliary.NAME.*``, the same of further heads in training: ``lateral``, ...
 ====================================  ================================================================================
 """
 
@@ -83,7 +85,8 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
     def level(name: str, norm: str = "") -> Callable[[re.Match], str]:
         return lambda m: f"{BACKBONE}fpn_{name}{first + int(m[1])}.{norm}{m[2]}"
 
-    return [
+    rows = [
+        Row(r"backbone\.body\.((?:network|norms)\..+)", BOTTOM_UP + r"timm.\1"),
         *torchvision_resnet(r"backbone\.body\."),
         Row(pyramid.format("inner", 0), level("lateral")),
         Row(pyramid.format("inner", 1), level("lateral", "norm.")),
@@ -119,6 +122,13 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         ),
         Row(r"roi_heads\.keypoint_predictor\.kps_score_lowres\.(.+)", r"roi_heads.keypoint_head.score_lowres.\1"),
     ]
+
+    def auxiliary(match: re.Match) -> str | None:
+        """The key of a head beside the detector's own, as that one's."""
+        own = next((name for row in rows if (name := row.rename(f"roi_heads.{match[2]}")) is not None), None)
+        return own and f"roi_heads.{match[1]}.{own.removeprefix('roi_heads.')}"
+
+    return [*rows, Row(r"roi_heads\.(auxiliary\.\w+)\.(.+)", auxiliary)]
 
 
 def _box_head(stage: str | None, name: str) -> str:

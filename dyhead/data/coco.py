@@ -11,6 +11,8 @@ tolerance:
   wholly outside.
 * A missing, null or negative area is width x height. A segmentation that is neither polygons nor RLE is left out, and
   so are keypoints that are not three numbers for each one that the categories name.
+* A visible_bbox, the box [x, y, width, height] of the part of an object that nothing hides, is optional; so much of it
+  counts as is inside the image. One that is no such box, or empty, is left out.
 * An id may be written 3.0; it is 3.
 * Images without annotations and crowd annotations (iscrowd 1) are valid and kept. A file without the section
   annotations, such as COCO's image_info_test-dev, is a dataset to detect on only.
@@ -55,7 +57,7 @@ class CocoSplit:
         records: one dict per image, in Detectron2's standard form: file_name (with the folder), height, width,
             image_id (the file's) and annotations, a list of dicts with bbox [x0, y0, x1, y1] in pixels, bbox_mode 0
             (BoxMode.XYXY_ABS), category_id (the class 0, 1, ...), iscrowd, area in pixels, and segmentation and
-            keypoints as in the file, if it has them.
+            keypoints as in the file, and visible_bbox [x0, y0, x1, y1], if it has them.
         annotated: whether the file has annotations. Without, there are only detections to be had.
         keypoint_names: of all categories that have keypoints; none where these differ.
     """
@@ -325,7 +327,7 @@ def _attach_annotations(
     negative = [a["id"] for a in annotations if a.get("area") is not None and a["area"] < 0]
     _warn(info, negative, len(boxes), "areas", "are negative and became width x height")
 
-    not_masks, not_keypoints = [], []
+    not_masks, not_keypoints, not_visible = [], [], []
     for a, box, skip in zip(annotations, corners.tolist(), empty.tolist(), strict=True):
         if skip:
             continue
@@ -346,9 +348,28 @@ def _attach_annotations(
                 entry["keypoints"] = a["keypoints"]
             else:
                 not_keypoints.append(a["id"])
+        if a.get("visible_bbox") is not None:
+            corners_of = _visible_corners(a["visible_bbox"], records[a["image_id"]])
+            if corners_of is None:
+                not_visible.append(a["id"])
+            else:
+                entry["visible_bbox"] = corners_of
         records[a["image_id"]]["annotations"].append(entry)
     _warn(info, not_masks, len(boxes), "segmentations", "are neither polygons nor RLE and were left out")
     _warn(info, not_keypoints, len(boxes), "lists of keypoints", "do not fit the categories' and were left out")
+    _warn(info, not_visible, len(boxes), "values of visible_bbox", "are no boxes in their image and were left out")
+
+
+def _visible_corners(box: Any, record: dict[str, Any]) -> list[float] | None:
+    """A box [x, y, width, height] of a file as [x0, y0, x1, y1] inside its image; None if it is none."""
+    if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
+        return None
+    if not all(-_FARTHEST < v < _FARTHEST for v in box):
+        return None
+    x, y, width, height = map(float, box)
+    x0, x1 = (min(max(v, 0.0), record["width"]) for v in (x, x + width))
+    y0, y1 = (min(max(v, 0.0), record["height"]) for v in (y, y + height))
+    return [x0, y0, x1, y1] if x1 > x0 and y1 > y0 else None
 
 
 def _annotation_fault(position: int, a: dict, ids: set, records: dict, classes: dict) -> str | None:

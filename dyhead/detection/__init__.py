@@ -25,6 +25,7 @@ from dyhead.detection.anchors import Anchors, Places
 from dyhead.detection.detector import DenseDetector, Detections, Predictions, Targets
 from dyhead.detection.heads import DenseHead
 from dyhead.detection.registry import DETECTORS, Registered, register_detector
+from dyhead.detection.visible_nms import r2nms
 
 __all__ = [
     "DETECTORS",
@@ -42,6 +43,7 @@ __all__ = [
     "fcos",
     "gfl",
     "noisy_anchors",
+    "r2nms",
     "register_detector",
     "reppoints",
     "retinanet",

@@ -24,6 +24,8 @@ class DenseOptions:
 
     #: Whether the detector reads the anchors of ``MODEL.ANCHOR_GENERATOR``.
     has_anchors: ClassVar[bool] = True
+    #: Whether it learns the boxes of the visible parts of objects (:attr:`dyhead.detection.Targets.visible`), too.
+    reads_visible_boxes: ClassVar[bool] = False
     #: What the losses are called, in the criterion's order.
     loss_names: ClassVar[tuple[str, ...]] = ("loss_cls", "loss_box_reg")
     #: What a moving average of the positives starts at.

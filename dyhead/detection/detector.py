@@ -45,10 +45,17 @@ class Predictions(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The objects of one image: boxes (M, 4) and labels (M,), 0 to K - 1. Crowd regions are not among them."""
+    """The objects of one image. Crowd regions are not among them.
+
+    Attributes:
+        boxes: (M, 4).
+        labels: (M,), 0 to K - 1.
+        visible: boxes (M, 4) of the parts that nothing hides, for a detector that reads them; None: ``boxes``.
+    """
 
     boxes: Tensor
     labels: Tensor
+    visible: Tensor | None = None
 
 
 class Detections(NamedTuple):

@@ -21,14 +21,18 @@ from dyhead.config import add_dyhead_config
 from dyhead.detectron2.backbone import (
     DyHeadBackbone,
     NeckBackbone,
+    TimmBackbone,
     build_backbone,
     build_resnet_fpn_dyhead_backbone,
     build_resnet_fpn_p6p7_backbone,
     build_retinanet_resnet_fpn_dyhead_backbone,
+    build_timm_fpn_backbone,
+    build_timm_fpn_p6p7_backbone,
 )
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper, register_datasets, register_shapes
-from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture
+from dyhead.detectron2.deform_conv import use_own_deform_conv
+from dyhead.detectron2.dense import META_ARCHITECTURES, DenseMetaArchitecture, dense_detector
 from dyhead.detectron2.engine import main, setup
 from dyhead.detectron2.rcnn import DyHeadRCNN
 from dyhead.detectron2.solver import except_necks
@@ -46,15 +50,20 @@ __all__ = [
     "DyHeadRCNN",
     "NamingMapper",
     "NeckBackbone",
+    "TimmBackbone",
     "Trainer",
     "add_dyhead_config",
     "build_backbone",
     "build_resnet_fpn_dyhead_backbone",
     "build_resnet_fpn_p6p7_backbone",
     "build_retinanet_resnet_fpn_dyhead_backbone",
+    "build_timm_fpn_backbone",
+    "build_timm_fpn_p6p7_backbone",
+    "dense_detector",
     "except_necks",
     "main",
     "register_datasets",
     "setup",
+    "use_own_deform_conv",
 ]
 __all__ += META_ARCHITECTURES

@@ -1,4 +1,4 @@
-"""Necks on any Detectron2 backbone that puts out a pyramid, and registered ResNet-FPN builders."""
+"""Necks on any Detectron2 backbone that puts out a pyramid, and registered builders of ResNet-FPN and timm-FPN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from detectron2.modeling import build_resnet_backbone as build_detectron2_resnet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from dyhead.build import build_necks, necks_with_dyhead
+from dyhead.backbones import TimmNetwork
+from dyhead.build import build_necks, build_timm, necks_with_dyhead
 from dyhead.config import options_of
 from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.layers import P6P7
@@ -135,11 +136,7 @@ def build_resnet_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     ``MODEL.FPN.P6P7_IN_FEATURE`` says what P6 is computed from, "p5" or "res5", and ``P7_RELU`` how P7 is.
     """
-    resnet = _resnet(cfg, input_shape)
-    options = options_of(cfg, "MODEL.FPN")
-    source, channels = options.p6p7_in_feature, cfg.MODEL.FPN.OUT_CHANNELS
-    in_channels = channels if source == "p5" else resnet.output_shape()["res5"].channels
-    return _fpn(cfg, resnet, P6P7(in_channels, channels, source, relu=options.p7_relu))
+    return _fpn(cfg, _resnet(cfg, input_shape), p6p7=True)
 
 
 @BACKBONE_REGISTRY.register()
@@ -148,7 +145,7 @@ def build_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Ne
 
     It gives DyHead to meta-architectures that do not know ``MODEL.NECKS``, such as Detectron2's own.
     """
-    fpn = _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool())
+    fpn = _fpn(cfg, _resnet(cfg, input_shape), p6p7=False)
     return _with_necks(cfg, fpn, necks_with_dyhead(cfg))
 
 
@@ -156,6 +153,44 @@ def build_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Ne
 def build_retinanet_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NeckBackbone:
     """:func:`build_resnet_fpn_p6p7_backbone` with DyHead, for any one-stage meta-architecture."""
     return _with_necks(cfg, build_resnet_fpn_p6p7_backbone(cfg, input_shape), necks_with_dyhead(cfg))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN on the network of ``MODEL.TIMM``, with a pooled last level (p2 to p6 from res2 to res5)."""
+    return _fpn(cfg, TimmBackbone(build_timm(cfg)), p6p7=False)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN on the network of ``MODEL.TIMM``, with convolved P6 and P7, as in :func:`build_resnet_fpn_p6p7_backbone`."""
+    return _fpn(cfg, TimmBackbone(build_timm(cfg)), p6p7=True)
+
+
+class TimmBackbone(Backbone):
+    """A network of timm in Detectron2's form.
+
+    Args:
+        network: which.
+
+    Example:
+        >>> from dyhead.backbones import TimmOptions
+        >>> network = TimmOptions("resnet18d").build()                                      # doctest: +SKIP
+        >>> DyHeadBackbone(FPN(TimmBackbone(network), ["res3", "res4", "res5"], 256))       # doctest: +SKIP
+    """
+
+    def __init__(self, network: TimmNetwork) -> None:
+        super().__init__()
+        self.timm = network
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the network's maps, by name."""
+        return self.timm(x)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every map."""
+        strides = self.timm.strides
+        return {name: ShapeSpec(channels=width, stride=strides[name]) for name, width in self.timm.channels.items()}
 
 
 def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
@@ -176,7 +211,13 @@ def _wrap_keys(module: NeckBackbone, state_dict: dict[str, Any], prefix: str, *a
             state_dict[f"{prefix}backbone.{name}"] = state_dict.pop(prefix + name)
 
 
-def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
+def _fpn(cfg: CfgNode, bottom_up: Backbone, *, p6p7: bool) -> FPN:
+    top_block: nn.Module = LastLevelMaxPool()
+    if p6p7:
+        options, channels = options_of(cfg, "MODEL.FPN"), cfg.MODEL.FPN.OUT_CHANNELS
+        source = options.p6p7_in_feature
+        in_channels = channels if source == "p5" else bottom_up.output_shape()["res5"].channels
+        top_block = P6P7(in_channels, channels, source, relu=options.p7_relu)
     return FPN(
         bottom_up,
         cfg.MODEL.FPN.IN_FEATURES,

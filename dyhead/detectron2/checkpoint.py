@@ -10,11 +10,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor
 
+from dyhead.backbones import timm
 from dyhead.checkpoints import (
     CheckpointError,
     Conversion,
     canonical_names,
-    convert,
+    convert_for,
     find_state,
     last_checkpoint,
     load_into,
@@ -25,6 +26,7 @@ from dyhead.checkpoints import (
 from dyhead.checkpoints.errors import as_config_errors
 from dyhead.checkpoints.resuming import check_written_by, entry, iteration
 from dyhead.config import ConfigError
+from dyhead.runs.averaging import TRAINED, WeightAverage
 
 # Ends of keys that say nothing of where they belong.
 _GENERIC = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
@@ -42,6 +44,9 @@ class Checkpointer(DetectionCheckpointer):
 
     Files appear when they are complete and on the disk.
 
+    Attributes:
+        average: of the weights over the training, or None; see :mod:`dyhead.runs.averaging`.
+
     Raises:
         ConfigError: on ``load``: the file is missing, cannot be fetched, is no checkpoint, or does not fit the model
             (the missing, unexpected and differently shaped keys are named); to resume, the torchvision engine wrote it,
@@ -49,12 +54,17 @@ class Checkpointer(DetectionCheckpointer):
             names the one before.
     """
 
+    average: WeightAverage | None = None
+
     def save(self, name: str, **kwargs: Any) -> None:
         """Write the weights, the states of all checkpointables and ``kwargs`` to ``NAME.pth`` in the folder."""
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: of.state_dict() for key, of in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **states, **kwargs}
+        weights = {"model": self.model.state_dict()}
+        if self.average is not None:
+            weights = {"model": self.average.state, TRAINED: weights["model"]}
+        content = {**weights, **states, **kwargs}
         self.logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, f"{name}.pth"))
         with as_config_errors():
             save_checkpoint(self.save_dir, f"{name}.pth", content)
@@ -79,6 +89,9 @@ class Checkpointer(DetectionCheckpointer):
         self._path, self._origin = path, f"checkpoint {path}"
         try:
             with as_config_errors():
+                if path.startswith(timm.SCHEME):
+                    self._load_model({"model": timm.pretrained_state(path)})
+                    return {}
                 return super().load(path, checkpointables)
         except ConfigError as error:
             if path in str(error):
@@ -122,9 +135,15 @@ class Checkpointer(DetectionCheckpointer):
         if heuristics:
             conversion, names = self._matched(state, own, caffe2=checkpoint.get("__author__") == "Caffe2"), None
         else:
-            conversion, names = convert(state, self._origin), canonical_names(own)
+            conversion, names = convert_for(self.model, state, self._origin), canonical_names(own)
         checkpoint.pop("model", None)
         load_into(self.model, conversion, names, strict=self._complete, origin=self._origin)
+        if self.average is not None:
+            self.average.restart()
+        trained = checkpoint.pop(TRAINED, None)
+        if resumes and trained is not None:
+            conversion = convert(find_state({"model": trained}, self._origin), self._origin)
+            load_into(self.model, conversion, names, strict=True, origin=self._origin)
         if resumes:
             self._check_trainer(checkpoint)
 

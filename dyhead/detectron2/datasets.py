@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
@@ -19,12 +19,13 @@ from detectron2.data import (
     detection_utils,
 )
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch.utils.data import get_worker_info
 
 from dyhead import data
-from dyhead.config import ConfigError, check_num_classes
+from dyhead.config import ConfigError, check_num_classes, reads_visible_boxes
 from dyhead.data import CocoSplit, DataError
 from dyhead.data.shapes import SPECS
 from dyhead.evaluation.coco import as_rle
@@ -135,9 +136,19 @@ class NamingMapper(DatasetMapper):
     Where Detectron2 would resize or crop a side to nothing, a pixel is left. Everything else is as in Detectron2, also
     for a loader of one's own: ``build_detection_train_loader(cfg, mapper=NamingMapper(cfg, is_train=True))``.
 
+    Args:
+        is_train, kwargs: Detectron2's.
+        visible_boxes: objects have ``gt_visible_boxes``, the boxes of their visible parts, those of a crop inside it;
+            an object whose visible part is outside, or not annotated, has its own box.
+
     Raises:
         DataError: on use: the image is missing, broken, or not of the size that its annotations say.
     """
+
+    @configurable
+    def __init__(self, is_train: bool, *, visible_boxes: bool = False, **kwargs: Any) -> None:
+        super().__init__(is_train, **kwargs)
+        self.visible_boxes = visible_boxes
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -148,7 +159,7 @@ class NamingMapper(DatasetMapper):
             cfg.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(cfg, is_train)
         arguments["augmentations"] = [_leaving_a_pixel(augmentation) for augmentation in arguments["augmentations"]]
-        return arguments
+        return arguments | {"visible_boxes": reads_visible_boxes(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """The image and annotations of one record as the model takes them."""
@@ -168,8 +179,28 @@ class NamingMapper(DatasetMapper):
         if not self.is_train:
             sample.pop("annotations", None)
         elif "annotations" in sample:
+            visible = self._visible_boxes(sample["annotations"], transforms, shape) if self.visible_boxes else None
             self._transform_annotations(sample, transforms, shape)
+            if visible is not None:
+                sample["instances"].gt_visible_boxes = visible
         return sample
+
+    def _visible_boxes(
+        self, annotations: Sequence[dict[str, Any]], transforms: T.Transform, shape: tuple[int, int]
+    ) -> Boxes:
+        """Of the objects that Detectron2 leaves over: those whose boxes are not empty after the transforms."""
+        objects = [a for a in annotations if not a.get("iscrowd", 0)]
+        found = {"bbox": [], "visible_bbox": []}
+        for own in objects:
+            whole = {"bbox": own["bbox"], "bbox_mode": own["bbox_mode"]}
+            part = {"bbox": own["visible_bbox"], "bbox_mode": BoxMode.XYXY_ABS} if "visible_bbox" in own else whole
+            for key, box in (("bbox", whole), ("visible_bbox", part)):
+                changed = detection_utils.transform_instance_annotations(dict(box), transforms, shape)
+                found[key].append(changed["bbox"])
+        boxes, visible = (Boxes(np.array(own).reshape(-1, 4)) for own in found.values())
+        visible.tensor = torch.where(visible.nonempty()[:, None], visible.tensor, boxes.tensor)
+        _, kept = detection_utils.filter_empty_instances(Instances(shape, gt_boxes=boxes), return_mask=True)
+        return visible[kept]
 
 
 def evaluation_loader(cfg: CfgNode, name: str) -> _Loader:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dyhead.build import build_detector
 from dyhead.config import ConfigError
 from dyhead.detection import DETECTORS, DenseDetector, Detections, Registered, Targets
+from dyhead.detection.dense_options import DenseOptions
 from dyhead.detectron2.backbone import build_backbone
 
 
@@ -98,15 +99,16 @@ class DenseMetaArchitecture(nn.Module):
         """Losses by name in training, else for each image a dict with its "instances".
 
         Args:
-            batched_inputs: for each image a dict of ``image`` (3, H, W), in training ``instances`` with ``gt_boxes``
-                and ``gt_classes``, and in inference maybe ``height`` and ``width`` of the output.
+            batched_inputs: for each image a dict of ``image`` (3, H, W), in training ``instances`` with ``gt_boxes``,
+                ``gt_classes`` and maybe ``gt_visible_boxes``, and in inference maybe ``height`` and ``width`` of the
+                output.
         """
         images = self.preprocess_image(batched_inputs)
         predictions = self.detector(self.backbone(images.tensor))
         if not self.training:
             return self._postprocess(self._instances(predictions, images), batched_inputs)
         objects = [x["instances"].to(self.device) for x in batched_inputs]
-        targets = [Targets(x.gt_boxes.tensor, x.gt_classes) for x in objects]
+        targets = [Targets(x.gt_boxes.tensor, x.gt_classes, _visible(x)) for x in objects]
         losses = self.detector.losses(predictions, targets)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             with torch.no_grad():
@@ -136,6 +138,26 @@ class DenseMetaArchitecture(nn.Module):
             )
             results.append({"instances": detector_postprocess(instances, height, width)})
         return results
+
+
+def dense_detector(options: DenseOptions, **arguments: Any) -> DenseDetector:
+    """What follows the backbone, for LazyConfig, in which functions and classes are called by name.
+
+    Args:
+        options: of a detector, such as :class:`dyhead.detection.atss.ATSSOptions`.
+        **arguments: of ``options.build``: channels and strides of the pyramid, ...
+
+    Example:
+        >>> from dyhead.detection.atss import ATSSOptions
+        >>> lazy = LazyCall(dense_detector)(                                               # doctest: +SKIP
+        ...     options=LazyCall(ATSSOptions)(num_convs=0), channels=256, strides=[8, 16, 32, 64, 128]
+        ... )                                                                              # doctest: +SKIP
+    """
+    return options.build(**arguments)
+
+
+def _visible(objects: Instances) -> Tensor | None:
+    return objects.gt_visible_boxes.tensor if objects.has("gt_visible_boxes") else None
 
 
 def _to_instances(found: Detections, size: tuple[int, int]) -> Instances:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +49,8 @@ class P6P7(nn.Module):
             return [p6, self.p7(p6.relu() if self.relu else p6)]
         # Not in half precision: in bfloat16 on a CPU, PyTorch 2.15 leaves parts of the weights' gradient uninitialised
         # where the input of a strided convolution is one pixel wide, as these levels of small images are.
-        with torch.autocast(level.device.type, enabled=False):
+        device = level.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             p6 = self.p6(level.to(self.p6.weight.dtype))
             p7 = self.p7(p6.relu() if self.relu else p6)
         return [p6.to(level.dtype), p7.to(level.dtype)]

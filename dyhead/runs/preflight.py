@@ -157,6 +157,10 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} devices, got {cfg.SOLVER.IMS_PER_BATCH}"
         )
+    share = cfg.SOLVER.IMS_PER_BATCH // processes
+    if not args.eval_only:
+        expected = f"a divisor of the {share} images that a device has of SOLVER.IMS_PER_BATCH"
+        expect(cfg, "SOLVER.ACCUMULATE", share % cfg.SOLVER.ACCUMULATE == 0, expected)
 
 
 def _check_norms(cfg: CfgNode) -> None:
@@ -167,8 +171,8 @@ def _check_norms(cfg: CfgNode) -> None:
         head = cfg.MODEL.ROI_BOX_HEAD.NAME
         nodes = [BOX_HEADS[head].node if head in BOX_HEADS else "MODEL.ROI_BOX_HEAD"]
         nodes += ["MODEL.ROI_MASK_HEAD"] if cfg.MODEL.MASK_ON else []
-    parts = [*nodes, *(NECKS[neck].node for neck in cfg.MODEL.NECKS)]
-    keys = [f"{part}.NORM" for part in parts if "NORM" in get(cfg, part)]
+    nodes += [NECKS[neck].node for neck in cfg.MODEL.NECKS]
+    keys = [f"{node}.NORM" for node in nodes if "NORM" in get(cfg, node)]
     for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *keys):
         if get(cfg, key) in ("SyncBN", "nnSyncBN"):
             raise ConfigError(f"{key}: expected one that several processes can share on a CPU, got {get(cfg, key)!r}")

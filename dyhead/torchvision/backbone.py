@@ -1,4 +1,4 @@
-"""The pyramid that the detectors stand on: ResNet, FPN, extra levels and necks.
+"""The pyramid that the detectors stand on: ResNet or a network of timm, FPN, extra levels and necks.
 
 N batch, C channels, H, W height and width of a level in its own pixels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 
@@ -15,12 +15,12 @@ import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from dyhead.build import build_necks, necks_with_dyhead
-from dyhead.config import options_of
+from dyhead.build import build_necks, build_timm, necks_with_dyhead
+from dyhead.config import ConfigError, has_timm, options_of
 from dyhead.layers import P6P7, DeformConv2dPack
 from dyhead.necks import Necked, Stack
 
@@ -41,16 +41,17 @@ BACKBONES: dict[str, tuple[bool, str | None]] = {
     "build_retinanet_resnet_fpn_backbone": (True, "res5"),
     "build_resnet_fpn_dyhead_backbone": (False, None),
     "build_retinanet_resnet_fpn_dyhead_backbone": (True, None),
+    "build_timm_fpn_backbone": (False, None),
+    "build_timm_fpn_p6p7_backbone": (True, None),
 }
 
 
-class Pyramid(Necked, BackboneWithFPN):
-    """ResNet with a feature pyramid and necks on it; torchvision's detectors take it as their backbone.
+class Pyramid(Necked):
+    """A network with a feature pyramid and necks on it; torchvision's detectors take it as their backbone.
 
     Args:
-        resnet: a ResNet of torchvision.
-        in_stages: the stages the pyramid is built on, from fine to coarse and up to the last, such as
-            ``["res3", "res4", "res5"]``.
+        body: the network, from images to its stages by name; stage "res3" is of stride 2^3.
+        widths: channels of the stages the pyramid is built on, by name, from fine to coarse and up to the last.
         channels: channels C of every level of the pyramid.
         top: makes the coarser levels from the pyramid and the stages.
         norm: normalization in the pyramid's convolutions, none by default.
@@ -63,24 +64,25 @@ class Pyramid(Necked, BackboneWithFPN):
 
     def __init__(
         self,
-        resnet: torchvision.models.ResNet,
-        in_stages: list[str],
+        body: nn.Module,
+        widths: Mapping[str, int],
         channels: int,
         top: PooledTop | ConvolvedTop,
         norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
-        numbers = [int(stage.removeprefix("res")) for stage in in_stages]
-        super().__init__(
-            resnet,
-            return_layers={f"layer{n - 1}": f"p{n}" for n in numbers},
-            in_channels_list=[resnet.inplanes // 2 ** (5 - n) for n in numbers],
-            out_channels=channels,
-            extra_blocks=top,
-            norm_layer=norm,
-        )
-        self.strides = {f"p{n}": 2**n for n in (*numbers, *top.levels)}
+        super().__init__()
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(list(widths.values()), channels, extra_blocks=top, norm_layer=norm)
+        self.out_channels = channels
+        self._stages = {stage: f"p{_number(stage)}" for stage in widths}
+        self.strides = {f"p{n}": 2**n for n in (*map(_number, widths), *top.levels)}
         self.size_divisibility = _DIVISOR
         self.attach(())
+
+    @property
+    def laterals(self) -> dict[str, nn.Module]:
+        """The convolutions of the network's stages, by the level that each is added to."""
+        return dict(zip(self._stages.values(), self.fpn.inner_blocks, strict=True))
 
     def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
         """Let necks follow, each a child of its own name.
@@ -94,7 +96,9 @@ class Pyramid(Necked, BackboneWithFPN):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) to the levels (N, C, H / stride, W / stride, sizes rounded up), by name."""
-        return OrderedDict(self.through_necks(super().forward(x)))
+        stages = self.body(x)
+        pyramid = self.fpn(OrderedDict((level, stages[stage]) for stage, level in self._stages.items()))
+        return OrderedDict(self.through_necks(pyramid))
 
 
 class PooledTop(ExtraFPNBlock):
@@ -119,20 +123,20 @@ class ConvolvedTop(P6P7, ExtraFPNBlock):
 
 
 def build_pyramid(cfg: CfgNode) -> Pyramid:
-    """The pyramid of ``MODEL.BACKBONE``, ``RESNETS``, ``FPN`` and ``NECKS``, with random weights.
+    """The pyramid of ``MODEL.BACKBONE``, ``RESNETS`` or ``TIMM``, ``FPN`` and ``NECKS``, with random weights.
 
     Raises:
         ConfigError, ValueError: channels or groups that do not fit each other.
     """
-    resnet = _build_resnet(cfg)
+    body, widths = (_build_timm if has_timm(cfg) else _build_resnet)(cfg)
     fpn, name = options_of(cfg, "MODEL.FPN"), cfg.MODEL.BACKBONE.NAME
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     convolved, source = BACKBONES[name]
     source = source or fpn.p6p7_in_feature
     top = PooledTop()
     if convolved:
-        top = ConvolvedTop(channels if source == "p5" else resnet.inplanes, channels, source, relu=fpn.p7_relu)
-    pyramid = Pyramid(resnet, cfg.MODEL.FPN.IN_FEATURES, channels, top, build_norm(cfg.MODEL.FPN.NORM))
+        top = ConvolvedTop(channels if source == "p5" else widths["res5"], channels, source, relu=fpn.p7_relu)
+    pyramid = Pyramid(body, widths, channels, top, build_norm(cfg.MODEL.FPN.NORM))
     names = necks_with_dyhead(cfg) if "dyhead" in name else cfg.MODEL.NECKS
     necks = build_necks(cfg, names, channels, list(pyramid.strides.values()))
     pyramid.add_necks(necks, options_of(cfg, "MODEL.BACKBONE").size_divisibility)
@@ -144,7 +148,18 @@ def build_norm(name: str) -> Callable[[int], nn.Module] | None:
     return _NORMS[name]
 
 
-def _build_resnet(cfg: CfgNode) -> torchvision.models.ResNet:
+def _build_timm(cfg: CfgNode) -> tuple[nn.Module, dict[str, int]]:
+    network, wanted = build_timm(cfg), cfg.MODEL.FPN.IN_FEATURES
+    there = list(network.channels)
+    if wanted != there[-len(wanted) :] or there[-1] != "res5":
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES: the torchvision engine expects the last of the maps of MODEL.TIMM.OUT_INDICES, "
+            f"{there}, up to res5, got {wanted}"
+        )
+    return network, {name: network.channels[name] for name in wanted}
+
+
+def _build_resnet(cfg: CfgNode) -> tuple[nn.Module, dict[str, int]]:
     options = cfg.MODEL.RESNETS
     resnet = getattr(torchvision.models, f"resnet{options.DEPTH}")(
         weights=None,
@@ -164,7 +179,13 @@ def _build_resnet(cfg: CfgNode) -> torchvision.models.ResNet:
     for name in chain.from_iterable(stages[: max(cfg.MODEL.BACKBONE.FREEZE_AT, 0)]):
         getattr(resnet, name).requires_grad_(False)
         setattr(resnet, name, _freeze_batch_norm(getattr(resnet, name)))
-    return resnet
+    wanted = cfg.MODEL.FPN.IN_FEATURES
+    body = IntermediateLayerGetter(resnet, {f"layer{_number(stage) - 1}": stage for stage in wanted})
+    return body, {stage: resnet.inplanes // 2 ** (5 - _number(stage)) for stage in wanted}
+
+
+def _number(stage: str) -> int:
+    return int(stage.removeprefix("res"))
 
 
 def _freeze_batch_norm(module: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
 A checkpoint of a training is a dict in Detectron2's form, which ``torch.load(file, weights_only=True)`` reads:
 
-    model        the detector's weights, see :func:`portable_state`
+    model        the detector's weights, see :func:`portable_state`; with ``SOLVER.EMA`` their moving average
+    trained      with ``SOLVER.EMA``, the weights themselves
     optimizer    the optimizer's state
     grad_scaler  the state of float16's loss scaling, empty without it
     iteration    index, from 0, of the last iteration that is done
@@ -25,7 +26,8 @@ from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from dyhead import checkpoints
-from dyhead.checkpoints import canonical_names, convert, find_state, load_into, read_file
+from dyhead.backbones import timm
+from dyhead.checkpoints import canonical_names, convert_for, find_state, load_into, read_file
 from dyhead.checkpoints.errors import as_config_errors
 from dyhead.checkpoints.resuming import check_written_by, entry, iteration
 from dyhead.config import ConfigError
@@ -52,7 +54,7 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
         model: the detector.
         weights: a file that :mod:`dyhead.checkpoints` knows; an address of one, ``https://`` or ``http://``; or
             ``detectron2://ImageNetPretrained/torchvision/R-50.pkl`` (or R-18, R-34, R-101, R-152), which stands for
-            torchvision's weights of that name.
+            torchvision's weights of that name; or ``timm://NAME``, timm's.
         strict: whether all keys must fit. Otherwise what fits is loaded and what does not is named in the log.
 
     Raises:
@@ -61,13 +63,26 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
     origin = f"checkpoint {weights}"
     names = canonical_names(model.state_dict())
     with as_config_errors():
-        conversion = convert(find_state(_read_weights(weights), origin), origin)
+        conversion = convert_for(model, find_state(_read_weights(weights), origin), origin)
         load_into(model, conversion, names, strict=strict, origin=origin)
 
 
-def portable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a detector under the keys that both engines read (:mod:`dyhead.checkpoints.ours`)."""
-    state = model.state_dict()
+def load_state(model: nn.Module, state: Any, path: str) -> None:
+    """Load all weights of a state dict under the keys of :func:`portable_state`, which a checkpoint has beside others.
+
+    Raises:
+        ConfigError: they are none, or do not fit.
+    """
+    origin = f"checkpoint {path}"
+    with as_config_errors():
+        conversion = convert(find_state({"model": state}, origin), origin)
+        load_into(model, conversion, canonical_names(model.state_dict()), strict=True, origin=origin)
+
+
+def portable_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a detector, or others in their place, under the keys that both engines read
+    (:mod:`dyhead.checkpoints.ours`)."""
+    state = model.state_dict() if state is None else state
     return {name: state[key] for key, name in canonical_names(state).items()}
 
 
@@ -120,12 +135,14 @@ def _read_weights(weights: str) -> dict[str, Any]:
         except Exception as error:  # of the network, or of a damaged file that is there
             folder = os.path.join(torch.hub.get_dir(), "checkpoints")
             raise _not_fetched(weights, f"torchvision's {name}.IMAGENET1K_V1", folder, error) from error
+    if weights.startswith(timm.SCHEME):
+        return timm.pretrained_state(weights)
     if weights.startswith(("https://", "http://")):
         return read_checkpoint(_fetched(weights))
     if "://" in weights:
         raise ConfigError(
-            f"MODEL.WEIGHTS {weights}: the torchvision engine reads files, https:// and http:// addresses of files and "
-            "detectron2://ImageNetPretrained/torchvision/R-{18,34,50,101,152}.pkl"
+            f"MODEL.WEIGHTS {weights}: the torchvision engine reads files, https:// and http:// addresses of files, "
+            "timm://NAME and detectron2://ImageNetPretrained/torchvision/R-{18,34,50,101,152}.pkl"
         )
     if "?" in weights and not os.path.exists(weights):
         raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file; what follows a ? is for the Detectron2 engine alone")

@@ -12,7 +12,16 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from dyhead.config import TWO_STAGE, ConfigError, add_dyhead_config, check_config, get, ignore_keys, values
+from dyhead.config import (
+    TWO_STAGE,
+    ConfigError,
+    add_dyhead_config,
+    check_config,
+    get,
+    has_timm,
+    ignore_keys,
+    values,
+)
 from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
 from dyhead.config_files import shown
 from dyhead.torchvision.backbone import BACKBONES
@@ -80,7 +89,8 @@ def check_values(cfg: CfgNode) -> None:
         choices |= _KEYPOINT_CHOICES if cfg.MODEL.KEYPOINT_ON else {}
     for key, supported in choices.items():
         _expect(cfg, key, lambda value, among=supported: value in among, f"one of {', '.join(map(repr, supported))}")
-    _check_backbone(cfg)
+    if not has_timm(cfg):
+        _check_resnet(cfg)
 
 
 def iou_thresholds(cfg: CfgNode, node: str) -> tuple[float, float]:
@@ -97,7 +107,7 @@ def iou_thresholds(cfg: CfgNode, node: str) -> tuple[float, float]:
     return thresholds[0], thresholds[-1]
 
 
-def _check_backbone(cfg: CfgNode) -> None:
+def _check_resnet(cfg: CfgNode) -> None:
     depth, levels = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.FPN.IN_FEATURES
     widths = {"RES2_OUT_CHANNELS": 256}
     if depth < 50:

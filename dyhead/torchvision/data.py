@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dyhead import data
-from dyhead.config import ConfigError
+from dyhead.config import ConfigError, reads_visible_boxes
 from dyhead.data import CocoSplit, DataError
 from dyhead.data.coco import flip_pairs
 from dyhead.evaluation.coco import as_rle
@@ -177,10 +177,17 @@ class Parts:
     Attributes:
         masks: whether its mask is.
         keypoints: names of its keypoints.
+        visible: whether the box of its visible part is, which is its own box where the file has none.
     """
 
     masks: bool = False
     keypoints: tuple[str, ...] = ()
+    visible: bool = False
+
+    def visible_of(self, objects: Sequence[dict[str, Any]], change: Change) -> Tensor:
+        """Boxes (M, 4) of the visible parts of changed annotations."""
+        boxes = [a.get("visible_bbox", a["bbox"]) for a in objects]
+        return change.boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
 
     def masks_of(self, objects: Sequence[dict[str, Any]], change: Change) -> Tensor:
         """Masks (M, H, W), bool, of changed annotations."""
@@ -251,6 +258,8 @@ class TrainStream(Dataset):
             seen &= target["masks"].flatten(1).any(dim=1)
         if self.parts.keypoints:
             target["keypoints"] = self.parts.keypoints_of(objects, change)
+        if self.parts.visible:
+            target["visible_boxes"] = self.parts.visible_of(objects, change)
         return change.image(image), {key: value[seen] for key, value in target.items()}
 
 
@@ -378,7 +387,9 @@ def train_loader(
         cfg.INPUT.MAX_SIZE_TRAIN,
         cfg.INPUT.RANDOM_FLIP,
     )
-    parts = Parts(cfg.MODEL.MASK_ON, tuple(keypoints) if cfg.MODEL.KEYPOINT_ON else ())
+    parts = Parts(
+        cfg.MODEL.MASK_ON, tuple(keypoints) if cfg.MODEL.KEYPOINT_ON else (), visible=reads_visible_boxes(cfg)
+    )
     stream = TrainStream(records, augmentation, cfg.INPUT.FORMAT, seed, parts)
     batches = TrainBatches(
         stream,

@@ -33,12 +33,15 @@ class DenseModel(nn.Module):
 
         Args:
             images: (3, H, W) each, values 0 to 255.
-            targets: for each image boxes (M, 4) in its pixels and labels (M,).
+            targets: for each image boxes (M, 4) in its pixels and labels (M,), and visible_boxes (M, 4) for a detector
+                that reads them (:attr:`dyhead.detection.Targets.visible`).
         """
         batch, _ = self.transform(images)
         predictions = self.detector(self.backbone(batch.tensors))
         if self.training:
-            return self.detector.losses(predictions, [Targets(t["boxes"], t["labels"]) for t in targets])
+            return self.detector.losses(
+                predictions, [Targets(t["boxes"], t["labels"], t.get("visible_boxes")) for t in targets]
+            )
         return [found._asdict() for found in self.detector.detections(predictions, batch.image_sizes)]
 
 

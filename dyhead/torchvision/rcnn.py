@@ -5,7 +5,7 @@ N batch, C channels, K classes, Q proposals of all images, S side of a pooled re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from fvcore.common.config import CfgNode
@@ -20,13 +20,14 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
-from dyhead.build import build_box_head, detects
+from dyhead.build import build_box_head, build_taps, detects
 from dyhead.config import ConfigError, get, options_of
 from dyhead.config_checks import CASCADE
+from dyhead.config_options import DUAL
 from dyhead.detection import Anchors
 from dyhead.detection.boxes import Deltas
 from dyhead.detection.heads.dense import at_least_float32
-from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.roi import BOX_HEADS, Tap
 from dyhead.detection.roi.keypoints import find_keypoints, keypoint_loss
 from dyhead.detection.roi.masks import crop_masks, mask_loss, mask_probabilities
 from dyhead.detection.roi.pooling import PyramidPool
@@ -218,6 +219,27 @@ class RegionHeads(RoIHeads):
         self.append_truth = append_truth
         self.keypoint_loss_weight = keypoint_loss_weight
         self.keypoint_divisor = keypoint_divisor
+        self.taps: dict[str, Tap] = {}
+
+    def supervise(self, taps: Mapping[str, Tap], heads: Mapping[str, RegionHeads], loss_weight: float) -> None:
+        """In training, let other heads learn from the same regions on other maps.
+
+        Args:
+            taps: the maps, by name.
+            heads: of the same names and the same structure.
+            loss_weight: what their losses are multiplied by.
+        """
+        self.taps, self.auxiliary, self.auxiliary_weight = dict(taps), nn.ModuleDict(heads), loss_weight
+
+    def _auxiliary_losses(
+        self, losses: Callable[[RegionHeads, dict[str, Tensor]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``losses`` gives for each of the other heads and its maps, by names that end with the heads'."""
+        return {
+            f"{key}_{name}": self.auxiliary_weight * loss
+            for name, tap in self.taps.items()
+            for key, loss in losses(self.auxiliary[name], tap.levels).items()
+        }
 
     def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
         """The proposals, with the true boxes if so configured."""
@@ -243,21 +265,40 @@ class RegionHeads(RoIHeads):
         positive = [torch.where(own > 0)[0] for own in labels]
         boxes = [own[where] for own, where in zip(proposals, positive, strict=True)]
         objects = [own[where] for own, where in zip(matched, positive, strict=True)]
+        classes = [own[where] - 1 for own, where in zip(labels, positive, strict=True)]
+        losses |= self.part_losses(features, boxes, image_shapes, objects, classes, targets)
+        losses |= self._auxiliary_losses(
+            lambda heads, maps: heads.part_losses(maps, boxes, image_shapes, objects, classes, targets)
+        )
+        for tap in self.taps.values():
+            tap.clear()
+        return [], losses
+
+    def part_losses(
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        objects: list[Tensor],
+        classes: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Losses of masks and keypoints of positive proposals, each with its object and that one's class, from 0."""
+        losses = {}
         if self.has_mask():
             logits = self.mask_logits(features, boxes, image_shapes)
             truth = [
                 crop_masks(t["masks"], own, of, logits.shape[-1])
                 for t, of, own in zip(targets, objects, boxes, strict=True)
             ]
-            classes = torch.cat([own[where] for own, where in zip(labels, positive, strict=True)]) - 1
-            losses["loss_mask"] = mask_loss(logits, classes, torch.cat(truth))
+            losses["loss_mask"] = mask_loss(logits, torch.cat(classes), torch.cat(truth))
         if self.has_keypoint():
             logits = self.keypoint_logits(features, boxes, image_shapes)
             points = torch.cat([t["keypoints"][of] for t, of in zip(targets, objects, strict=True)])
             divisor = None if self.keypoint_divisor is None else self.keypoint_divisor * len(targets)
             loss = keypoint_loss(logits, torch.cat(boxes), points, divisor)
             losses["loss_keypoint"] = self.keypoint_loss_weight * loss
-        return [], losses
+        return losses
 
     def detect_boxes(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -295,6 +336,19 @@ class RegionHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Losses of sampled proposals, each with the object that it overlaps most and its label."""
+        sample = proposals, image_shapes, matched, labels, targets
+        losses = self._own_box_losses(features, *sample)
+        return losses | self._auxiliary_losses(lambda heads, maps: heads.box_losses(maps, *sample))
+
+    def _own_box_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
         predictions = self._predict(features, proposals, image_shapes)
         return self._costs(self.box_form, self.box_predictor, predictions, proposals, matched, labels, targets)
 
@@ -313,7 +367,7 @@ class RegionHeads(RoIHeads):
         positive = torch.where(labels > 0)[0]
         losses = []
         for logits, deltas in predictions:
-            own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
+            own_class = deltas.view(*logits.shape, 4)[positive, labels[positive]]
             loss_box = box_form.loss(own_class, boxes[positive], truth[positive]).sum()
             losses.append(
                 {
@@ -364,7 +418,7 @@ class RegionHeads(RoIHeads):
 class DetectingHeads(RegionHeads):
     """Heads whose box head has losses and detections of its own: :attr:`dyhead.detection.roi.Registered.detects`."""
 
-    def box_losses(
+    def _own_box_losses(
         self,
         features: dict[str, Tensor],
         proposals: list[Tensor],
@@ -373,7 +427,6 @@ class DetectingHeads(RegionHeads):
         labels: list[Tensor],
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """The head's losses, see :class:`RegionHeads`."""
         # The background's label is its last one.
         labels = [torch.where(own > 0, own - 1, self.box_head.num_classes) for own in labels]
         return self.box_head.losses(features, proposals, labels, _truth(proposals, matched, targets), image_shapes)
@@ -446,11 +499,27 @@ class CascadeHeads(RegionHeads):
                 proposals = [boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)] for boxes in proposals]
                 pairs = [stage.label(boxes, t) for boxes, t in zip(proposals, targets, strict=True)]
                 matched, labels = (list(part) for part in zip(*pairs, strict=True))
-            predictions = self._run(stage, features, proposals, image_shapes)
-            costs = self._costs(stage.box_form, stage.predictor, predictions, proposals, matched, labels, targets)
-            losses |= {f"{name}_stage{number}": loss for name, loss in costs.items()}
+            arguments = number, proposals, image_shapes, matched, labels, targets
+            predictions, own = self.stage_losses(features, *arguments)
+            losses |= own | self._auxiliary_losses(lambda heads, maps, a=arguments: heads.stage_losses(maps, *a)[1])
             proposals = self._refined(stage, predictions, proposals, image_shapes)
         return losses
+
+    def stage_losses(
+        self,
+        features: dict[str, Tensor],
+        number: int,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> tuple[RegionPredictions, dict[str, Tensor]]:
+        """The predictions and losses of a stage, from the proposals that it starts from."""
+        stage = self.stages[number]
+        predictions = self._run(stage, features, proposals, image_shapes)
+        costs = self._costs(stage.box_form, stage.predictor, predictions, proposals, matched, labels, targets)
+        return predictions, {f"{name}_stage{number}": loss for name, loss in costs.items()}
 
     def detect_boxes(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -502,10 +571,15 @@ def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
         ConfigError, ValueError: levels that are not there, labels that are not supported.
     """
     pyramid = build_pyramid(cfg)
+    strides = _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")
+    heads = _build_region_heads(cfg, pyramid.out_channels, strides)
+    if taps := build_taps(cfg, pyramid.laterals, pyramid):
+        others = {name: _build_region_heads(cfg, pyramid.out_channels, strides) for name in taps}
+        heads.supervise(taps, others, options_of(cfg, DUAL).loss_weight)
     return FasterRCNN(
         pyramid,
         _build_proposal_network(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.RPN")),
-        _build_region_heads(cfg, pyramid.out_channels, _strides(pyramid.strides, cfg, "MODEL.ROI_HEADS")),
+        heads,
         Normalization(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, pyramid.size_divisibility),
     )
 

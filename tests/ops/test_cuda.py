@@ -309,16 +309,19 @@ class TestAdditions:
 
     @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
     def test_windows_lie_around_what_patches_read(self, channels, scale, emulated, make_case):
-        """Every pixel of a window that any tap reads once, and corners outside it, each by itself."""
+        """Every pixel of a window that any tap reads once, and corners outside it, each by itself.
+
+        A window has 18 x 18 pixels where a kernel has 64 channels, otherwise 16 x 16.
+        """
         size = int(16 * scale)
         case = make_case(
             channels=channels, batch=1, size=(16, 16), levels=((size, size),), scales=[scale], dtype=torch.bfloat16
         )
-        near, far = self.places(case.offset.detach()[0].unflatten(0, (9, 2)), scale, size)
+        near, far = self.places(case.offset.detach()[0].unflatten(0, (9, 2)), scale, size, 18 if channels > 32 else 16)
         assert self.count(case, emulated) == near + far
 
-    def places(self, offset, scale, size):
-        """Pixels inside the windows, 16 x 16 around the middle of each patch, and corners outside them."""
+    def places(self, offset, scale, size, side):
+        """Pixels inside the windows around the middle of each patch, and corners outside them."""
         near, far = set(), 0
         for tap, i, j in itertools.product(range(9), range(16), range(16)):
             dy, dx = offset[tap, :, i, j].tolist()
@@ -326,11 +329,11 @@ class TestAdditions:
             if not (-1 < y < size and -1 < x < size):
                 continue
             patch = i // 8, j // 8
-            begins = [int(scale * (8 * at + 4)) - 8 for at in patch]
+            begins = [int(scale * (8 * at + 4)) - side // 2 for at in patch]
             for corner in itertools.product((math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)):
                 if min(corner) < 0 or max(corner) >= size:
                     continue
-                if all(begin <= at < begin + 16 for begin, at in zip(begins, corner, strict=True)):
+                if all(begin <= at < begin + side for begin, at in zip(begins, corner, strict=True)):
                     near.add((patch, corner))
                 else:
                     far += 1

@@ -256,7 +256,7 @@ def test_labels_of_faster_rcnn_start_at_0_outside_and_at_1_behind_its_background
 def test_the_box_predictor_puts_the_background_first():
     predictor = BoxPredictor(5, num_classes=3)
     x = torch.randn(2, 5)
-    logits, deltas = predictor(x)
+    ((logits, deltas),) = predictor(x)
     assert torch.equal(logits[:, 1:], predictor.cls_score(x)[:, :3])
     assert torch.equal(logits[:, 0], predictor.cls_score(x)[:, 3])
     assert torch.equal(deltas[:, 4:], predictor.bbox_pred(x))

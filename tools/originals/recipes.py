@@ -141,7 +141,7 @@ def _watch(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     backbone = model.backbone
     backbone.register_forward_hook(note("dyhead"))
     if hasattr(backbone, "body"):
-        backbone.body.register_forward_hook(note("backbone", lambda key: f"c{key.removeprefix('p')}"))
+        backbone.body.register_forward_hook(note("backbone", lambda key: f"c{key.removeprefix('res')}"))
         backbone.fpn.register_forward_hook(note("fpn"))
     else:
         backbone.backbone.bottom_up.register_forward_hook(note("backbone", lambda key: f"c{key.removeprefix('res')}"))

@@ -91,7 +91,8 @@ def draw(spec: Spec, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
         annotations: a dict per object in COCO's form, without ids: category_id, bbox [x, y, width, height], area and
             segmentation (compressed RLE) and keypoints (`KEYPOINTS`) of the visible part, iscrowd 0, and two of our
             own: size, the diameter in pixels of the circle around the whole object, and visibility, the fraction of its
-            pixels that is visible. A pixel belongs to an object if its centre does.
+            pixels that is visible. A pixel belongs to an object if its centre does. If the set has whole objects, bbox
+            and area are those of all that lies inside the image, and visible_bbox is the visible part's box.
     """
     from pycocotools import mask as rle  # here, so that dyhead.data needs it only to draw
 
@@ -100,21 +101,32 @@ def draw(spec: Spec, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     for i, o in enumerate(objects):
         mask = owner == i
         code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box, area, own = _box(mask), int(visible[i]), {}
+        if spec.whole:
+            whole = np.zeros_like(mask)
+            whole[o.window] = o.distance <= 0
+            box, area, own = _box(whole), int(whole.sum()), {"visible_bbox": box}
         annotations.append(
             {
                 "category_id": o.kind + 1,
-                "bbox": [int(n) for n in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)],
-                "area": int(visible[i]),
+                "bbox": box,
+                "area": area,
                 "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")},
                 "keypoints": [v for x, y in _keypoints(mask) for v in (x, y, 2)],
                 "num_keypoints": len(KEYPOINTS),
                 "iscrowd": 0,
                 "size": round(float(o.size), 2),
                 "visibility": round(int(visible[i]) / o.area, 3),
+                **own,
             }
         )
     return _paint(spec, index, objects, owner.shape), annotations
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    """The box [x, y, width, height] around a mask."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return [int(n) for n in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)]
 
 
 def _keypoints(mask: np.ndarray) -> list[tuple[int, int]]:

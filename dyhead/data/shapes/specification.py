@@ -1,6 +1,7 @@
 """What each `shapes` set looks like."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,11 @@ class Spec:
         textured: whether objects and background have textures.
         noise: standard deviation of the noise added to the finished image, on the scale 0 to 255.
         suffix: ".png" (lossless) or ".jpg" (quality 90, colour not subsampled).
+        whole: whether boxes and areas are those of whole objects inside the image, with the visible part's box beside
+            them, instead of the visible part's.
     """
+
+    whole: ClassVar[bool] = False
 
     seed: int
     images: int
@@ -32,6 +37,13 @@ class Spec:
     textured: bool
     noise: float
     suffix: str
+
+
+@dataclass(frozen=True)
+class CrowdSpec(Spec):
+    """A set for detectors of two boxes of an object: all of it, and what is visible."""
+
+    whole: bool = field(default=True, kw_only=True)
 
 
 _EASY = Spec(
@@ -60,11 +72,14 @@ _STANDARD = Spec(
     noise=6,
     suffix=".jpg",
 )
+_CROWD = CrowdSpec(**asdict(replace(_EASY, seed=7, objects=(5, 9), visible=0.3)))
 _HARD = replace(_STANDARD, seed=5, objects=(10, 30), size=(8, 128), visible=0.25, contrast=(30, 70), noise=12)
 
 SPECS: dict[str, Spec] = {
     "shapes_easy_train": _EASY,
     "shapes_easy_val": replace(_EASY, seed=2, images=100),
+    "shapes_crowd_train": _CROWD,
+    "shapes_crowd_val": replace(_CROWD, seed=8, images=100),
     "shapes_train": _STANDARD,
     "shapes_val": replace(_STANDARD, seed=4, images=500),
     "shapes_hard_train": _HARD,

@@ -1,0 +1,92 @@
+"""`python -m benchmarks.backbones`: writes the table of networks, and what they cost, into docs/backbones.md.
+
+The networks are those of configs/atss_dyhead_*.yaml, built on the meta device, which computes nothing. Needs timm.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.document import fill
+from benchmarks.heads import IMAGE
+from benchmarks.program import markdown
+from dyhead.config import has_timm, load_config
+from dyhead.evaluation import count_flops, count_parameters
+from dyhead.torchvision import build_model, get_cfg
+
+_ROOT = Path(__file__).parents[1]
+DOCUMENT = _ROOT / "docs" / "backbones.md"
+
+#: What others published of ATSS with DyHead on a network: AP on COCO, and where.
+PUBLISHED = {
+    "R50": "42.6 (paper, 1x)",
+    "X101_DCN": "52.3 (paper, test-dev, 2x)",
+    "SwinT": "49.8 (microsoft/DynamicHead, 2x)",
+    "SwinL": "56.2 (mmdetection, 2x)",
+}
+
+
+def names() -> list[str]:
+    """The networks, as the configurations' names say: those of ResNets first."""
+    files = sorted(path.stem.removeprefix("atss_dyhead_") for path in (_ROOT / "configs").glob("atss_dyhead_*.yaml"))
+    return sorted(files, key=lambda name: (has_timm(_configured(name)), name))
+
+
+def section(words: list[str]) -> str:
+    """The table."""
+    head = [
+        "`configs/atss_dyhead_...`",
+        "network",
+        "needs",
+        "network, G",
+        "M",
+        "whole detector, G",
+        "M",
+        "published AP",
+    ]
+    return markdown([head, *map(row, names())], left=3)
+
+
+def row(name: str) -> list[str]:
+    """A network's line: billions of multiply-adds of an image, millions of parameters."""
+    cfg = _configured(name)
+    with torch.device("meta"):
+        model = build_model(cfg).eval()
+    image = torch.empty(1, 3, *IMAGE, device="meta")
+    whole = nn.Sequential(model.backbone, model.detector)
+    cost = [f(x) for x in (model.backbone.body, whole) for f in (lambda x: f"{count_flops(x, image):.1f}", _millions)]
+    return [f"`{name}.yaml`", _network(name), "timm" if has_timm(cfg) else "", *cost, PUBLISHED.get(name, "")]
+
+
+def _network(name: str) -> str:
+    cfg = _configured(name)
+    if has_timm(cfg):
+        return f"`{cfg.MODEL.TIMM.NAME}`"
+    options = cfg.MODEL.RESNETS
+    groups = f"ResNeXt-{options.DEPTH}-{options.NUM_GROUPS}x{options.WIDTH_PER_GROUP}d"
+    stages = [f"res{i}" for i, deformable in enumerate(options.DEFORM_ON_PER_STAGE, 2) if deformable]
+    kind = groups if options.NUM_GROUPS > 1 else f"ResNet-{options.DEPTH}"
+    return f"{kind}, deformable in {', '.join(stages)}" if stages else kind
+
+
+def _configured(name: str):
+    cfg = get_cfg()
+    load_config(cfg, _ROOT / "configs" / f"atss_dyhead_{name}.yaml")
+    return cfg
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{count_parameters(module) / 1e6:.1f}"
+
+
+def main() -> None:
+    """Rewrites the document."""
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), section), encoding="utf-8")
+    print(f"Written to {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()
