@@ -9,7 +9,7 @@ from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.roi import BOX_HEADS, DuallySupervisedOptions
 from dyhead.necks import NECKS
-from dyhead.options import Check, at_least, each, one_of, option
+from dyhead.options import Check, at_least, between, each, one_of, option
 
 #: The meta-architecture of two-stage detectors, which are those of the engine.
 TWO_STAGE = "DyHeadRCNN"
@@ -68,6 +68,35 @@ class SolverOptions:
     """The optimizer."""
 
     optimizer: str = option("SGD", "SGD has MOMENTUM and NESTEROV", one_of("SGD", "ADAMW"))
+    accumulate: int = option(
+        1,
+        "parts into which each device divides its images of an iteration, to hold one at a time in memory; the "
+        "gradient is the mean of theirs, and IMS_PER_BATCH and everything else stay as they are",
+        at_least(1),
+    )
+
+
+@dataclass(frozen=True)
+class AMPOptions:
+    """Mixed precision, where ``SOLVER.AMP.ENABLED`` is True."""
+
+    dtype: str = option(
+        "",
+        "of the forward pass; empty: float16 on a GPU, bfloat16 on a CPU. The loss is scaled with float16",
+        one_of("", "float16", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True)
+class EMAOptions:
+    """An exponential moving average of the weights. It is evaluated, and saved as the model."""
+
+    enabled: bool = option(False, "keep one, and evaluate it instead of the last weights")
+    decay: float = option(
+        0.9998,
+        "what stays of it in an iteration; less in the first ones, (1 + i) / (10 + i) of iteration i",
+        between(0, 1),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,5 +120,7 @@ OPTIONS: dict[str, type] = {
     DUAL: DuallySupervisedOptions,
     "DATASETS": DatasetOptions,
     "SOLVER": SolverOptions,
+    "SOLVER.AMP": AMPOptions,
+    "SOLVER.EMA": EMAOptions,
     "TEST.BENCHMARK": BenchmarkOptions,
 }

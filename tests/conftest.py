@@ -1,9 +1,12 @@
-"""Skips the tests whose requirement is absent, with the reason; gives torch.compile a cache of the run's own."""
+"""Skips the tests whose requirement is absent, with the reason; gives torch.compile a cache of the run's own; data."""
 
 import importlib.util
+import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -12,6 +15,25 @@ def compile_cache_fixture(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.fixture
+def five_pictures(tmp_path):
+    """The entry of DATASETS.REGISTER of five pictures with a box each."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(1, 6):
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 48, "width": 64})
+        box = {"bbox": [4 * i, 3 * i, 20, 25], "area": 500, "iscrowd": 0}
+        annotations.append({"id": i, "image_id": i, "category_id": 1 + i % 2} | box)
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    return [f"five {tmp_path.name}", str(tmp_path / "data.json"), str(tmp_path)]
 
 
 def pytest_collection_modifyitems(items):

@@ -264,6 +264,18 @@ def test_gradients_reach_every_parameter(engine, name, neck, case):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["cascade_rcnn", "doublehead_ext"])
+def test_without_proposals_nothing_is_lost_or_found_by_the_box_head(engine, name):
+    adapter = build(engine, name, **{"MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 5000})
+    losses = adapter.losses(*inputs("none at all"))
+    assert all(loss.item() == 0 for key, loss in losses.items() if not key.startswith("loss_rpn"))
+    sum(losses.values()).backward()
+    assert [key for key, p in adapter.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert all(b.isfinite().all() for b in adapter.model.buffers())
+    assert [len(boxes) for boxes, _, _ in adapter.detections(inputs("objects")[0])] == [0, 0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("name", "neck"), [(name, neck) for name, neck in WITH_NECKS if neck])
 def test_bfloat16_autocast_gives_nearly_the_same_losses(engine, name, neck):
     exact = build(engine, name, neck).losses(*inputs("objects"))  # a model of its own: a normalizer may remember

@@ -1,15 +1,12 @@
 """A training that is killed, as by a machine that loses power, and goes on with --resume."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dyhead.detection.detector import DenseDetector
 
@@ -35,25 +32,6 @@ sys.exit(train_net.main(sys.argv[3:]))
 
 
 @pytest.fixture
-def data(tmp_path):
-    """The entry of DATASETS.REGISTER of five pictures with a box each."""
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(1, 6):
-        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "height": 48, "width": 64})
-        box = {"bbox": [4 * i, 3 * i, 20, 25], "area": 500, "iscrowd": 0}
-        annotations.append({"id": i, "image_id": i, "category_id": 1 + i % 2} | box)
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
-    }
-    (tmp_path / "data.json").write_text(json.dumps(content))
-    return [f"killed {tmp_path.name}", str(tmp_path / "data.json"), str(tmp_path)]
-
-
-@pytest.fixture
 def losses(monkeypatch):
     """Every iteration's losses, in the order in which they are computed."""
     seen, original = [], DenseDetector.losses
@@ -69,7 +47,7 @@ def losses(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_killed_training_goes_on_with_the_losses_of_one_that_was_not(engine, tmp_path, data, losses):
+def test_a_killed_training_goes_on_with_the_losses_of_one_that_was_not(engine, tmp_path, five_pictures, losses):
     spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
     train_net = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train_net)
@@ -78,8 +56,8 @@ def test_a_killed_training_goes_on_with_the_losses_of_one_that_was_not(engine, t
         "MODEL.FPN.OUT_CHANNELS": 32,
         "MODEL.DYHEAD.NUM_BLOCKS": 1,
         "MODEL.FCOS.NUM_CLASSES": 2,
-        "DATASETS.REGISTER": [data],
-        "DATASETS.TRAIN": (data[0],),
+        "DATASETS.REGISTER": [five_pictures],
+        "DATASETS.TRAIN": (five_pictures[0],),
         "DATASETS.TEST": (),
         "DATALOADER.NUM_WORKERS": 0,
         "INPUT.MIN_SIZE_TRAIN": (32, 48, 64),

@@ -47,7 +47,6 @@ def assert_learns(model, losses, expected):
 def test_every_configuration_takes_a_step(name):
     cfg = configured(get_cfg(), name)
     assert cfg.MODEL.META_ARCHITECTURE == TWO_STAGE
-    assert cfg.OUTPUT_DIR == f"output/{name}_R50"
     model = build_model(cfg)
     masks = torch.zeros(2, 64, 96, dtype=torch.bool)
     masks[:, 10:40, 35:55] = True

@@ -26,6 +26,7 @@ from dyhead.checkpoints import (
 from dyhead.checkpoints.errors import as_config_errors
 from dyhead.checkpoints.resuming import check_written_by, entry, iteration
 from dyhead.config import ConfigError
+from dyhead.runs.averaging import TRAINED, WeightAverage
 
 # Ends of keys that say nothing of where they belong.
 _GENERIC = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
@@ -43,6 +44,9 @@ class Checkpointer(DetectionCheckpointer):
 
     Files appear when they are complete and on the disk.
 
+    Attributes:
+        average: of the weights over the training, or None; see :mod:`dyhead.runs.averaging`.
+
     Raises:
         ConfigError: on ``load``: the file is missing, cannot be fetched, is no checkpoint, or does not fit the model
             (the missing, unexpected and differently shaped keys are named); to resume, the torchvision engine wrote it,
@@ -50,12 +54,17 @@ class Checkpointer(DetectionCheckpointer):
             names the one before.
     """
 
+    average: WeightAverage | None = None
+
     def save(self, name: str, **kwargs: Any) -> None:
         """Write the weights, the states of all checkpointables and ``kwargs`` to ``NAME.pth`` in the folder."""
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: of.state_dict() for key, of in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **states, **kwargs}
+        weights = {"model": self.model.state_dict()}
+        if self.average is not None:
+            weights = {"model": self.average.state, TRAINED: weights["model"]}
+        content = {**weights, **states, **kwargs}
         self.logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, f"{name}.pth"))
         with as_config_errors():
             save_checkpoint(self.save_dir, f"{name}.pth", content)
@@ -129,6 +138,12 @@ class Checkpointer(DetectionCheckpointer):
             conversion, names = convert_for(self.model, state, self._origin), canonical_names(own)
         checkpoint.pop("model", None)
         load_into(self.model, conversion, names, strict=self._complete, origin=self._origin)
+        if self.average is not None:
+            self.average.restart()
+        trained = checkpoint.pop(TRAINED, None)
+        if resumes and trained is not None:
+            conversion = convert_for(self.model, find_state({"model": trained}, self._origin), self._origin)
+            load_into(self.model, conversion, names, strict=True, origin=self._origin)
         if resumes:
             self._check_trainer(checkpoint)
 

@@ -129,6 +129,8 @@ def check_values(cfg: CfgNode, processes: int = 1) -> None:
         expect(cfg, key, check.fits(get(cfg, key)), check.text)
     _check_stages(cfg)
     _check_crop(cfg)
+    precise = cfg.TEST.PRECISE_BN.ENABLED and cfg.SOLVER.EMA.ENABLED  # statistics of other weights than the average
+    expect(cfg, "TEST.PRECISE_BN.ENABLED", not precise, "False with SOLVER.EMA.ENABLED True")
     check_augmentation(cfg)
     _check_scaled(cfg, processes)
 

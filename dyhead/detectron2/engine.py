@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         if args.num_gpus * args.num_machines == 1:
             _run(cfg, args)
         else:
-            launched(lambda errors: _launch(cfg, args, errors))
+            launched(lambda errors: _launch(cfg, args, errors), args, cfg.OUTPUT_DIR)
         if not cfg.DATASETS.TEST or args.machine_rank > 0:
             return {}
         with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), encoding="utf-8") as file:

@@ -24,7 +24,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from dyhead.build import build_box_head, build_taps
-from dyhead.config import expect, get, options_of
+from dyhead.config import TWO_STAGE, expect, get, options_of
 from dyhead.config_checks import CASCADE
 from dyhead.config_options import DUAL
 from dyhead.detection.heads.dense import at_least_float32
@@ -243,11 +243,15 @@ def _adapt(cfg: CfgNode, roi_heads: nn.Module, strides: dict[str, int]) -> None:
         levels = {name: strides[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES}
         pool = PyramidPool(levels, box.POOLER_RESOLUTION, box.POOLER_SAMPLING_RATIO, aligned, scales)
         roi_heads.box_pooler = ViewPooler(pool)
-    adapted = nn.ModuleList(
-        OutputLayers(cfg, head, box2box_transform=predictor.box2box_transform)
+    adapted = [
+        OutputLayers(cfg, head, box2box_transform=predictor.box2box_transform) if _needs_layers(head) else predictor
         for head, predictor in zip(heads, predictors, strict=True)
-    )
-    roi_heads.box_predictor = adapted if is_cascade else adapted[0]
+    ]
+    roi_heads.box_predictor = nn.ModuleList(adapted) if is_cascade else adapted[0]
+
+
+def _needs_layers(head: nn.Module) -> bool:
+    return not isinstance(head.out_features, int) or loss_weights(head) != ((1.0, 1.0),)
 
 
 def _register_box_head(name: str) -> None:
@@ -255,8 +259,11 @@ def _register_box_head(name: str) -> None:
 
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
         head = build_box_head(cfg, name, input_shape.channels)
+        if cfg.MODEL.META_ARCHITECTURE != TWO_STAGE:
+            plain = getattr(head, "scales", (1.0,)) == (1.0,) and not _needs_layers(head)
+            expect(cfg, "MODEL.META_ARCHITECTURE", plain, f"{TWO_STAGE} with MODEL.ROI_BOX_HEAD.NAME {name}")
         features = head.out_features
-        # What Detectron2 builds the predictors from, which _adapt replaces.
+        # What Detectron2 builds the predictors from; of a pair, _adapt builds them.
         head.output_shape = ShapeSpec(channels=features if isinstance(features, int) else sum(features))
         return head
 

@@ -16,9 +16,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build
 
-from dyhead.config import expect
+from dyhead.config import expect, get
 from dyhead.necks import NECKS
 from dyhead.runs.optimizer import clip_gradients
+
+# What trainers that are not of this package would ignore.
+_OF_OUR_TRAINER = {"SOLVER.ACCUMULATE": 1, "SOLVER.AMP.DTYPE": "", "SOLVER.EMA.ENABLED": False}
 
 _detectron2s = build.maybe_add_gradient_clipping
 
@@ -35,10 +38,13 @@ def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: _Optimizer) -> _Optimiz
         optimizer: an optimizer, or a class of such. An SGD is what Detectron2 makes.
 
     Raises:
-        ConfigError: an optimizer that is neither "SGD" nor "ADAMW".
+        ConfigError: an optimizer that is neither "SGD" nor "ADAMW"; a key that :class:`dyhead.detectron2.Trainer` alone
+            honours.
     """
     if "DYHEAD" not in cfg.MODEL:
         return _detectron2s(cfg, optimizer)
+    for key, default in _OF_OUR_TRAINER.items():
+        expect(cfg, key, get(cfg, key) == default, f"{default!r} with another trainer than dyhead.detectron2.Trainer")
     if type(optimizer) is torch.optim.SGD:
         expect(cfg, "SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER in ("SGD", "ADAMW"), "'SGD' or 'ADAMW'")
         if cfg.SOLVER.OPTIMIZER == "ADAMW":

@@ -6,15 +6,17 @@ import logging
 import os
 import time
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dyhead.config import ConfigError
 from dyhead.data import DataError
@@ -28,9 +30,13 @@ from dyhead.detectron2.train_loader import TrainLoader
 from dyhead.evaluation.expected import WITH_TTA
 from dyhead.evaluation.results import check_weights
 from dyhead.necks import Necked
+from dyhead.runs.averaging import weight_average
+from dyhead.runs.batches import parts
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.optimizer import build_optimizer, resumed_state
+from dyhead.runs.precision import autocast_dtype
+from dyhead.runs.processes import check_same_start
 from dyhead.runs.seeds import seed_sampling
 
 _log = logging.getLogger(__name__)
@@ -52,7 +58,7 @@ class Trainer(DefaultTrainer):
     and random numbers that the uninterrupted run would have had; Ctrl-C keeps what is
     learned; COCO's evaluation, by pycocotools, of every dataset of ``DATASETS.TEST``; ``TEST.EXPECTED_RESULTS`` is left
     to :func:`dyhead.detectron2.main`; an image that cannot be read is named; a checkpoint that does not fit is an error
-    on ``--resume``; on a CPU ``SOLVER.AMP`` is bfloat16.
+    on ``--resume``; ``SOLVER.AMP`` works on a CPU, too; ``SOLVER.ACCUMULATE`` and ``SOLVER.EMA``.
 
     Args:
         cfg: Detectron2's config with :func:`dyhead.config.add_dyhead_config`; the datasets are registered.
@@ -75,10 +81,11 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=None if cpu else [comm.get_local_rank()])
-        mixed = BFloat16Trainer if cpu else AMPTrainer
-        self._trainer = (mixed if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
+        device_type = torch.device(cfg.MODEL.DEVICE).type
+        self._trainer = Steps(model, loader, optimizer, device_type, autocast_dtype(cfg), cfg.SOLVER.ACCUMULATE)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.average = self.checkpointer.average = weight_average(cfg, self.checkpointer.model)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -93,6 +100,7 @@ class Trainer(DefaultTrainer):
             DataError: an image is broken.
             Interrupted: a signal came; a checkpoint is written.
         """
+        check_same_start(self.start_iter, self.cfg.OUTPUT_DIR)
         if isinstance(self.data_loader, TrainLoader):  # which a trainer that is derived from this may not have
             self.data_loader.seed, self.data_loader.start = self.seed, self.start_iter
         with self._interruption:
@@ -103,6 +111,8 @@ class Trainer(DefaultTrainer):
                 done = min(self.iter, self.max_iter - 1)
                 self.checkpointer.save(f"model_{done:07d}", iteration=done)
                 raise interrupted.after(done, self.cfg.OUTPUT_DIR) from None
+        if self.average is not None:
+            self.average.apply()
         return self._last_eval_results
 
     def build_hooks(self) -> list[hooks.HookBase]:
@@ -113,7 +123,7 @@ class Trainer(DefaultTrainer):
         return [*built[:place], _StopHook(self._interruption), evaluation, *built[place + 1 :]]
 
     def _evaluate(self) -> dict[str, Any]:
-        with self._interruption.at_once():
+        with self._interruption.at_once(), self.average.applied() if self.average else nullcontext():
             self._last_eval_results = self.test(self.cfg, self.model)
         return defined(self._last_eval_results)
 
@@ -124,6 +134,8 @@ class Trainer(DefaultTrainer):
             super().run_step()
         except FloatingPointError as error:
             raise DivergedError(self.iter, " ".join(str(error).split())) from error
+        if self.average is not None:
+            self.average.update(self.iter)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the training beside the weights."""
@@ -137,8 +149,6 @@ class Trainer(DefaultTrainer):
         """
         trainer, saved = state_dict["_trainer"], state_dict.get("hooks", {})
         trainer = trainer | {"optimizer": resumed_state(self.optimizer, trainer["optimizer"])}
-        if isinstance(self._trainer, AMPTrainer):
-            trainer.setdefault("grad_scaler", self._trainer.grad_scaler.state_dict())
         scheduler = saved.get("LRScheduler", {}) | {"base_lrs": self.scheduler.base_lrs}
         super().load_state_dict(state_dict | {"_trainer": trainer, "hooks": saved | {"LRScheduler": scheduler}})
         if self.cfg.SEED < 0 and "seed" in state_dict:  # which the run drew; those of earlier versions kept none
@@ -267,21 +277,60 @@ class Dispensable(EventWriter):
             self._writer = None
 
 
-class BFloat16Trainer(SimpleTrainer):
-    """Detectron2's ``SimpleTrainer`` with the forward pass under bfloat16 autocast of the CPU.
+class Steps(SimpleTrainer):
+    """Detectron2's ``SimpleTrainer`` with gradients in parts and mixed precision, also on a CPU.
 
-    Detectron2's ``AMPTrainer`` needs CUDA. Bfloat16 has float32's range, so that no gradient scaling is needed.
+    Detectron2's ``AMPTrainer`` needs CUDA.
+
+    Args:
+        model, data_loader, optimizer: as Detectron2's.
+        device_type: "cpu" or "cuda".
+        dtype: of autocast in the forward pass, or None; with float16 the loss is scaled.
+        count: parts of a batch, see :func:`dyhead.runs.batches.parts`.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        device_type: str,
+        dtype: torch.dtype | None,
+        count: int = 1,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.device_type, self.dtype, self.count = device_type, dtype, count
+        self.grad_scaler = torch.amp.GradScaler(device_type, enabled=dtype is torch.float16)
 
     def run_step(self) -> None:
         """One iteration."""
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = self.model(data)
         self.optimizer.zero_grad()
-        sum(losses.values()).backward()
+        means: dict[str, torch.Tensor] = {}
+        for i, part in enumerate(parts(data, self.count)):
+            # The devices' gradients are put together once, when they have all parts.
+            waits = i + 1 < self.count and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if waits else nullcontext():
+                with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+                    losses = self.model(part)
+                if isinstance(losses, torch.Tensor):  # of a meta-architecture of others
+                    losses = {"total_loss": losses}
+                losses = {name: loss / self.count for name, loss in losses.items()}
+                self.grad_scaler.scale(sum(losses.values())).backward()
+            means = {name: loss.detach() + means.get(name, 0) for name, loss in losses.items()}
         self.after_backward()
-        self._write_metrics(losses, data_time)
-        self.optimizer.step()
+        self._write_metrics(means, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Those of the optimizer and, with float16, of the loss scaling."""
+        return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue; a run that had no loss scaling begins it anew."""
+        super().load_state_dict(state_dict)
+        if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

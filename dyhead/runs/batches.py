@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
@@ -17,3 +17,9 @@ def grouped(items: Iterable[_Item], size: int, kind: Callable[[_Item], Any]) -> 
         if len(batch) == size:
             yield list(batch)
             batch.clear()
+
+
+def parts(batch: Sequence[_Item], count: int) -> list[Sequence[_Item]]:
+    """A batch in ``count`` parts of the same size, into which it can be divided: ``SOLVER.ACCUMULATE``."""
+    size = len(batch) // count
+    return [batch[i * size : (i + 1) * size] for i in range(count)]

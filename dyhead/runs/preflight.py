@@ -157,6 +157,10 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} devices, got {cfg.SOLVER.IMS_PER_BATCH}"
         )
+    share = cfg.SOLVER.IMS_PER_BATCH // processes
+    if not args.eval_only:
+        expected = f"a divisor of the {share} images that a device has of SOLVER.IMS_PER_BATCH"
+        expect(cfg, "SOLVER.ACCUMULATE", share % cfg.SOLVER.ACCUMULATE == 0, expected)
 
 
 def _check_norms(cfg: CfgNode) -> None:

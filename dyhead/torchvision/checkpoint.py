@@ -2,7 +2,8 @@
 
 A checkpoint of a training is a dict in Detectron2's form, which ``torch.load(file, weights_only=True)`` reads:
 
-    model        the detector's weights, see :func:`portable_state`
+    model        the detector's weights, see :func:`portable_state`; with ``SOLVER.EMA`` their moving average
+    trained      with ``SOLVER.EMA``, the weights themselves
     optimizer    the optimizer's state
     grad_scaler  the state of float16's loss scaling, empty without it
     iteration    index, from 0, of the last iteration that is done
@@ -66,9 +67,22 @@ def load_weights(model: nn.Module, weights: str, *, strict: bool) -> None:
         load_into(model, conversion, names, strict=strict, origin=origin)
 
 
-def portable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a detector under the keys that both engines read (:mod:`dyhead.checkpoints.ours`)."""
-    state = model.state_dict()
+def load_state(model: nn.Module, state: Any, path: str) -> None:
+    """Load all weights of a state dict under the keys of :func:`portable_state`, which a checkpoint has beside others.
+
+    Raises:
+        ConfigError: they are none, or do not fit.
+    """
+    origin = f"checkpoint {path}"
+    with as_config_errors():
+        conversion = convert_for(model, find_state({"model": state}, origin), origin)
+        load_into(model, conversion, canonical_names(model.state_dict()), strict=True, origin=origin)
+
+
+def portable_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a detector, or others in their place, under the keys that both engines read
+    (:mod:`dyhead.checkpoints.ours`)."""
+    state = model.state_dict() if state is None else state
     return {name: state[key] for key, name in canonical_names(state).items()}
 
 

@@ -26,6 +26,7 @@ from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import Evaluated, report_losses
 from dyhead.runs.optimizer import build_optimizer, resumed_state
 from dyhead.runs.output_dir import claimed, write_config
+from dyhead.runs.precision import autocast_dtype
 from dyhead.runs.preflight import check_run
 from dyhead.runs.processes import launched, reporting
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
@@ -38,6 +39,9 @@ from dyhead.torchvision.report import report_results
 from dyhead.torchvision.training import Autocast, train
 
 _log = logging.getLogger(__name__)
+
+# What Fabric calls mixed precision.
+_MIXED = {torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}
 
 Metrics = dict[str, dict[str, float | None]]
 
@@ -99,7 +103,7 @@ def main(args: argparse.Namespace) -> Metrics:
 
 def _fabric(cfg: CfgNode, args: argparse.Namespace) -> Fabric:
     device = torch.device(cfg.MODEL.DEVICE)
-    cuda = device.type == "cuda"
+    cuda, dtype = device.type == "cuda", autocast_dtype(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     strategy = "auto"
     if args.num_gpus * args.num_machines > 1:
@@ -116,7 +120,7 @@ def _fabric(cfg: CfgNode, args: argparse.Namespace) -> Fabric:
         strategy=strategy,
         plugins=[
             LightningEnvironment(),  # whatever cluster this machine may be part of: the command line says what runs
-            *([Autocast("16-mixed" if cuda else "bf16-mixed", device.type)] if cfg.SOLVER.AMP.ENABLED else []),
+            *([Autocast(_MIXED[dtype], device.type)] if dtype else []),
         ],
     )
 
@@ -126,7 +130,7 @@ def _launch(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> Metrics:
     url = urlparse(args.dist_url)
     os.environ.update(MASTER_ADDR=url.hostname, MASTER_PORT=str(url.port), NODE_RANK=str(args.machine_rank))
     threads = max(1, torch.get_num_threads() // args.num_gpus)
-    return launched(lambda errors: fabric.launch(_process, cfg, args, threads, errors))
+    return launched(lambda errors: fabric.launch(_process, cfg, args, threads, errors), args, cfg.OUTPUT_DIR)
 
 
 def _process(

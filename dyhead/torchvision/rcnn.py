@@ -358,7 +358,7 @@ class RegionHeads(RoIHeads):
         positive = torch.where(labels > 0)[0]
         losses = []
         for logits, deltas in predictions:
-            own_class = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
+            own_class = deltas.view(*logits.shape, 4)[positive, labels[positive]]
             loss_box = box_form.loss(own_class, boxes[positive], truth[positive]).sum()
             losses.append(
                 {

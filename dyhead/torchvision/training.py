@@ -10,15 +10,18 @@ import torch
 from fvcore.common.config import CfgNode
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
-from torch import nn
+from torch import Tensor, nn
 
 from dyhead.data import CocoSplit
 from dyhead.evaluation.results import Evaluated
+from dyhead.runs.averaging import TRAINED, weight_average
+from dyhead.runs.batches import parts
 from dyhead.runs.divergence import check_finite
 from dyhead.runs.interruption import Interrupted, Interruption
+from dyhead.runs.processes import check_same_start
 from dyhead.runs.schedule import learning_rate_factor
 from dyhead.runs.seeds import seed_sampling
-from dyhead.torchvision.checkpoint import load_states, portable_state, save_checkpoint
+from dyhead.torchvision.checkpoint import load_state, load_states, portable_state, save_checkpoint
 from dyhead.torchvision.data import train_loader
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
@@ -52,7 +55,8 @@ def train(
     Args:
         fabric: the devices and their precision, launched.
         cfg: the configuration.
-        model: the detector, see :func:`dyhead.torchvision.build_model`; it ends up on its device.
+        model: the detector, see :func:`dyhead.torchvision.build_model`; it ends up on its device, with ``SOLVER.EMA``
+            with the averages for weights.
         optimizer: of :func:`dyhead.runs.optimizer.build_optimizer`.
         records: images to train on, see :func:`dyhead.data.train_records`.
         splits: datasets to evaluate on every ``TEST.EVAL_PERIOD`` iterations.
@@ -66,7 +70,8 @@ def train(
 
     Raises:
         DivergedError: a loss is infinite or NaN, on any device.
-        ConfigError: the state of the loss scaling is none, or a checkpoint cannot be written.
+        ConfigError: the state of the loss scaling is none, a checkpoint cannot be written, or the processes have
+            different ones to go on from.
         DataError: an image is broken.
         Interrupted: a signal came; a checkpoint is written.
     """
@@ -78,10 +83,17 @@ def train(
     if checkpoint is not None:
         start = checkpoint["iteration"] + 1
         load_states(checkpoint, optimizer, precision)
+    check_same_start(start, cfg.OUTPUT_DIR)
+    average = weight_average(cfg, model)
+    if checkpoint is not None and TRAINED in checkpoint:
+        load_state(model, checkpoint[TRAINED], checkpoint["path"])
 
     def save(name: str, iteration: int) -> None:
+        weights = {"model": portable_state(model)}
+        if average is not None:
+            weights = {"model": portable_state(model, average.state), TRAINED: weights["model"]}
         content = {
-            "model": portable_state(model),
+            **weights,
             "optimizer": optimizer.state_dict(),
             "grad_scaler": precision.state_dict(),
             "iteration": iteration,
@@ -89,7 +101,7 @@ def train(
         }
         save_checkpoint(cfg.OUTPUT_DIR, name, content)
 
-    max_iter = cfg.SOLVER.MAX_ITER
+    max_iter, count = cfg.SOLVER.MAX_ITER, cfg.SOLVER.ACCUMULATE
     results = None
     model.train()
     with (
@@ -105,16 +117,24 @@ def train(
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = base_lr * lr_factor(iteration)
 
-            losses = on_devices(*fabric.to_device(batch))
+            losses: dict[str, Tensor] = {}
+            for i, (images, targets) in enumerate(zip(*(parts(each, count) for each in batch), strict=True)):
+                # The devices' gradients are put together once, when they have all parts.
+                with fabric.no_backward_sync(on_devices, enabled=i + 1 < count):
+                    found = on_devices(*fabric.to_device((images, targets)))
+                    found = {name: loss / count for name, loss in found.items()}
+                    fabric.backward(sum(found.values()))
+                losses = {name: loss.detach() + losses.get(name, 0) for name, loss in found.items()}
             losses["total_loss"] = sum(losses.values())
             stop = losses["total_loss"].new_tensor(interruption.requested is not None)
-            values = torch.stack([*losses.values(), stop]).detach().float()
+            values = torch.stack([*losses.values(), stop]).float()
             *means, stop = fabric.all_reduce(values, reduce_op="mean").tolist()
             means = dict(zip(losses, means, strict=True))
             check_finite(iteration, means)
-            fabric.backward(losses["total_loss"])
             optimizer.step()
             optimizer.zero_grad()
+            if average is not None:
+                average.update(iteration)
 
             if log is not None:
                 log.iteration(iteration, means, optimizer.param_groups[0]["lr"])
@@ -125,7 +145,7 @@ def train(
                 # Several processes stop after the same iteration, the next one if need be.
                 interruption.raise_if(stop > 0 or (fabric.world_size == 1 and interruption.requested is not None))
                 if splits and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
-                    with interruption.at_once():
+                    with interruption.at_once(), average.applied() if average else nullcontext():
                         results = evaluate(fabric, cfg, model, splits)
                     if log is not None:
                         log.evaluation(iteration, results)
@@ -133,6 +153,8 @@ def train(
                 if log is not None:
                     save(_periodic(iteration), iteration)
                 raise interrupted.after(iteration, cfg.OUTPUT_DIR) from None
+    if average is not None:
+        average.apply()
     return results
 
 

@@ -194,6 +194,13 @@ def test_lazy_configs_can_go_on_referring_to_the_backbones_channels():
         DyHeadBackbone(Toy(a=(32, 4), b=(32, 8)), out_channels=64)
 
 
+def test_a_box_head_with_several_views_of_a_region_says_which_architecture_has_them(tiny_cfg):
+    settings = {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN", "MODEL.ROI_BOX_HEAD.NAME": "DoubleHead"}
+    expected = r"^MODEL\.META_ARCHITECTURE: expected DyHeadRCNN with MODEL\.ROI_BOX_HEAD\.NAME DoubleHead, got 'Gen"
+    with pytest.raises(ConfigError, match=expected):
+        Trainer.build_model(tiny_cfg("faster_rcnn", settings | {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone"}))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("block", "head"),
