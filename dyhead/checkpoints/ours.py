@@ -25,7 +25,8 @@ canonical key                         what
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``;
                                       ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``box_head.fcs.I``, ``entry``
                                       and ``blocks.I`` of DoubleHead; ``box_predictor.crossed_cls_score`` and
-                                      ``crossed_bbox_pred`` of DoubleHeadExt; ``mask_head.mask_fcn1``,
+                                      ``crossed_bbox_pred`` of DoubleHeadExt; ``box_head.class_pool``, ``fcs.I``,
+                                      ``cls_score`` and ``local`` of D2Det; ``mask_head.mask_fcn1``,
                                       ``deconv``, ``predictor``; ``keypoint_head.conv_fcn1``, ``score_lowres``;
                                       of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``;
                                       ``auxiliary.NAME.*``, the same of further heads in training: ``lateral``, ...
