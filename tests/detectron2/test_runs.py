@@ -267,6 +267,27 @@ def test_the_other_detectors_run_on_a_cpu_under_mixed_precision(arguments, detec
     assert math.isfinite(last["total_loss"])
 
 
+def test_precise_statistics_are_the_means_over_batches_and_are_saved(blocks, tiny_cfg, tmp_path):
+    register_datasets(["blocks_train"], blocks)
+    settings = {
+        "TEST.PRECISE_BN.ENABLED": True,
+        "TEST.PRECISE_BN.NUM_ITER": 3,
+        "MODEL.FPN.NORM": "BN",
+        "SOLVER.MAX_ITER": 1,
+        "SOLVER.STEPS": (),
+        "DATASETS.TEST": (),
+    }
+    trainer = Trainer(tiny_cfg("fcos", settings))
+    seen = []
+    key, norm = next((key, m) for key, m in trainer.model.named_modules() if key.endswith("fpn_output4.norm"))
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().mean(dim=(0, 2, 3))))
+    trainer.train()
+    assert len(seen) == 1 + 3  # one iteration of training
+    torch.testing.assert_close(norm.running_mean, torch.stack(seen[1:]).mean(dim=0), rtol=1e-3, atol=1e-5)
+    saved = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["model"]
+    assert torch.equal(saved[f"{key}.running_mean"], norm.running_mean)
+
+
 def test_two_processes_share_a_batch(arguments, tmp_path):
     settings = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,)}
     assert set(main(arguments(settings, num_gpus=2))) == {"blocks_val"}
