@@ -230,7 +230,7 @@ def _check_together(cfg: CfgNode) -> None:
 
 def has_timm(cfg: CfgNode) -> bool:
     """Whether the backbone's network is one of the package timm."""
-    return "timm" in cfg.MODEL.BACKBONE.NAME
+    return cfg.MODEL.BACKBONE.NAME in ("build_timm_fpn_backbone", "build_timm_fpn_p6p7_backbone")
 
 
 def _check_timm(cfg: CfgNode) -> None:

@@ -15,6 +15,7 @@ canonical key                         what
                                       ``corner_conv``, ``corners``, ``aggregation.*``;
                                       BorderDet: ``border_logits``, ``border_deltas``, ``class_border`` and
                                       ``box_border``, each with ``point``, ``sides`` and ``out``
+``detector.regions.*``                PairedBox: ``fcs.I``, ``cls_score`` (background last), ``bbox_pred``
 ``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``detector.criterion.*``              what a dense detector's losses learn, for training: AutoAssign's center prior of

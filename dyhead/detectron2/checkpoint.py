@@ -142,7 +142,7 @@ class Checkpointer(DetectionCheckpointer):
             self.average.restart()
         trained = checkpoint.pop(TRAINED, None)
         if resumes and trained is not None:
-            conversion = convert(find_state({"model": trained}, self._origin), self._origin)
+            conversion = convert_for(self.model, find_state({"model": trained}, self._origin), self._origin)
             load_into(self.model, conversion, names, strict=True, origin=self._origin)
         if resumes:
             self._check_trainer(checkpoint)

@@ -53,7 +53,7 @@ class DyHeadRCNN(GeneralizedRCNN):
         shapes = backbone.output_shape()
         for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):
             expect(cfg, key, set(get(cfg, key)) <= set(shapes), f"some of the levels {', '.join(shapes)}")
-        taps = build_taps(cfg, _laterals(cfg, backbone), backbone)
+        taps = build_taps(cfg, _laterals(backbone), backbone)
         kind = DETECTING if detects(cfg) else cfg.MODEL.ROI_HEADS.NAME
         roi_heads = _build_roi_heads(cfg, shapes, SUPERVISED[kind] if taps else None)
         if taps:
@@ -200,13 +200,14 @@ def _build_roi_heads(cfg: CfgNode, shapes: dict[str, ShapeSpec], cls: type | Non
     return roi_heads
 
 
-def _laterals(cfg: CfgNode, backbone: nn.Module) -> dict[str, nn.Module]:
+def _laterals(backbone: nn.Module) -> dict[str, nn.Module]:
     """The lateral convolutions of Detectron2's feature pyramid network, by the level that each is added to."""
     pyramid = backbone.backbone if isinstance(backbone, NeckBackbone) else backbone
     if not isinstance(pyramid, FPN):
         return {}
-    numbers = [int(stage.removeprefix("res")) for stage in cfg.MODEL.FPN.IN_FEATURES]
-    return {f"p{number}": getattr(pyramid, f"fpn_lateral{number}") for number in numbers}
+    name = "fpn_lateral"
+    found = {key.replace(name, "p"): layer for key, layer in pyramid.named_children() if key.startswith(name)}
+    return dict(sorted(found.items()))
 
 
 class ViewPooler(nn.Module):

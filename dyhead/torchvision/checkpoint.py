@@ -75,7 +75,7 @@ def load_state(model: nn.Module, state: Any, path: str) -> None:
     """
     origin = f"checkpoint {path}"
     with as_config_errors():
-        conversion = convert(find_state({"model": state}, origin), origin)
+        conversion = convert_for(model, find_state({"model": state}, origin), origin)
         load_into(model, conversion, canonical_names(model.state_dict()), strict=True, origin=origin)
 
 
