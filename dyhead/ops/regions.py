@@ -104,7 +104,7 @@ def _taps(
         first, second = _round(first), _round(second) + 1
         start, extent = first * scale - 0.5, ((second - first) * scale).clamp(min=0.1)
     # Products with what is not finite would be no numbers, forward or backward.
-    finite = (start.isfinite() & extent.isfinite()).all(1, keepdim=True)
+    finite = (start.isfinite() & extent.isfinite() & second.isfinite()).all(1, keepdim=True)
     there, start, extent = there & finite, torch.where(finite, start, 0), torch.where(finite, extent, 0)
     part = (torch.arange(side * samples, dtype=rois.dtype, device=rois.device) + (0.5 if aligned else 0)) / samples
     part = (part / side).view(side, samples)

@@ -145,8 +145,9 @@ def test_targets_and_boxes_by_hand():
         [[4.5, 4.5], [1.5, 1.5]],
     ]
     assert targets.inside.tolist() == [[[False, True], [False, True]]]  # 2 and 1 pixels are a sixth
-    further = box - torch.tensor([0, 0, 0, 0.6])
-    assert cell_targets(region, further, 2).inside.tolist() == [[[False, True], [False, False]]]
+    for cut, inside in ((0.4, True), (0.6, False)):  # 1.1 and 0.9 pixels above the object's lower side
+        nearer = box - torch.tensor([0, 0, 0, cut])
+        assert cell_targets(region, nearer, 2).inside.tolist() == [[[False, True], [False, inside]]]
     scale = torch.tensor([12.0, 12, 6, 6]).view(4, 1, 1)
     boxes = cell_boxes(region, targets.distances / scale)
     torch.testing.assert_close(boxes, box.expand(1, 2, 2, 4))
