@@ -138,7 +138,7 @@ def _detections(sizes: list[tuple[int, int]], arrays: Arrays) -> list[Detections
     """Those of the original, of which the record has the boxes before they are cut to the images."""
     expected = []
     for i, (height, width) in enumerate(sizes):
-        boxes, scores, labels = (torch.from_numpy(arrays[f"det.{i}.{kind}"]) for kind in Detections._fields)
+        boxes, scores, labels = (torch.from_numpy(arrays[f"det.{i}.{kind}"]) for kind in Detections._fields[:3])
         boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
         left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         expected.append(Detections(boxes[left], scores[left], labels[left]))
