@@ -40,6 +40,7 @@ PAPERS = {
     "Chen et al., CVPR 2019": "1904.06373",
     "Dai et al., CVPR 2021": "2106.08322",
     "Girshick et al., CVPR 2014": "1311.2524",
+    "Huang et al., CVPR 2020": "2003.12729",
     "Lan et al., CVPR 2020": "2003.12125",
     "Law and Deng, ECCV 2018": "1808.01244",
     "Li et al., CVPR 2020": "1912.05086",

@@ -102,20 +102,39 @@ def build_detector(cfg: CfgNode, detector: Registered, channels: int, strides: M
     return built
 
 
-def build_box_head(cfg: CfgNode, name: str, channels: int) -> nn.Module:
+def detects(cfg: CfgNode) -> bool:
+    """Whether the box head is one that has losses and detections of its own."""
+    name = cfg.MODEL.ROI_BOX_HEAD.NAME
+    return name in BOX_HEADS and BOX_HEADS[name].detects
+
+
+def build_box_head(cfg: CfgNode, name: str, channels: int, strides: Mapping[str, int] | None = None) -> nn.Module:
     """A box head of this project, with the options of its node.
 
     Args:
         cfg: the configuration.
         name: of :data:`dyhead.detection.roi.BOX_HEADS`.
         channels: channels C of the pooled regions.
+        strides: of the levels that regions are pooled from, by name; a head that :func:`detects` needs them.
 
     Raises:
         ConfigError: options that do not fit.
     """
-    node = BOX_HEADS[name].node
+    node, box, heads = BOX_HEADS[name].node, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS
+    of_engine: dict[str, Any] = {}
+    if BOX_HEADS[name].detects:
+        expect(cfg, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", box.POOLER_TYPE != "ROIPool", f"a kind of ROIAlign with {name}")
+        of_engine = {
+            "strides": strides,
+            "num_classes": heads.NUM_CLASSES,
+            "sampling_ratio": box.POOLER_SAMPLING_RATIO,
+            "aligned": box.POOLER_TYPE == "ROIAlignV2",
+            "score_thresh": heads.SCORE_THRESH_TEST,
+            "nms_thresh": heads.NMS_THRESH_TEST,
+            "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
     try:
-        return options_of(cfg, node).build(channels, cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)
+        return options_of(cfg, node).build(channels, box.POOLER_RESOLUTION, **of_engine)
     except ValueError as error:
         raise ConfigError(f"{node} cannot be built as configured: {error}") from error
 

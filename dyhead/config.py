@@ -20,6 +20,7 @@ from fvcore.common.config import CfgNode
 
 from dyhead.backbones.timm import check_name
 from dyhead.config_checks import (
+    BOX_LOSS_KEYS,
     CASCADE,
     CASCADE_CHECKS,
     CHECKS,
@@ -144,11 +145,12 @@ def _unread(cfg: CfgNode) -> list[str]:
     if name not in meta_architectures():  # Detectron2's own, or a user's
         return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
     nodes.append(network)
-    keys: Sequence[str] = ()
+    keys: tuple[str, ...] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
         nodes += [head.node for other, head in BOX_HEADS.items() if other != chosen]
         keys = CONV_FC_KEYS if chosen in BOX_HEADS else ()
+        keys += BOX_LOSS_KEYS if chosen in BOX_HEADS and BOX_HEADS[chosen].detects else ()
         maps = get(cfg, f"{DUAL}.MAPS")
         keys += (f"{DUAL}.EVERY",) if maps != "dyhead_blocks" else ()
         keys += (f"{DUAL}.LOSS_WEIGHT",) if maps == "none" else ()
@@ -217,6 +219,8 @@ def _check_together(cfg: CfgNode) -> None:
         if box.NAME == CONV_FC_HEAD and box.NUM_CONV == 0:
             expect(cfg, "MODEL.ROI_BOX_HEAD.NUM_FC", box.NUM_FC > 0, "at least 1 with NUM_CONV 0")
         if cfg.MODEL.ROI_HEADS.NAME == CASCADE:
+            single = box.NAME not in BOX_HEADS or not BOX_HEADS[box.NAME].detects
+            expect(cfg, "MODEL.ROI_HEADS.NAME", single, f"'StandardROIHeads' with MODEL.ROI_BOX_HEAD.NAME {box.NAME}")
             _check_cascade(cfg)
         if cfg.MODEL.KEYPOINT_ON:
             count, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
@@ -226,7 +230,7 @@ def _check_together(cfg: CfgNode) -> None:
 
 def has_timm(cfg: CfgNode) -> bool:
     """Whether the backbone's network is one of the package timm."""
-    return "timm" in cfg.MODEL.BACKBONE.NAME
+    return cfg.MODEL.BACKBONE.NAME in ("build_timm_fpn_backbone", "build_timm_fpn_p6p7_backbone")
 
 
 def _check_timm(cfg: CfgNode) -> None:

@@ -133,6 +133,20 @@ BOX_HEAD_NAMES = (CONV_FC_HEAD, *BOX_HEADS)
 #: What Detectron2's box head alone reads.
 CONV_FC_KEYS = tuple(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NUM_CONV", "CONV_DIM", "NORM", "NUM_FC", "FC_DIM"))
 
+#: What a box head that detects by itself (:class:`dyhead.detection.roi.Registered`) does not read, beside those.
+BOX_LOSS_KEYS = tuple(
+    f"MODEL.ROI_BOX_HEAD.{key}"
+    for key in (
+        "BBOX_REG_WEIGHTS",
+        "BBOX_REG_LOSS_TYPE",
+        "BBOX_REG_LOSS_WEIGHT",
+        "SMOOTH_L1_BETA",
+        "CLS_AGNOSTIC_BBOX_REG",
+        "TRAIN_ON_PRED_BOXES",
+        "USE_SIGMOID_CE",
+    )
+)
+
 #: The RoI heads that are Cascade R-CNN's.
 CASCADE = "CascadeROIHeads"
 

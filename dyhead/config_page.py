@@ -90,7 +90,7 @@ def page() -> str:
             for leaf in leaves(options)
             if (leaf.key, leaf.doc) not in shared
         ]
-        sections.append(f"## {node}\n\n{_summary(options)}\n\n{_table(_HEADER, rows)}")
+        sections.append(f"## {node}\n\n{summary(options)}\n\n{_table(_HEADER, rows)}")
     sections.append(_CHECKED)
     for title, checks in _CHECKED_TABLES:
         rows = [(f"`{key}`", check.text) for key, check in checks.items()]
@@ -108,6 +108,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def summary(documented: Any) -> str:
+    """The first paragraph of a docstring, as Markdown."""
+    paragraph = " ".join(documented.__doc__.strip().split("\n\n")[0].split())
+    return re.sub(r"``([^`]+)``", r"`\1`", re.sub(r":\w+:`~?([^`]+)`", r"`\1`", paragraph))
+
+
 def _shared_section(detectron2: set[str]) -> str:
     """The keys that stand in the node of every one-stage detector, but for those that are said not to have them."""
     defaults = {node: {leaf.key: leaf.default for leaf in leaves(options)} for node, options in _DENSE.items()}
@@ -121,12 +127,6 @@ def _shared_section(detectron2: set[str]) -> str:
                 default += f"; `{node}`: {_code(others[leaf.key])}"
         rows.append((f"`{leaf.key}`{_mark(_DENSE, leaf.key, detectron2)}", default, _values(leaf), leaf.doc))
     return f"{_SHARED.format(nodes=', '.join(f'`{node}`' for node in _DENSE))}\n{_table(_HEADER, rows)}"
-
-
-def _summary(options: type) -> str:
-    """The first paragraph of a docstring, as Markdown."""
-    paragraph = " ".join(options.__doc__.strip().split("\n\n")[0].split())
-    return re.sub(r"``([^`]+)``", r"`\1`", re.sub(r":\w+:`~?([^`]+)`", r"`\1`", paragraph))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -34,6 +34,7 @@ CONFIGS = {
         "DyHeadNoisyAnchors": "noisyanchors",
         "DyHeadRepPoints": "reppoints",
         "DyHeadRetinaNet": "retinanet",
+        "DyHeadPairedBox": "pairedbox",
         "DyHeadSaccadeNet": "saccadenet",
         "DyHeadRCNN": "faster_rcnn",
     }.items()

@@ -32,6 +32,7 @@ WITH_NECKS = [
     ("cascade_rcnn", "_dyhead"),
     ("doublehead_ext", "_dyhead"),
     ("dsfpn", ""),
+    ("d2det", "_dyhead"),
 ]
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 # Everything is sampled, so that nothing is left to chance; scores of an untrained detector are low.
@@ -44,6 +45,13 @@ OPTIONS = {
     **{f"MODEL.{node}.FC_DIM": 32 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT", "DECOUPLED_BOX_HEAD")},
     **{f"MODEL.{node}.CONV_DIM": 64 for node in ("DOUBLE_HEAD", "DOUBLE_HEAD_EXT")},
     "MODEL.DOUBLE_HEAD_EXT.NON_LOCAL_DIM": 32,
+    "MODEL.PAIREDBOX.FC_DIM": 32,
+    **{f"MODEL.{key}_PER_IMAGE": 100000 for key in ("PAIREDBOX.BATCH_SIZE", "PAIREDBOX.RPN_BATCH_SIZE")},
+    **{f"MODEL.D2DET.{key}": 32 for key in ("FC_DIM", "OFFSET_DIM", "BOX_CONV_DIM")},
+    "MODEL.D2DET.NUM_BOX_CONV": 2,
+    "MODEL.D2DET.BOX_CONV_GROUPS": 4,
+    "MODEL.D2DET.JITTER": 0.0,
+    "MODEL.D2DET.REGIONS_TRAIN": 100000,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
@@ -168,7 +176,7 @@ def assert_same_detections(name, found, expected):
 
 
 def test_every_detector_has_its_files():
-    for name in (*NAMES, "doublehead", "doublehead_ext", "dsfpn"):
+    for name in (*NAMES, "doublehead", "doublehead_ext", "dsfpn", "d2det"):
         for folder, size in ((CONFIGS, "R18_shapes"), (CONFIGS.parent, "R50")):
             for neck in ("", "_dyhead"):
                 cfg = get_cfg()
@@ -208,6 +216,18 @@ def test_both_engines_agree_behind_another_neck(case, tmp_path):
 )
 def test_both_engines_agree_on_other_two_stage_detectors(name, neck, case, tmp_path):
     assert_engines_agree(name, neck, case, tmp_path)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("case", ["objects", "none in one image", "none at all"])
+def test_both_engines_agree_about_a_box_head_with_losses_of_its_own(case, tmp_path):
+    assert_engines_agree("d2det", "_dyhead", case, tmp_path)
+
+
+@pytest.mark.detectron2
+def test_such_a_box_head_may_be_supervised_on_other_maps(tmp_path):
+    options = {"MODEL.ROI_BOX_HEAD.NAME": "D2Det"}
+    assert_engines_agree("dsfpn", "", "none in one image", tmp_path, **options)
 
 
 @pytest.mark.detectron2

@@ -68,6 +68,7 @@ def pair(tmp_path, **options):
     return ours, theirs
 
 
+D2DET = {"MODEL.ROI_BOX_HEAD.NAME": "D2Det"}
 OTHERWISE = {
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
     "MODEL.ROI_MASK_HEAD.NORM": "GN",
@@ -79,8 +80,8 @@ OTHERWISE = {
 @pytest.mark.detectron2
 @pytest.mark.parametrize(
     ("options", "case"),
-    [({}, "objects"), ({}, "none at all"), (OTHERWISE, "none in one image")],
-    ids=["objects", "none at all", "otherwise configured"],
+    [({}, "objects"), ({}, "none at all"), (OTHERWISE, "none in one image"), (D2DET, "none in one image")],
+    ids=["objects", "none at all", "otherwise configured", "with a box head of its own losses"],
 )
 def test_both_engines_give_the_same_losses_and_gradients(options, case, tmp_path):
     ours, theirs = pair(tmp_path, **options)

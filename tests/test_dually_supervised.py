@@ -155,6 +155,26 @@ def test_maps_are_let_go_of_and_a_copy_of_the_model_has_its_own():
     assert not any(tap.levels for tap in adapter.model.roi_heads.taps.values())
 
 
+@pytest.mark.detectron2
+def test_laterals_are_those_of_any_pyramid_of_detectron2():
+    from detectron2.modeling import FPN
+    from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+
+    from dyhead.detectron2 import DyHeadBackbone
+    from dyhead.detectron2.rcnn import _laterals
+
+    regnet = RegNet(
+        stem_class=SimpleStem, stem_width=32, block_class=ResBottleneckBlock, depth=23, w_a=38.65, w_0=96, w_m=2.43,
+        group_width=40, norm="BN", out_features=["s2", "s3", "s4"],
+    )  # fmt: skip
+    pyramid = FPN(regnet, ["s2", "s3", "s4"], out_channels=64)
+    found = _laterals(DyHeadBackbone(pyramid, num_blocks=1))
+    assert found == _laterals(pyramid)
+    assert list(found) == list(pyramid.output_shape()) == ["p3", "p4", "p5"]
+    assert list(found.values()) == pyramid.lateral_convs[::-1]
+    assert _laterals(regnet) == {}
+
+
 def test_every_second_block_has_heads_but_for_the_last():
     model = build("torchvision", "faster_rcnn", **BLOCKS | {"MODEL.DYHEAD.NUM_BLOCKS": 6, "MODEL.DSFPN.EVERY": 2}).model
     assert list(model.roi_heads.taps) == list(model.roi_heads.auxiliary) == ["block1", "block3"]

@@ -174,6 +174,15 @@ def test_keys_of_another_box_head_are_named(engine, outcome):
     for key, value in (("NUM_FC", 3), ("FC_DIM", 256), ("NUM_CONV", 1), ("CONV_DIM", 7), ("NORM", "GN")):
         told, _ = outcome(engine, cfg, f"MODEL.ROI_BOX_HEAD.{key}", value)
         assert f"DyHeadRCNN does not read: MODEL.ROI_BOX_HEAD.{key} {value!r}" in told
+    told, _ = outcome(engine, cfg, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT", 2.0)
+    assert "does not read" not in told
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "D2Det"
+    told, _ = outcome(engine, cfg, "MODEL.D2DET.JITTER", 0.1)
+    assert "does not read" not in told
+    changes = {"BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0), "BBOX_REG_LOSS_TYPE": "giou", "BBOX_REG_LOSS_WEIGHT": 2.0}
+    for key, value in (changes | {"SMOOTH_L1_BETA": 1.0, "CLS_AGNOSTIC_BBOX_REG": True}).items():
+        told, _ = outcome(engine, cfg, f"MODEL.ROI_BOX_HEAD.{key}", value)
+        assert f"DyHeadRCNN does not read: MODEL.ROI_BOX_HEAD.{key} {value!r}" in told
     told, value = outcome(engine, cfg, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2)
     assert "cannot honour, and ignores: MODEL.ROI_MASK_HEAD.NUM_CONV 2" in told
     assert value == 0

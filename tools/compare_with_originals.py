@@ -15,13 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.originals import border, double_head, heads, losses, recipes, saccadenet, sepc
+from tools.originals import border, d2det, double_head, heads, losses, recipes, saccadenet, sepc
 from tools.originals.rows import Row, table
 
 #: What is compared: functions of the folder that yield rows.
 COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (
     heads.rows,
     border.rows,
+    d2det.rows,
     double_head.rows,
     losses.rows,
     recipes.rows,

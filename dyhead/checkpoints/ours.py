@@ -15,6 +15,7 @@ canonical key                         what
                                       ``corner_conv``, ``corners``, ``aggregation.*``;
                                       BorderDet: ``border_logits``, ``border_deltas``, ``class_border`` and
                                       ``box_border``, each with ``point``, ``sides`` and ``out``
+``detector.regions.*``                PairedBox: ``fcs.I``, ``cls_score`` (background last), ``bbox_pred``
 ``detector.box_form.log_scale``       RepPoints: the factors of widths and heights, as logarithms
 ``detector.loss_normalizer.*``         a dense detector's running mean of positives; for training
 ``detector.criterion.*``              what a dense detector's losses learn, for training: AutoAssign's center prior of
@@ -24,7 +25,8 @@ canonical key                         what
 ``roi_heads.*``                       ``box_head.fc1``, ``box_predictor.cls_score`` (background last), ``bbox_pred``;
                                       ``box_head.attentions.I.theta`` of DyHeadBoxHead; ``box_head.fcs.I``, ``entry``
                                       and ``blocks.I`` of DoubleHead; ``box_predictor.crossed_cls_score`` and
-                                      ``crossed_bbox_pred`` of DoubleHeadExt; ``mask_head.mask_fcn1``,
+                                      ``crossed_bbox_pred`` of DoubleHeadExt; ``box_head.class_pool``, ``fcs.I``,
+                                      ``cls_score`` and ``local`` of D2Det; ``mask_head.mask_fcn1``,
                                       ``deconv``, ``predictor``; ``keypoint_head.conv_fcn1``, ``score_lowres``;
                                       of Cascade R-CNN ``box_head.I.fc1``, ``box_predictor.I.cls_score``;
                                       ``auxiliary.NAME.*``, the same of further heads in training: ``lateral``, ...

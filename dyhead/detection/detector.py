@@ -30,6 +30,7 @@ class Predictions(NamedTuple):
         quality: logits (N, R), or None.
         shapes: (height, width) of every level in its own pixels.
         refined_logits: (N, R, K) of a second stage, which sees what the first one found; None where there is none.
+        levels: (N, C, H, W) by name, which a second stage on regions pools from; None where there is none.
     """
 
     logits: Tensor
@@ -37,6 +38,7 @@ class Predictions(NamedTuple):
     quality: Tensor | None
     shapes: list[tuple[int, int]]
     refined_logits: Tensor | None = None
+    levels: Mapping[str, Tensor] | None = None
 
     @property
     def values(self) -> list[Tensor]:
@@ -59,11 +61,19 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What was found in one image, best first: boxes (D, 4) inside the image, scores (D,) and labels (D,)."""
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: (D, 4), inside the image.
+        scores: (D,).
+        labels: (D,).
+        visible_boxes: (D, 4) likewise, of the visible parts, where the detector predicts them.
+    """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    visible_boxes: Tensor | None = None
 
 
 class BoxForm(Protocol):

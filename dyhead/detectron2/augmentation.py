@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import batched_nms
 
-from dyhead.config import expect, get
+from dyhead.config import expect, get, reads_visible_boxes
 from dyhead.detection import DETECTORS
 
 
@@ -29,6 +29,8 @@ def check_augmentation(cfg: CfgNode) -> None:
     architecture = META_ARCH_REGISTRY.get(name)
     two_stage = issubclass(architecture, GeneralizedRCNN) and not issubclass(architecture, PanopticFPN)
     expect(cfg, "TEST.AUG.ENABLED", name in DETECTORS or two_stage, f"False with MODEL.META_ARCHITECTURE {name}")
+    paired = reads_visible_boxes(cfg)  # what comes together is compared by whole boxes
+    expect(cfg, "TEST.AUG.ENABLED", not paired, f"False with MODEL.META_ARCHITECTURE {name}")
     keypoints = two_stage and cfg.MODEL.KEYPOINT_ON
     expect(cfg, "TEST.AUG.ENABLED", not keypoints, "False with MODEL.KEYPOINT_ON True")
 

@@ -136,7 +136,12 @@ class DenseMetaArchitecture(nn.Module):
             height, width = (
                 x.get(key, size) for key, size in zip(("height", "width"), instances.image_size, strict=True)
             )
-            results.append({"instances": detector_postprocess(instances, height, width)})
+            result = detector_postprocess(instances, height, width)
+            if result.has("pred_visible_boxes"):  # Detectron2 resizes what it knows
+                old_height, old_width = instances.image_size
+                result.pred_visible_boxes.scale(width / old_width, height / old_height)
+                result.pred_visible_boxes.clip(result.image_size)
+            results.append({"instances": result})
         return results
 
 
@@ -161,7 +166,10 @@ def _visible(objects: Instances) -> Tensor | None:
 
 
 def _to_instances(found: Detections, size: tuple[int, int]) -> Instances:
-    return Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)
+    instances = Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)
+    if found.visible_boxes is not None:
+        instances.pred_visible_boxes = Boxes(found.visible_boxes)
+    return instances
 
 
 def _meta_architecture(registered: Registered) -> type[DenseMetaArchitecture]:

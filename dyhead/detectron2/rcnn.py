@@ -12,6 +12,7 @@ from detectron2.modeling import (
     FPN,
     META_ARCH_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
     GeneralizedRCNN,
     StandardROIHeads,
     build_proposal_generator,
@@ -23,7 +24,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from dyhead.build import build_box_head, build_taps
+from dyhead.build import build_box_head, build_taps, detects
 from dyhead.config import TWO_STAGE, expect, get, options_of
 from dyhead.config_checks import CASCADE
 from dyhead.config_options import DUAL
@@ -52,8 +53,9 @@ class DyHeadRCNN(GeneralizedRCNN):
         shapes = backbone.output_shape()
         for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):
             expect(cfg, key, set(get(cfg, key)) <= set(shapes), f"some of the levels {', '.join(shapes)}")
-        taps = build_taps(cfg, _laterals(cfg, backbone), backbone)
-        roi_heads = _build_roi_heads(cfg, shapes, SUPERVISED[cfg.MODEL.ROI_HEADS.NAME] if taps else None)
+        taps = build_taps(cfg, _laterals(backbone), backbone)
+        kind = DETECTING if detects(cfg) else cfg.MODEL.ROI_HEADS.NAME
+        roi_heads = _build_roi_heads(cfg, shapes, SUPERVISED[kind] if taps else None)
         if taps:
             others = {name: _build_roi_heads(cfg, shapes) for name in taps}
             roi_heads.supervise(taps, others, options_of(cfg, DUAL).loss_weight)
@@ -66,6 +68,37 @@ class DyHeadRCNN(GeneralizedRCNN):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+
+@ROI_HEADS_REGISTRY.register()
+class DetectingROIHeads(StandardROIHeads):
+    """Heads whose box head has losses and detections of its own, see :attr:`dyhead.detection.roi.Registered.detects`.
+
+    :class:`DyHeadRCNN` takes them by the name of the box head; other meta-architectures by ``MODEL.ROI_HEADS.NAME``.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        names, head = cfg.MODEL.ROI_HEADS.IN_FEATURES, cfg.MODEL.ROI_BOX_HEAD.NAME
+        strides = {name: input_shape[name].stride for name in names}
+        return {
+            "box_in_features": names,
+            "box_pooler": None,
+            "box_head": build_box_head(cfg, head, input_shape[names[0]].channels, strides),
+            "box_predictor": None,
+            "train_on_pred_boxes": False,
+        }
+
+    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> Any:
+        boxes, sizes = [own.proposal_boxes.tensor for own in proposals], [own.image_size for own in proposals]
+        if not self.training:
+            found = self.box_head.detect(features, boxes, sizes)
+            return [
+                Instances(size, pred_boxes=Boxes(own), scores=scores, pred_classes=labels)
+                for size, (own, scores, labels) in zip(sizes, found, strict=True)
+            ]
+        objects = [own.gt_boxes.tensor if own.has("gt_boxes") else own.proposal_boxes.tensor for own in proposals]
+        return self.box_head.losses(features, boxes, [own.gt_classes for own in proposals], objects, sizes)
 
 
 class _Supervised:
@@ -144,24 +177,37 @@ def _stage_losses(
     return {f"{key}_stage{stage}": loss for key, loss in losses.items()}
 
 
+class SupervisedDetectingROIHeads(SupervisedROIHeads, DetectingROIHeads):
+    """:class:`DetectingROIHeads` with other heads beside them in training."""
+
+
+DETECTING = DetectingROIHeads.__name__
+
 #: RoI heads by ``MODEL.ROI_HEADS.NAME`` that other heads may be beside.
-SUPERVISED: dict[str, type] = {"StandardROIHeads": SupervisedROIHeads, CASCADE: SupervisedCascadeROIHeads}
+SUPERVISED: dict[str, type] = {
+    "StandardROIHeads": SupervisedROIHeads,
+    CASCADE: SupervisedCascadeROIHeads,
+    DETECTING: SupervisedDetectingROIHeads,
+}
 
 
 def _build_roi_heads(cfg: CfgNode, shapes: dict[str, ShapeSpec], cls: type | None = None) -> nn.Module:
+    if detects(cfg):
+        return (cls or DetectingROIHeads)(cfg, shapes)
     roi_heads = cls(cfg, shapes) if cls else build_roi_heads(cfg, shapes)
     if cfg.MODEL.ROI_BOX_HEAD.NAME in BOX_HEADS:
         _adapt(cfg, roi_heads, {name: shape.stride for name, shape in shapes.items()})
     return roi_heads
 
 
-def _laterals(cfg: CfgNode, backbone: nn.Module) -> dict[str, nn.Module]:
+def _laterals(backbone: nn.Module) -> dict[str, nn.Module]:
     """The lateral convolutions of Detectron2's feature pyramid network, by the level that each is added to."""
     pyramid = backbone.backbone if isinstance(backbone, NeckBackbone) else backbone
     if not isinstance(pyramid, FPN):
         return {}
-    numbers = [int(stage.removeprefix("res")) for stage in cfg.MODEL.FPN.IN_FEATURES]
-    return {f"p{number}": getattr(pyramid, f"fpn_lateral{number}") for number in numbers}
+    name = "fpn_lateral"
+    found = {key.replace(name, "p"): layer for key, layer in pyramid.named_children() if key.startswith(name)}
+    return dict(sorted(found.items()))
 
 
 class ViewPooler(nn.Module):
@@ -258,6 +304,8 @@ def _register_box_head(name: str) -> None:
     """Let ``MODEL.ROI_BOX_HEAD.NAME`` choose a box head of :mod:`dyhead.detection.roi`, in any RoI heads."""
 
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+        key = "MODEL.ROI_HEADS.NAME"
+        expect(cfg, key, not BOX_HEADS[name].detects, f"'DetectingROIHeads' with MODEL.ROI_BOX_HEAD.NAME {name}")
         head = build_box_head(cfg, name, input_shape.channels)
         if cfg.MODEL.META_ARCHITECTURE != TWO_STAGE:
             plain = getattr(head, "scales", (1.0,)) == (1.0,) and not _needs_layers(head)

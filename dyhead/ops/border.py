@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends, library, scripting
-from .checks import accumulation_dtype, as_pool_size, check_borders, expect_tensor
+from .checks import accumulation_dtype, as_count, check_borders, expect_tensor
 from .reference import sample_bilinear, widen
 
 
@@ -51,7 +51,7 @@ def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
     expect_tensor("x", x)
     expect_tensor("boxes", boxes)
     boxes = widen("boxes", boxes, accumulation_dtype(x.dtype)).detach()
-    return _run(x, boxes, as_pool_size(pool_size))
+    return _run(x, boxes, as_count("pool_size", pool_size))
 
 
 border_align.__prepare_scriptable__ = scripting.in_place_of(scripting.border_align)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -43,16 +44,31 @@ def as_pair(name: str, value: object, least: int) -> list[int]:
     return pair
 
 
-def as_pool_size(value: object) -> int:
+def as_count(name: str, value: object) -> int:
     """An integer as Python's.
 
     Raises:
-        RuntimeError: `value`, the argument `pool_size`, is none from 1 to 255.
+        RuntimeError: `value`, the argument `name`, is none from 1 to 255.
     """
-    size = as_integer(value)
-    if size is None or not 1 <= size <= 255:
-        _fail("pool_size", "an integer from 1 to 255", describe(value))
-    return size
+    count = as_integer(value)
+    if count is None or not 1 <= count <= 255:
+        _fail(name, "an integer from 1 to 255", describe(value))
+    return count
+
+
+def as_number(name: str, value: object, *, above: float | None = None) -> float:
+    """A number as Python's.
+
+    Raises:
+        RuntimeError: `value`, the argument `name`, is no finite number, or none above `above`.
+    """
+    try:
+        number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not (-math.inf if above is None else above) < number < math.inf:  # torch.compile cannot trace math.isfinite
+        _fail(name, "a finite number" + ("" if above is None else f" above {above}"), describe(value))
+    return number
 
 
 def as_scales(values: object) -> list[float] | None:
@@ -227,6 +243,17 @@ def check_borders(x: Tensor, boxes: Tensor, pool_size: int) -> None:
         _fail("boxes", f"({x.shape[0]}, 4, H, W)", _text(boxes.shape))
     if not 1 <= pool_size <= 255:
         _fail("pool_size", "an integer from 1 to 255", pool_size)
+
+
+def check_regions(x: Tensor, rois: Tensor, offset: Tensor | None, output_size: int) -> None:
+    """Checks the tensors of deform_roi_pool, those of positions in their type."""
+    check_map("x", x)
+    positions = accumulation_dtype(x.dtype)
+    _expect_like("rois", rois, positions, x)
+    _expect_like("offset", offset, positions, x)
+    if rois.dim() != 2 or rois.shape[1] != 5:
+        _fail("rois", "(Q, 5)", _text(rois.shape))
+    _expect_shape("offset", offset, (rois.shape[0], 2, output_size, output_size))
 
 
 def _fail(argument: str, expected: object, got: object) -> None:

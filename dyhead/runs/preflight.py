@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import torch
 from fvcore.common.config import CfgNode
 
-from dyhead.config import ConfigError, expect, get
+from dyhead.config import ConfigError, expect, get, reads_visible_boxes
 from dyhead.config_checks import MAX_SEED
 from dyhead.data import DataError
 from dyhead.detection import DETECTORS
@@ -86,6 +86,13 @@ def check_parts(
             )
         key, count = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", len(keypoint_names)
         expect(cfg, key, get(cfg, key) == count, f"{count}, the number of keypoints of dataset {dataset!r}")
+    if trained and reads_visible_boxes(cfg):
+        records = list(records)
+        if not any("visible_bbox" in annotation for record in records for annotation in record.get("annotations", ())):
+            _log.warning(
+                "dataset '%s' has no boxes of the visible parts of objects (visible_bbox): %s takes all of them as "
+                "wholly visible", dataset, cfg.MODEL.META_ARCHITECTURE,
+            )  # fmt: skip
     for record in records if cfg.MODEL.MASK_ON else ():
         for annotation in record.get("annotations", ()):
             _check_mask(cfg, dataset, record, annotation, trained)

@@ -29,7 +29,7 @@ class DenseModel(nn.Module):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses by name in training, else for each image boxes (D, 4), scores (D,) and labels (D,).
+        """Losses by name in training, else for each image what :class:`dyhead.detection.Detections` has.
 
         Args:
             images: (3, H, W) each, values 0 to 255.
@@ -42,7 +42,8 @@ class DenseModel(nn.Module):
             return self.detector.losses(
                 predictions, [Targets(t["boxes"], t["labels"], t.get("visible_boxes")) for t in targets]
             )
-        return [found._asdict() for found in self.detector.detections(predictions, batch.image_sizes)]
+        found = self.detector.detections(predictions, batch.image_sizes)
+        return [{key: value for key, value in own._asdict().items() if value is not None} for own in found]
 
 
 def build_dense(cfg: CfgNode) -> DenseModel:

@@ -20,7 +20,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
-from dyhead.build import build_box_head, build_taps
+from dyhead.build import build_box_head, build_taps, detects
 from dyhead.config import ConfigError, get, options_of
 from dyhead.config_checks import CASCADE
 from dyhead.config_options import DUAL
@@ -336,12 +336,21 @@ class RegionHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Losses of sampled proposals, each with the object that it overlaps most and its label."""
-        sample = proposals, matched, labels, targets
+        sample = proposals, image_shapes, matched, labels, targets
+        losses = self._own_box_losses(features, *sample)
+        return losses | self._auxiliary_losses(lambda heads, maps: heads.box_losses(maps, *sample))
+
+    def _own_box_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
         predictions = self._predict(features, proposals, image_shapes)
-        losses = self._costs(self.box_form, self.box_predictor, predictions, *sample)
-        return losses | self._auxiliary_losses(
-            lambda heads, maps: heads.box_losses(maps, proposals, image_shapes, matched, labels, targets)
-        )
+        return self._costs(self.box_form, self.box_predictor, predictions, proposals, matched, labels, targets)
 
     def _costs(
         self,
@@ -353,8 +362,8 @@ class RegionHeads(RoIHeads):
         labels: list[Tensor],
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        truth = [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
-        labels, truth, boxes = torch.cat(labels), torch.cat(truth), torch.cat(proposals)
+        truth = torch.cat(_truth(proposals, matched, targets))
+        labels, boxes = torch.cat(labels), torch.cat(proposals)
         positive = torch.where(labels > 0)[0]
         losses = []
         for logits, deltas in predictions:
@@ -404,6 +413,30 @@ class RegionHeads(RoIHeads):
         for key, values in parts.items():
             found = [each | {key: own} for each, own in zip(found, values.split(counts), strict=True)]
         return found
+
+
+class DetectingHeads(RegionHeads):
+    """Heads whose box head has losses and detections of its own: :attr:`dyhead.detection.roi.Registered.detects`."""
+
+    def _own_box_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        # The background's label is its last one.
+        labels = [torch.where(own > 0, own - 1, self.box_head.num_classes) for own in labels]
+        return self.box_head.losses(features, proposals, labels, _truth(proposals, matched, targets), image_shapes)
+
+    def detect_boxes(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The head's detections."""
+        found = self.box_head.detect(features, proposals, image_shapes)
+        return [{"boxes": boxes, "scores": scores, "labels": labels + 1} for boxes, scores, labels in found]
 
 
 class CascadeStage(nn.Module):
@@ -523,6 +556,11 @@ class CascadeHeads(RegionHeads):
         return [clip_boxes_to_image(own, size) for own, size in zip(refined, image_shapes, strict=True)]
 
 
+def _truth(proposals: list[Tensor], matched: list[Tensor], targets: list[dict[str, Tensor]]) -> list[Tensor]:
+    """The object of each proposal; without objects, which no proposal is labelled as, itself."""
+    return [t["boxes"][m] if len(t["boxes"]) else p for t, m, p in zip(targets, matched, proposals, strict=True)]
+
+
 def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:
     """Faster R-CNN with DyHead, of ``MODEL.RPN``, ``ROI_HEADS`` and ``ROI_BOX_HEAD``; labels 0 to K - 1.
 
@@ -608,6 +646,8 @@ def _build_region_heads(cfg: CfgNode, channels: int, strides: dict[str, int]) ->
         "keypoint_divisor": None if points.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS else sampled,
         **parts,
     }
+    if detects(cfg):
+        return DetectingHeads(None, build_box_head(cfg, box.NAME, channels, strides), None, **shared)
     if options.NAME != CASCADE:
         head, predictor = _build_box_head(cfg, channels)
         return RegionHeads(_pool(strides, box, head), head, predictor, **shared)

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import threading
-import time
 
 import pytest
 import torch
@@ -224,20 +222,14 @@ def test_operator_runs_on_a_gpu(tmp_path):
     read(file, ["ours, channels_last", "ours, NCHW", "torchvision, float16", "dense, channels_last"], cases=2)
 
 
-def test_no_peer_is_timed_while_threads_of_the_last_one_compute():
-    finished = []
-
-    def spin():
-        end = time.perf_counter() + 0.2
-        while time.perf_counter() < end:
-            torch.zeros(1000).sum()
-        finished.append(True)
-
-    thread = threading.Thread(target=spin)
-    thread.start()
+def test_no_peer_is_timed_while_threads_of_the_last_one_compute(monkeypatch):
+    pause, slept = measure._PAUSE_SECONDS, []
+    # What the process has computed before and after three pauses: in the third, next to nothing.
+    spent = iter([0, pause, pause, 1.5 * pause, 1.5 * pause, 1.55 * pause])
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(spent))
+    monkeypatch.setattr(measure.time, "sleep", slept.append)
     measure._wait_for_threads()
-    assert finished
-    thread.join()
+    assert slept == [pause] * 3
 
 
 def test_additions_without_windows_are_corners_inside_the_level():

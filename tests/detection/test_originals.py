@@ -1,6 +1,6 @@
 """Weights, features and objects of mmdetection's heads give its assignments, losses, gradients and detections.
 
-So do those of BorderDet and SaccadeNet, of their authors' code.
+So do those of BorderDet, D2Det and SaccadeNet, of their authors' code.
 
 Logits and targets of records of classification losses give the losses and gradients of their authors' code.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.originals import border, double_head, heads, losses, saccadenet
+from tools.originals import border, d2det, double_head, heads, losses, saccadenet
 from tools.originals.rows import table
 
 RECORDS = Path(__file__).parent / "originals"
@@ -41,6 +41,12 @@ def test_computes_what_the_authors_of_saccadenet_do():
 def test_computes_what_the_authors_of_borderdet_do():
     rows = list(border.compare(*heads.read(RECORDS / "borderdet.json")))
     assert [row.stage for row in rows] == STAGES + DETECTIONS
+    assert all(row.passes for row in rows), table(rows)
+
+
+def test_computes_what_the_authors_of_d2det_do():
+    rows = list(d2det.compare(*heads.read(RECORDS / "d2det.json")))
+    assert len(rows) == 5 + 7 + 3 + 3 + 2  # of the pooling, cases A, B and C, and boxes
     assert all(row.passes for row in rows), table(rows)
 
 

@@ -117,7 +117,7 @@ def _noisy_anchors(record: Record, arrays: Arrays) -> Iterator[Row]:
         anchors = detector.places(predictions).anchors
         assigned = detector.assign(detector.places(predictions), targets)
         positives = [torch.nonzero(owner >= 0)[:, 0] for owner in assigned]
-        for i, (owner, (boxes, labels)) in enumerate(zip(assigned, targets, strict=True)):
+        for i, (owner, (boxes, labels, _)) in enumerate(zip(assigned, targets, strict=True)):
             want = torch.from_numpy(arrays[f"{case}.positive.{i}"]).long()
             yield Row(name, f"{case} {i}: positives", largest(positives[i], want), 0)
             if not len(boxes):

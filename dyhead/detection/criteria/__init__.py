@@ -10,6 +10,7 @@ from dyhead.detection.criteria.border import BorderCriterion, BorderWeights
 from dyhead.detection.criteria.centers import CenterCriterion
 from dyhead.detection.criteria.matches import Matches, class_cost, match, matched
 from dyhead.detection.criteria.noisy_anchors import NoisyAnchorsCriterion
+from dyhead.detection.criteria.paired import PairedCriterion
 from dyhead.detection.criteria.quality import QualityCriterion
 from dyhead.detection.criteria.standard import standard
 from dyhead.detection.criteria.two_stage import TwoStage
@@ -21,6 +22,7 @@ __all__ = [
     "CenterCriterion",
     "Matches",
     "NoisyAnchorsCriterion",
+    "PairedCriterion",
     "QualityCriterion",
     "SoftAssignment",
     "TwoStage",

@@ -4,7 +4,8 @@
 of all images, C channels, S side of a pooled region in cells, K classes, J keypoints of an object.
 """
 
-from dyhead.detection.roi import double_head, dually_supervised, task_aware  # registers them
+from dyhead.detection.roi import d2det, double_head, dually_supervised, task_aware  # registers them
+from dyhead.detection.roi.d2det import D2DetHead
 from dyhead.detection.roi.double_head import DoubleHead
 from dyhead.detection.roi.dually_supervised import DecoupledBoxHead, DuallySupervisedOptions, Tap
 from dyhead.detection.roi.registry import BOX_HEADS, Registered, register_box_head
@@ -12,12 +13,14 @@ from dyhead.detection.roi.task_aware import DyHeadBoxHead
 
 __all__ = [
     "BOX_HEADS",
+    "D2DetHead",
     "DecoupledBoxHead",
     "DoubleHead",
     "DuallySupervisedOptions",
     "DyHeadBoxHead",
     "Registered",
     "Tap",
+    "d2det",
     "double_head",
     "dually_supervised",
     "register_box_head",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,9 @@ class PyramidPool(nn.Module):
 
         The sizes do not matter.
         """
-        index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
-        regions = torch.cat([index, torch.cat(boxes)], dim=1)
-        size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))
-        numbers = [stride.bit_length() - 1 for stride in self.strides.values()]  # log2
-        wanted = (4 + torch.log2(size / self.canonical_size + 1e-8)).floor().clamp(numbers[0], numbers[-1])
-        views = [self._pooled([features[name] for name in self.strides], r, wanted) for r in self._enlarged(regions)]
+        regions = numbered(boxes)
+        levels, wanted = [features[name] for name in self.strides], level_of(regions, self.strides, self.canonical_size)
+        views = [self._pooled(levels, own, wanted) for own in self._enlarged(regions)]
         return views[0] if len(views) == 1 else torch.cat(views, dim=1)
 
     def _enlarged(self, regions: Tensor) -> Iterator[Tensor]:
@@ -64,9 +61,44 @@ class PyramidPool(nn.Module):
                 yield torch.cat([regions[:, :1], center - scale * half, center + scale * half], dim=1)
 
     def _pooled(self, levels: list[Tensor], regions: Tensor, wanted: Tensor) -> Tensor:
-        pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], self.resolution, self.resolution)
-        for level, stride in zip(levels, self.strides.values(), strict=True):
-            here = torch.where(wanted == stride.bit_length() - 1)[0]
-            out = roi_align(level, regions[here], self.resolution, 1 / stride, self.sampling_ratio, self.aligned)
-            pooled[here] = out.to(pooled.dtype)
-        return pooled
+        def pool(level: Tensor, own: Tensor, stride: int, _: Tensor) -> Tensor:
+            return roi_align(level, own, self.resolution, 1 / stride, self.sampling_ratio, self.aligned)
+
+        return pool_from(levels, list(self.strides.values()), regions, wanted, self.resolution, pool)
+
+
+def numbered(boxes: Sequence[Tensor]) -> Tensor:
+    """Boxes (Q, 4) of each image as regions (Q, 5) of all, with their image's number in front."""
+    index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
+    return torch.cat([index, torch.cat(list(boxes))], dim=1)
+
+
+def level_of(regions: Tensor, strides: Mapping[str, int], canonical_size: float = 224) -> Tensor:
+    """The number, log2 of the stride, of the level that fits each region (Q, 5), of those that there are; (Q,)."""
+    size = torch.sqrt((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2]))
+    numbers = [stride.bit_length() - 1 for stride in strides.values()]
+    return (4 + torch.log2(size / canonical_size + 1e-8)).floor().clamp(numbers[0], numbers[-1])
+
+
+def pool_from(
+    levels: Sequence[Tensor],
+    strides: Sequence[int],
+    regions: Tensor,
+    wanted: Tensor,
+    side: int,
+    pool: Callable[[Tensor, Tensor, int, Tensor], Tensor],
+) -> Tensor:
+    """Each region pooled from its level, (Q, C, S, S).
+
+    Args:
+        levels, strides: (N, C, H, W) and pixels of the image for one of the level.
+        regions: (Q, 5).
+        wanted: which level, see :func:`level_of`.
+        side: S.
+        pool: from a level, its regions, its stride, and which regions they are, to (., C, S, S).
+    """
+    pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], side, side)
+    for level, stride in zip(levels, strides, strict=True):
+        here = torch.where(wanted == stride.bit_length() - 1)[0]
+        pooled[here] = pool(level, regions[here], stride, here).to(pooled.dtype)
+    return pooled

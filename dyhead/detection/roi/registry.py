@@ -24,19 +24,25 @@ class Registered:
             it has ``loss_weights``, these are what the losses of classes and boxes are multiplied by, ((1.4, 2.0),).
             With a second pair, ((1.4, 2.0), (0.5, 0.6)), classes are also predicted from the features for boxes and
             boxes from those for classes, at these weights; a class's score is then that of either prediction.
+        detects: the module is given the pyramid and regions instead, and has their losses and detections: see
+            :class:`dyhead.detection.roi.d2det.D2DetHead` for ``losses`` and ``detect``, and its options for ``build``.
+            Masks and keypoints are the engine's; a cascade of such heads there is not.
     """
 
     name: str
     node: str
     options: type
+    detects: bool = False
 
 
 #: All box heads by name, but for Detectron2's.
 BOX_HEADS: dict[str, Registered] = {}
 
 
-def register_box_head(name: str, node: str) -> Callable[[_Options], _Options]:
+def register_box_head(name: str, node: str, *, detects: bool = False) -> Callable[[_Options], _Options]:
     """Register the options dataclass below as those of the box head ``name``, in the configuration's ``node``.
+
+    ``detects``: see :class:`Registered`.
 
     Raises:
         ValueError: the name is taken.
@@ -45,7 +51,7 @@ def register_box_head(name: str, node: str) -> Callable[[_Options], _Options]:
     def register(options: _Options) -> _Options:
         if name in BOX_HEADS:
             raise ValueError(f"box head {name!r}: registered before, by {BOX_HEADS[name]}")
-        BOX_HEADS[name] = Registered(name, node, options)
+        BOX_HEADS[name] = Registered(name, node, options, detects)
         return options
 
     return register
