@@ -66,6 +66,11 @@ def _box_heads() -> Iterator[list[str]]:
         yield [_code(name), _code(BOX_HEADS[name].node), _sentence(BOX_HEADS[name].options)]
 
 
+def _roi_heads() -> Iterator[list[str]]:
+    for name, built in registered(detectron2.modeling.ROI_HEADS_REGISTRY).items():
+        yield [_code(name), _sentence(built)]
+
+
 def _datasets() -> Iterator[list[str]]:
     for name, spec in SPECS.items():
         yield [_code(name), str(spec.images), ", ".join(spec.classes)]
@@ -93,6 +98,7 @@ TABLES = {
     "backbones": (["`MODEL.BACKBONE.NAME`", "its nodes", "what it is"], _backbones),
     "necks": (["in `MODEL.NECKS`", "its node", "what it is"], _necks),
     "box heads": (["`MODEL.ROI_BOX_HEAD.NAME`", "its node", "what it is"], _box_heads),
+    "RoI heads": (["RoI heads", "what they are"], _roi_heads),
     "datasets": (["in `DATASETS.TRAIN` and `TEST`", "images", "classes"], _datasets),
     "keys": (["node", "keys"], _keys),
     "classes": (["`dyhead.detectron2.`", "what it is"], _classes),
