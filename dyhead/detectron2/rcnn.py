@@ -94,8 +94,8 @@ class DetectingROIHeads(StandardROIHeads):
         if not self.training:
             found = self.box_head.detect(features, boxes, sizes)
             return [
-                Instances(size, pred_boxes=Boxes(own), scores=scores, pred_classes=labels)
-                for size, (own, scores, labels) in zip(sizes, found, strict=True)
+                Instances(size, pred_boxes=Boxes(own.boxes), scores=own.scores, pred_classes=own.labels)
+                for size, own in zip(sizes, found, strict=True)
             ]
         objects = [own.gt_boxes.tensor if own.has("gt_boxes") else own.proposal_boxes.tensor for own in proposals]
         return self.box_head.losses(features, boxes, [own.gt_classes for own in proposals], objects, sizes)

@@ -436,7 +436,7 @@ class DetectingHeads(RegionHeads):
     ) -> list[dict[str, Tensor]]:
         """The head's detections."""
         found = self.box_head.detect(features, proposals, image_shapes)
-        return [{"boxes": boxes, "scores": scores, "labels": labels + 1} for boxes, scores, labels in found]
+        return [{"boxes": own.boxes, "scores": own.scores, "labels": own.labels + 1} for own in found]
 
 
 class CascadeStage(nn.Module):
