@@ -297,7 +297,8 @@ def test_detections_of_a_hand_computed_step(monkeypatch):
     (found,) = head.detect(levels(), [REGIONS], [(40, 60)])
     assert found.scores.tolist() == pytest.approx([0.5])
     head.score_thresh = 0.6
-    assert [len(each) for each in head.detect(levels(), [REGIONS], [(40, 60)])[0]] == [0, 0, 0]
+    (found,) = head.detect(levels(), [REGIONS], [(40, 60)])
+    assert [len(each) for each in (found.boxes, found.scores, found.labels)] == [0, 0, 0]
 
 
 def test_boxes_are_predicted_of_the_best_regions_of_each_image(monkeypatch):
