@@ -14,6 +14,15 @@ from dyhead.runs.machines import MachineLostError, Watch
 
 
 @pytest.fixture(autouse=True)
+def _same_environment_afterwards():
+    """Machines in one process do not leave in the order that restores it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(machines, "_BEAT", 0.05)
     monkeypatch.setattr(machines, "_SILENCE", 2.0)
