@@ -74,7 +74,8 @@ def weights(folder):
 def assert_same(one, other):
     assert one.keys() == other.keys()
     for key, value in one.items():
-        torch.testing.assert_close(other[key], value, msg=lambda text, key=key: f"{key}: {text}")
+        # Gradients are added up in another order.
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.slow

@@ -143,6 +143,7 @@ def test_safetensors_are_read_by_their_package(tmp_path, monkeypatch):
 
 def test_without_the_package_safetensors_are_an_error_with_the_way_out(tmp_path, monkeypatch):
     (tmp_path / "w.safetensors").write_bytes(b"data")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for module in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(CheckpointError, match=re.escape("needs the package safetensors (pip install safetensors)")):
         read_file(tmp_path / "w.safetensors")

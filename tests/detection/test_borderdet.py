@@ -38,7 +38,7 @@ def make_predictions(targets, seed=0):
         return torch.randn(len(targets), len(PLACES), *size, generator=generator, dtype=torch.float64)
 
     numbers = random(8)
-    for image, (boxes, _) in enumerate(targets):
+    for image, (boxes, *_) in enumerate(targets):
         for place, (stride, _, x, y) in enumerate(PLACES):
             if len(boxes) and place % 3 == 0:
                 x0, y0, x1, y1 = boxes[place % len(boxes)].tolist()
@@ -90,7 +90,7 @@ def losses_by_loops(predictions, targets, normalizer, weights, by_centerness):
     """Every rule of the paper and of its code, place by place; and the two assignments."""
     costs = {"cls": 0.0, "box": 0.0, "center": 0.0, "border cls": 0.0, "border box": 0.0}
     total, counts, assignments = 0.0, ([], []), []
-    for image, (boxes, labels) in enumerate(targets):
+    for image, (boxes, labels, _) in enumerate(targets):
         boxes, labels, owners = boxes.tolist(), labels.tolist(), ([], [])
         for place, at in enumerate(PLACES):
             stride, _, x, y = at

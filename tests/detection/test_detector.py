@@ -494,7 +494,7 @@ def test_small_levels_by_loops(shapes):
 
 def test_nothing_above_the_threshold():
     (found,) = make_detector(inference=Inference(0.999)).detections(make_predictions(), [(HEIGHT, WIDTH)])
-    assert [tuple(part.shape) for part in found] == [(0, 4), (0,), (0,)]
+    assert [tuple(part.shape) for part in found[:3]] == [(0, 4), (0,), (0,)]
     assert found.labels.dtype == torch.int64
 
 

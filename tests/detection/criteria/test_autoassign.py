@@ -68,7 +68,7 @@ def by_loops(detector, predictions, targets, force=0):
     for stride, (h, w) in zip(STRIDES, predictions.shapes, strict=False):
         places += [(stride * j, stride * i, stride) for i in range(h) for j in range(w)]
     positive = negative = center = priors = 0.0
-    for image, (boxes, labels) in enumerate(targets):
+    for image, (boxes, labels, _) in enumerate(targets):
         boxes, labels = boxes.tolist(), labels.tolist()
         found, background = [], [[1.0] * CLASSES for _ in places]
         for (x, y, s), numbers in zip(places, predictions.boxes[image].tolist(), strict=True):
