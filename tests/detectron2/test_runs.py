@@ -336,8 +336,8 @@ def test_without_cuda_the_device_becomes_the_cpu(arguments, caplog):
 def test_keys_that_are_not_read_are_named(arguments, caplog):
     setup(arguments({"MODEL.RETINANET.NORM": "GN"}, "retinanet"))
     assert "honour" not in caplog.text
-    setup(arguments({"TEST.AUG.ENABLED": True}, "retinanet"))
-    assert "The Detectron2 engine cannot honour, and ignores: TEST.AUG.ENABLED True" in caplog.text
+    setup(arguments({"MODEL.MASK_ON": True}, "retinanet"))
+    assert "The Detectron2 engine cannot honour, and ignores: MODEL.MASK_ON True" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["1e3", "2026_11_25", "0x10", "1e-4", "run"])
