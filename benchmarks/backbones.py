@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.document import fill
+from benchmarks.document import rewrite
 from benchmarks.heads import IMAGE
 from benchmarks.program import markdown
 from dyhead.config import has_timm, load_config
@@ -82,11 +82,5 @@ def _millions(module: nn.Module) -> str:
     return f"{count_parameters(module) / 1e6:.1f}"
 
 
-def main() -> None:
-    """Rewrites the document."""
-    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), section), encoding="utf-8")
-    print(f"Written to {DOCUMENT}")
-
-
 if __name__ == "__main__":
-    main()
+    rewrite(DOCUMENT, section)

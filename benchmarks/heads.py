@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.document import fill
-from benchmarks.program import markdown, pyramid_sizes
+from benchmarks.document import rewrite
+from benchmarks.program import code, codes, markdown, pyramid_sizes
 from dyhead.build import build_detector
 from dyhead.config import load_config
 from dyhead.detection import DETECTORS, DenseDetector, assigners, boxes, criteria, losses
@@ -101,7 +101,7 @@ def _detectors() -> str:
         parts_of = [_name(part) for part, *_ in _options(name)]
         chosen = any(leaf.key == "CLASS_LOSS" for leaf in leaves(detector.options))
         own_loss = ", ".join(part for part in parts_of if part in losses.__all__) or "in the criterion"
-        node = _code(detector.node.removeprefix("MODEL."))
+        node = code(detector.node.removeprefix("MODEL."))
         lines.append(
             [
                 detector.name,
@@ -126,9 +126,9 @@ def _losses() -> str:
         if not isinstance(loss, type):
             continue
         uses = [(detector, *use) for detector in DETECTORS for use in _options(detector) if type(use[0]) is loss]
-        chosen = _codes(dict.fromkeys(f"CLASS_LOSS {choice}" for _, _, choice, _ in uses if choice))
+        chosen = codes(dict.fromkeys(f"CLASS_LOSS {choice}" for _, _, choice, _ in uses if choice))
         keys = dict.fromkeys(key for _, part, _, prefix in uses for key in _keys(part, prefix))
-        lines.append([name, _paper(loss), "classes", chosen, _codes(keys), _listed(use[0] for use in uses)])
+        lines.append([name, _paper(loss), "classes", chosen, codes(keys), _listed(use[0] for use in uses)])
     for name, paper in _BOX_LOSS_PAPERS.items():
         taking = [
             detector
@@ -136,7 +136,7 @@ def _losses() -> str:
             if any(leaf.key == "BBOX_REG_LOSS_TYPE" and leaf.expected(name) is None for leaf in leaves(of.options))
         ]
         chosen = f"`BBOX_REG_LOSS_TYPE {name}`"
-        options = _codes(["SMOOTH_L1_LOSS_BETA"] if name == "smooth_l1" else [])
+        options = codes(["SMOOTH_L1_LOSS_BETA"] if name == "smooth_l1" else [])
         lines.append([name, _link(paper), "boxes", chosen, options, _listed(taking)])
     return markdown(lines, left=6)
 
@@ -156,7 +156,7 @@ def _parts(title: str, package: ModuleType, of_detector: Callable[[str], list[An
                 if type(held) is of or (package is criteria and type(held).__module__ == of.__module__):
                     keys.update(dict.fromkeys(_keys(held, prefix)))
     lines = [[title, "paper", "options", "detectors"]]
-    lines += [[_name(of), _paper(of), _codes(keys), _listed(names)] for of, (keys, names) in found.items()]
+    lines += [[_name(of), _paper(of), codes(keys), _listed(names)] for of, (keys, names) in found.items()]
     return markdown(lines, left=4)
 
 
@@ -165,8 +165,8 @@ def _necks() -> str:
     for name, neck in NECKS.items():
         for title, changed in VARIANTS.get(name, {name: {}}).items():
             options = neck.options(**changed)
-            node = _code(neck.node.removeprefix("MODEL."))
-            keys = _codes(f"{key.upper()} {value}" if value else f'{key.upper()} ""' for key, value in changed.items())
+            node = code(neck.node.removeprefix("MODEL."))
+            keys = codes(f"{key.upper()} {value}" if value else f'{key.upper()} ""' for key, value in changed.items())
             with torch.device("meta"):
                 module = options.build(CHANNELS)
             pairs = "yes" if getattr(options, "task_levels", False) else "no"
@@ -222,19 +222,5 @@ def _listed(detectors: Iterable[str]) -> str:
     return "all" if not missing else f"all but {', '.join(missing)}" if len(missing) < 3 else ", ".join(names)
 
 
-def _codes(keys: Iterable[str]) -> str:
-    return ", ".join(map(_code, keys))
-
-
-def _code(text: str) -> str:
-    return f"`{text}`"
-
-
-def main() -> None:
-    """Rewrites the document."""
-    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), section), encoding="utf-8")
-    print(f"Written to {DOCUMENT}")
-
-
 if __name__ == "__main__":
-    main()
+    rewrite(DOCUMENT, section)

@@ -16,8 +16,8 @@ from detectron2.config import get_cfg
 from fvcore.common.registry import Registry
 
 import dyhead.detectron2
-from benchmarks.document import fill
-from benchmarks.program import markdown
+from benchmarks.document import rewrite
+from benchmarks.program import code, codes, markdown
 from dyhead.config import OPTIONS
 from dyhead.config_checks import TWO_STAGE_NODES
 from dyhead.config_page import summary
@@ -46,34 +46,34 @@ def _meta_architectures() -> Iterator[list[str]]:
     for name, built in registered(detectron2.modeling.META_ARCH_REGISTRY).items():
         detector = DETECTORS.get(name)
         nodes = [detector.node] if detector else [node for node in TWO_STAGE_NODES if node not in box_heads]
-        yield [_code(name), _codes(nodes), _sentence(detector.options if detector else built)]
+        yield [code(name), codes(nodes), _sentence(detector.options if detector else built)]
 
 
 def _backbones() -> Iterator[list[str]]:
     for name, built in registered(detectron2.modeling.BACKBONE_REGISTRY).items():
         nodes = ["MODEL.TIMM" if "timm" in name else "MODEL.RESNETS", "MODEL.FPN"]
         nodes += ["MODEL.DYHEAD"] if "dyhead" in name else []
-        yield [_code(name), _codes(nodes), _sentence(built)]
+        yield [code(name), codes(nodes), _sentence(built)]
 
 
 def _necks() -> Iterator[list[str]]:
     for name, neck in NECKS.items():
-        yield [_code(name), _code(neck.node), _sentence(neck.options)]
+        yield [code(name), code(neck.node), _sentence(neck.options)]
 
 
 def _box_heads() -> Iterator[list[str]]:
     for name in registered(detectron2.modeling.ROI_BOX_HEAD_REGISTRY):
-        yield [_code(name), _code(BOX_HEADS[name].node), _sentence(BOX_HEADS[name].options)]
+        yield [code(name), code(BOX_HEADS[name].node), _sentence(BOX_HEADS[name].options)]
 
 
 def _roi_heads() -> Iterator[list[str]]:
     for name, built in registered(detectron2.modeling.ROI_HEADS_REGISTRY).items():
-        yield [_code(name), _sentence(built)]
+        yield [code(name), _sentence(built)]
 
 
 def _datasets() -> Iterator[list[str]]:
     for name, spec in SPECS.items():
-        yield [_code(name), str(spec.images), ", ".join(spec.classes)]
+        yield [code(name), str(spec.images), ", ".join(spec.classes)]
 
 
 def _keys() -> Iterator[list[str]]:
@@ -84,12 +84,12 @@ def _keys() -> Iterator[list[str]]:
     ):
         keys = [leaf.key for leaf in leaves(OPTIONS[node]) if f"{node}.{leaf.key}" not in theirs]
         if keys:
-            yield [_code(node), _codes(keys)]
+            yield [code(node), codes(keys)]
 
 
 def _classes() -> Iterator[list[str]]:
     for name in sorted(set(dyhead.detectron2.__all__) - set(DETECTORS)):
-        yield [_code(name), _sentence(getattr(dyhead.detectron2, name))]
+        yield [code(name), _sentence(getattr(dyhead.detectron2, name))]
 
 
 #: The tables: their header, and a function that gives their rows.
@@ -118,19 +118,5 @@ def _sentence(documented: Any) -> str:
     return re.split(r"\.\s(?=[A-Z`])", summary(documented))[0].rstrip(".")
 
 
-def _codes(names: list[str]) -> str:
-    return ", ".join(map(_code, names))
-
-
-def _code(text: str) -> str:
-    return f"`{text}`"
-
-
-def main() -> None:
-    """Rewrites the document."""
-    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), section), encoding="utf-8")
-    print(f"Written to {DOCUMENT}")
-
-
 if __name__ == "__main__":
-    main()
+    rewrite(DOCUMENT, section)

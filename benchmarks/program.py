@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,16 @@ def markdown(lines: Sequence[Sequence[str]], left: int) -> str:
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     text = [[p(cell, width) for p, cell, width in zip(pad, line, widths, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [text[0], rule, *text[1:]])
+
+
+def codes(texts: Iterable[str]) -> str:
+    """Texts as code in Markdown, one after the other."""
+    return ", ".join(map(code, texts))
+
+
+def code(text: str) -> str:
+    """A text as code in Markdown."""
+    return f"`{text}`"
 
 
 def number(value: float | None) -> str:

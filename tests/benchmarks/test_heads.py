@@ -5,6 +5,7 @@ import re
 import pytest
 
 from benchmarks import heads
+from benchmarks.document import fill
 from dyhead.detection import DETECTORS
 from dyhead.necks import NECKS
 from dyhead.ops import library
@@ -21,7 +22,7 @@ def rows(what):
 @compiled
 def test_the_committed_document_is_what_the_code_says():
     text = heads.DOCUMENT.read_text(encoding="utf-8")
-    assert heads.fill(text, heads.section) == text, "write it again: python -m benchmarks.heads"
+    assert fill(text, heads.section) == text, "write it again: python -m benchmarks.heads"
     words = re.findall(r"<!-- table: (.+?) -->", text)
     assert sorted(words) == ["assigners", "boxes", "criteria", "detectors", "losses", "necks"]
 

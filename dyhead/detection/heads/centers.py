@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dyhead.detection.heads.dense import DenseHead, at_least_float32, convolution
+from dyhead.detection.heads.dense import DenseHead, at_least_float32, convolution, start_at
 from dyhead.ops import deform_conv2d
 
 _STEPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
@@ -147,7 +146,7 @@ class CenterHead(DenseHead):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
         self.centers = convolution(hidden, 2, kernel_size)
         self.corners = convolution(hidden, 4, kernel_size)
-        nn.init.constant_(self.corners.bias, -math.log((1 - prior_prob) / prior_prob))
+        start_at(self.corners, prior_prob)
         self.aggregation = Aggregation(channels, hidden, 4 if refine_center else 2, points, size_gradient)
 
     def forward(self, levels: Sequence[Tensor | tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], None]:
