@@ -18,7 +18,13 @@ from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.config_files import Scalar, resolve
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
-from dyhead.detectron2.datasets import check_classes, check_trainable, name_keypoints, register_datasets
+from dyhead.detectron2.datasets import (
+    check_classes,
+    check_trainable,
+    known_classes,
+    name_keypoints,
+    register_datasets,
+)
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
@@ -26,6 +32,7 @@ from dyhead.evaluation.results import report_losses
 from dyhead.runs.output_dir import claimed, write_config
 from dyhead.runs.preflight import check_run
 from dyhead.runs.processes import launched, reporting
+from dyhead.runs.record import Record, write_record
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +123,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         trainer.resume_or_load(args.resume)
         if comm.is_main_process():
             write_config(cfg)
+            write_record(cfg.OUTPUT_DIR, Record("detectron2", known_classes(cfg.DATASETS.TRAIN[0])))
         results = trainer.train()
         model = trainer.checkpointer.model
         trainer.test_augmented(cfg, model, results)

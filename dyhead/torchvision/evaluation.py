@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 from lightning.fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dyhead.data import CocoSplit
@@ -49,19 +49,15 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
             for images, indices in loader:
                 found = model(fabric.to_device(images))
                 for image, index, detections in zip(images, indices, found, strict=True):
-                    record, (height, width) = split.records[index], image.shape[-2:]
-                    scale = torch.tensor([record["width"] / width, record["height"] / height] * 2)
-                    boxes, scores, labels = (detections[key].cpu() for key in ("boxes", "scores", "labels"))
-                    masks, keypoints = (
-                        detections[key].cpu() if key in detections else None for key in ("masks", "keypoints")
-                    )
-                    boxes = boxes * scale
-                    if masks is not None:
-                        masks = paste_masks(masks, boxes, record["height"], record["width"])
-                    if keypoints is not None:
-                        keypoints = keypoints * torch.tensor([*scale[:2], 1])
+                    record = split.records[index]
+                    of_file = on_image(detections, image.shape[-2:], (record["height"], record["width"]))
+                    parts = (of_file[key] for key in ("boxes", "scores", "labels"))
                     share += coco_results(
-                        record["image_id"], split.category_ids, boxes, scores, labels, masks, keypoints
+                        record["image_id"],
+                        split.category_ids,
+                        *parts,
+                        masks=of_file.get("masks"),
+                        keypoints=of_file.get("keypoints"),
                     )
                 bar.update()
             merged = _merged(fabric, share)
@@ -70,6 +66,30 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
                 results.append(evaluate_detections(split, merged, cfg.OUTPUT_DIR, tasks=tasks, sigmas=sigmas))
     model.train(was_training)
     return results
+
+
+def on_image(detections: dict[str, Tensor], seen: Sequence[int], size: Sequence[int]) -> dict[str, Tensor]:
+    """Detections in the pixels of an image as it is in its file, on the CPU.
+
+    Args:
+        detections: of :func:`dyhead.torchvision.build_model`, with masks of the cells of their boxes.
+        seen: height and width of the image that the detector saw.
+        size: height and width of the file's.
+
+    Returns:
+        The same with masks (D, H, W) of the whole image.
+    """
+    (height, width), (old_height, old_width) = size, seen
+    scale = torch.tensor([width / old_width, height / old_height] * 2)
+    found = {key: value.cpu() for key, value in detections.items()}
+    for key in ("boxes", "visible_boxes"):
+        if key in found:
+            found[key] = found[key] * scale
+    if "masks" in found:
+        found["masks"] = paste_masks(found["masks"], found["boxes"], height, width)
+    if "keypoints" in found:
+        found["keypoints"] = found["keypoints"] * torch.tensor([*scale[:2], 1])
+    return found
 
 
 def _merged(fabric: Fabric, share: list[dict[str, Any]]) -> list[dict[str, Any]]:
