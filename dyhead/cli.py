@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "config": ("dyhead.config_page", "list the keys of the configuration with their defaults, values and meaning"),
     "convert": ("dyhead.checkpoints.command", "give another project's checkpoint this project's names"),
     "info": ("dyhead.info", "print versions, what was built, and why anything did not load"),
+    "predict": ("dyhead.prediction.command", "find objects in pictures and videos with a trained detector"),
 }
 
 
