@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,13 @@ import torch
 from fvcore.common.config import CfgNode
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dyhead.data import CocoSplit
 from dyhead.detection.roi.masks import paste_masks
 from dyhead.evaluation import coco_results
 from dyhead.evaluation.expected import configured_tasks
 from dyhead.evaluation.results import Evaluated, check_weights, evaluate_detections
+from dyhead.progress import bar
 from dyhead.torchvision.data import evaluation_loader
 
 
@@ -41,9 +40,8 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
     model.eval()
     loaders = [evaluation_loader(cfg, s, rank=fabric.global_rank, world_size=fabric.world_size) for s in splits]
     results = []
-    hidden = not (fabric.is_global_zero and sys.stderr.isatty())
     total = sum(map(len, loaders))
-    with torch.no_grad(), tqdm(desc="evaluation", total=total, leave=False, disable=hidden, dynamic_ncols=True) as bar:
+    with torch.no_grad(), bar("evaluation", total, hidden=not fabric.is_global_zero) as progress:
         for split, loader in zip(splits, loaders, strict=True):
             share = []
             for images, indices in loader:
@@ -59,7 +57,7 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
                         masks=of_file.get("masks"),
                         keypoints=of_file.get("keypoints"),
                     )
-                bar.update()
+                progress.update()
             merged = _merged(fabric, share)
             if fabric.is_global_zero:
                 tasks, sigmas = configured_tasks(cfg), cfg.TEST.KEYPOINT_OKS_SIGMAS
