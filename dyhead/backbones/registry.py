@@ -22,8 +22,8 @@ class Registered:
         name: of the network in keys of weights, and of :attr:`builders`.
         node: of its options in the configuration, "MODEL.TIMM".
         options: their dataclass, with the methods ``build(wanted) -> nn.Module``, where ``wanted`` are the maps that
-            are read, or None; and ``check()``, before anything is built. Both raise ValueError, "OPTION: ...". ``title``
-            is what tables call the network.
+            are read, or None; and ``check()``, before anything is built. Both raise ValueError, "OPTION: ...". Tables
+            call the network by its ``title``.
         has_pyramid: whether its maps are a pyramid.
     """
 
