@@ -1,5 +1,16 @@
 """Networks that both engines build their pyramids on, beside each engine's own ResNet."""
 
+from dyhead.backbones.registry import NETWORKS, Registered, register_network
+from dyhead.backbones.spinenet import SpineNet, SpineNetOptions
 from dyhead.backbones.timm import TimmNetwork, TimmOptions, pretrained_state
 
-__all__ = ["TimmNetwork", "TimmOptions", "pretrained_state"]
+__all__ = [
+    "NETWORKS",
+    "Registered",
+    "SpineNet",
+    "SpineNetOptions",
+    "TimmNetwork",
+    "TimmOptions",
+    "pretrained_state",
+    "register_network",
+]

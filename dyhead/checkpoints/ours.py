@@ -4,7 +4,8 @@
 canonical key                         what
 ====================================  ================================================================================
 ``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...);
-                                      one of timm: ``timm.network.*``, with timm's names, and ``timm.norms.res5``
+                                      one of timm: ``timm.network.*``, with timm's names, and ``timm.norms.res5``;
+                                      others of this project likewise below their names
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
@@ -40,6 +41,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from dyhead.backbones.registry import NETWORKS
 from dyhead.checkpoints.pyramid import BACKBONE, BOTTOM_UP, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import Row, Source
 
@@ -87,7 +89,7 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         return lambda m: f"{BACKBONE}fpn_{name}{first + int(m[1])}.{norm}{m[2]}"
 
     rows = [
-        Row(r"backbone\.body\.((?:network|norms)\..+)", BOTTOM_UP + r"timm.\1"),
+        Row(rf"backbone\.body\.((?:{'|'.join(NETWORKS)})\..+)", BOTTOM_UP + r"\1"),
         *torchvision_resnet(r"backbone\.body\."),
         Row(pyramid.format("inner", 0), level("lateral")),
         Row(pyramid.format("inner", 1), level("lateral", "norm.")),
