@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dyhead.checkpoints.block import MMDETECTION, block_rows
+from dyhead.checkpoints.psconv import network_rows
 from dyhead.checkpoints.pyramid import BACKBONE, LAST_STAGE, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import COUNTERS, Row, Source
 
@@ -34,7 +35,7 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
         return f"{BACKBONE}fpn_output{level}.{'' if match[2] == 'conv' else 'norm.'}{match[3]}"
 
     return [
-        *torchvision_resnet(r"backbone\."),
+        *(network_rows(state, "backbone.") or torchvision_resnet(r"backbone\.")),
         Row(_NECK + r"lateral_convs\.(\d+)\.conv\.(.+)", lambda m: f"{BACKBONE}fpn_lateral{first + int(m[1])}.{m[2]}"),
         Row(
             _NECK + r"lateral_convs\.(\d+)\.(?:bn|gn)\.(.+)",
