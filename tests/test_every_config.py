@@ -85,6 +85,8 @@ SMALLEST_OF_KIND = {
     "R50D": {"MODEL.TIMM.NAME": "resnet18d"},
     "EffB3": {"MODEL.TIMM.NAME": "efficientnet_b0"},
     "spinenet49": {"MODEL.SPINENET.SIZE": "49S"},
+    "ps50": {"MODEL.PSCONV.WIDTH_PER_GROUP": 4},
+    "psx101": {"MODEL.PSCONV.DEPTH": 50, "MODEL.PSCONV.NUM_GROUPS": 2},
 }
 
 

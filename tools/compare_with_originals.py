@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.originals import border, d2det, double_head, heads, losses, recipes, saccadenet, sepc
+from tools.originals import border, d2det, double_head, heads, losses, recipes, resnets, saccadenet, sepc
 from tools.originals.rows import Row, table
 
 #: What is compared: functions of the folder that yield rows.
@@ -26,6 +26,7 @@ COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (
     double_head.rows,
     losses.rows,
     recipes.rows,
+    resnets.rows,
     saccadenet.rows,
     sepc.rows,
 )
