@@ -63,6 +63,7 @@ class Conversion:
         dropped: keys that nothing is lost with, each with the reason.
         left_over: keys that have no counterpart here, each with the reason.
         added: canonical keys that the file does not have, each with what they are.
+        note: what the weights need in the configuration, which their shapes do not say.
     """
 
     state: dict[str, Tensor]
@@ -71,6 +72,7 @@ class Conversion:
     dropped: dict[str, str] = field(default_factory=dict)
     left_over: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def convert(state: Mapping[str, Tensor], origin: str = "state dict") -> Conversion:
@@ -138,7 +140,7 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
 
 def _convert(state: Mapping[str, Tensor], source: Source) -> Conversion:
     rows = list(source.rows(state))
-    out = Conversion({}, source.name)
+    out = Conversion({}, source.name, note=source.note)
     for key, value in state.items():
         reason = _reason(source.dropped, key)
         if reason is not None:
