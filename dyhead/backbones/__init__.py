@@ -4,6 +4,7 @@ from dyhead.backbones.psconv import PSConvOptions, PSResNet
 from dyhead.backbones.pyconv import PyConvOptions
 from dyhead.backbones.registry import NETWORKS, Registered, register_network
 from dyhead.backbones.resnet import ResNetStages
+from dyhead.backbones.spinenet import SpineNet, SpineNetOptions
 from dyhead.backbones.timm import TimmNetwork, TimmOptions, pretrained_state
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "PyConvOptions",
     "Registered",
     "ResNetStages",
+    "SpineNet",
+    "SpineNetOptions",
     "TimmNetwork",
     "TimmOptions",
     "pretrained_state",

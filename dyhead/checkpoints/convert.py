@@ -20,6 +20,7 @@ from dyhead.checkpoints.psconv import PSCONV
 from dyhead.checkpoints.pyconv import PYCONV
 from dyhead.checkpoints.pyramid import BOTTOM_UP
 from dyhead.checkpoints.source import Source
+from dyhead.checkpoints.spinenet import SPINENET_GARDEN, SPINENET_PORT, SPINENET_TPU
 from dyhead.checkpoints.towers import FENECK_HEAD, GLIP, MMDETECTION_GLIP_DETECTOR, YOLO
 
 #: The projects whose checkpoints are converted.
@@ -39,6 +40,9 @@ SOURCES = (
     MMDETECTION_GLIP_DETECTOR,
     YOLO,
     FENECK_HEAD,
+    SPINENET_PORT,
+    SPINENET_TPU,
+    SPINENET_GARDEN,
 )
 
 # Convolutions of ours that always have a bias.
