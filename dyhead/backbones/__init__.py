@@ -1,6 +1,23 @@
 """Networks that both engines build their pyramids on, beside each engine's own ResNet."""
 
+from dyhead.backbones.hit_detector import (
+    HitDetectorNetwork,
+    HitDetectorOptions,
+    HitDetectorPyramid,
+    HitDetectorPyramidOptions,
+)
 from dyhead.backbones.registry import NETWORKS, Registered, register_network
 from dyhead.backbones.timm import TimmNetwork, TimmOptions, pretrained_state
 
-__all__ = ["NETWORKS", "Registered", "TimmNetwork", "TimmOptions", "pretrained_state", "register_network"]
+__all__ = [
+    "NETWORKS",
+    "HitDetectorNetwork",
+    "HitDetectorOptions",
+    "HitDetectorPyramid",
+    "HitDetectorPyramidOptions",
+    "Registered",
+    "TimmNetwork",
+    "TimmOptions",
+    "pretrained_state",
+    "register_network",
+]

@@ -1,4 +1,4 @@
-"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; and pyramid convolutions.
+"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; pyramid convolutions; and more.
 
 Shapes in this package: N batch, C channels, L levels; level l is (N, C, H_l, W_l), levels run from fine to coarse, each
 half the size of the previous one. K taps of a kernel, G offset groups.
@@ -6,6 +6,7 @@ half the size of the previous one. K taps of a kernel, G offset groups.
 
 from dyhead.layers.block import DyHeadBlock
 from dyhead.layers.deform_conv import DeformConv2d, DeformConv2dPack
+from dyhead.layers.fpt import FPT
 from dyhead.layers.head import DyHead
 from dyhead.layers.pconv import PConv, SampledPConv
 from dyhead.layers.released import ReleasedDyHeadBlock
@@ -16,6 +17,7 @@ from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.layers.top import P6P7
 
 __all__ = [
+    "FPT",
     "P6P7",
     "SEPC",
     "DeformConv2d",
