@@ -13,6 +13,7 @@ from dyhead.checkpoints.detectron2 import DETECTRON2
 from dyhead.checkpoints.dynamic_head import MICROSOFT
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.checkpoints.files import shown, some
+from dyhead.checkpoints.hit_detector import HIT_DETECTOR
 from dyhead.checkpoints.imagenet import CAFFE2_RESNET, DETECTRON2_RESNET, TORCHVISION_RESNET
 from dyhead.checkpoints.mmdetection import MMDETECTION_DETECTOR
 from dyhead.checkpoints.ours import CANONICAL, EARLIER_DETECTRON2, TORCHVISION
@@ -34,6 +35,7 @@ SOURCES = (
     CAFFE2_RESNET,
     PYCONV,
     PSCONV,
+    HIT_DETECTOR,
     MICROSOFT,
     MMDETECTION_DETECTOR,
     GLIP,

@@ -6,6 +6,7 @@ half the size of the previous one. K taps of a kernel, G offset groups.
 
 from dyhead.layers.block import DyHeadBlock
 from dyhead.layers.deform_conv import DeformConv2d, DeformConv2dPack
+from dyhead.layers.fpt import FPT
 from dyhead.layers.head import DyHead
 from dyhead.layers.mmcv import ModulatedDeformConv2d
 from dyhead.layers.pconv import PConv, SampledPConv
@@ -19,6 +20,7 @@ from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.layers.top import P6P7
 
 __all__ = [
+    "FPT",
     "P6P7",
     "SEPC",
     "DeformConv2d",
