@@ -86,6 +86,7 @@ SMALLEST_OF_KIND = {
     "RegNetY032": {"MODEL.TIMM.NAME": "regnety_002"},
     "R50D": {"MODEL.TIMM.NAME": "resnet18d"},
     "EffB3": {"MODEL.TIMM.NAME": "efficientnet_b0"},
+    "spinenet49": {"MODEL.SPINENET.SIZE": "49S"},
 }
 
 

@@ -16,7 +16,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.originals import border, d2det, double_head, fpt, heads, hit_detector, losses, recipes, saccadenet, sepc
+from tools.originals import (
+    border,
+    d2det,
+    double_head,
+    fpt,
+    heads,
+    hit_detector,
+    losses,
+    recipes,
+    saccadenet,
+    sepc,
+    spinenet,
+)
 from tools.originals.rows import Row, table
 
 #: What is compared: functions of the folder that yield rows.
@@ -31,6 +43,7 @@ COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (
     recipes.rows,
     saccadenet.rows,
     sepc.rows,
+    spinenet.rows,
 )
 
 

@@ -7,6 +7,7 @@ from dyhead.backbones.hit_detector import (
     HitDetectorPyramidOptions,
 )
 from dyhead.backbones.registry import NETWORKS, Registered, register_network
+from dyhead.backbones.spinenet import SpineNet, SpineNetOptions
 from dyhead.backbones.timm import TimmNetwork, TimmOptions, pretrained_state
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "HitDetectorPyramid",
     "HitDetectorPyramidOptions",
     "Registered",
+    "SpineNet",
+    "SpineNetOptions",
     "TimmNetwork",
     "TimmOptions",
     "pretrained_state",

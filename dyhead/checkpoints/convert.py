@@ -19,6 +19,7 @@ from dyhead.checkpoints.mmdetection import MMDETECTION_DETECTOR
 from dyhead.checkpoints.ours import CANONICAL, EARLIER_DETECTRON2, TORCHVISION
 from dyhead.checkpoints.pyramid import BOTTOM_UP
 from dyhead.checkpoints.source import Source
+from dyhead.checkpoints.spinenet import SPINENET_GARDEN, SPINENET_PORT, SPINENET_TPU
 from dyhead.checkpoints.towers import FENECK_HEAD, GLIP, MMDETECTION_GLIP_DETECTOR, YOLO
 
 #: The projects whose checkpoints are converted.
@@ -37,6 +38,9 @@ SOURCES = (
     MMDETECTION_GLIP_DETECTOR,
     YOLO,
     FENECK_HEAD,
+    SPINENET_PORT,
+    SPINENET_TPU,
+    SPINENET_GARDEN,
 )
 
 # Convolutions of ours that always have a bias.
@@ -57,6 +61,7 @@ class Conversion:
         dropped: keys that nothing is lost with, each with the reason.
         left_over: keys that have no counterpart here, each with the reason.
         added: canonical keys that the file does not have, each with what they are.
+        note: what the weights need in the configuration, which their shapes do not say.
     """
 
     state: dict[str, Tensor]
@@ -65,6 +70,7 @@ class Conversion:
     dropped: dict[str, str] = field(default_factory=dict)
     left_over: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def convert(state: Mapping[str, Tensor], origin: str = "state dict") -> Conversion:
@@ -129,7 +135,7 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
 
 def _convert(state: Mapping[str, Tensor], source: Source) -> Conversion:
     rows = list(source.rows(state))
-    out = Conversion({}, source.name)
+    out = Conversion({}, source.name, note=source.note)
     for key, value in state.items():
         reason = _reason(source.dropped, key)
         if reason is not None:
