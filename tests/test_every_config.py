@@ -86,6 +86,8 @@ SMALLEST_OF_KIND = {
     "RegNetY032": {"MODEL.TIMM.NAME": "regnety_002"},
     "R50D": {"MODEL.TIMM.NAME": "resnet18d"},
     "EffB3": {"MODEL.TIMM.NAME": "efficientnet_b0"},
+    "ps50": {"MODEL.PSCONV.WIDTH_PER_GROUP": 4},
+    "psx101": {"MODEL.PSCONV.DEPTH": 50, "MODEL.PSCONV.NUM_GROUPS": 2},
     "spinenet49": {"MODEL.SPINENET.SIZE": "49S"},
 }
 

@@ -6,7 +6,10 @@ from dyhead.backbones.hit_detector import (
     HitDetectorPyramid,
     HitDetectorPyramidOptions,
 )
+from dyhead.backbones.psconv import PSConvOptions, PSResNet
+from dyhead.backbones.pyconv import PyConvOptions
 from dyhead.backbones.registry import NETWORKS, Registered, register_network
+from dyhead.backbones.resnet import ResNetStages
 from dyhead.backbones.spinenet import SpineNet, SpineNetOptions
 from dyhead.backbones.timm import TimmNetwork, TimmOptions, pretrained_state
 
@@ -16,7 +19,11 @@ __all__ = [
     "HitDetectorOptions",
     "HitDetectorPyramid",
     "HitDetectorPyramidOptions",
+    "PSConvOptions",
+    "PSResNet",
+    "PyConvOptions",
     "Registered",
+    "ResNetStages",
     "SpineNet",
     "SpineNetOptions",
     "TimmNetwork",

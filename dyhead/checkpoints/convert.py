@@ -17,6 +17,8 @@ from dyhead.checkpoints.hit_detector import HIT_DETECTOR
 from dyhead.checkpoints.imagenet import CAFFE2_RESNET, DETECTRON2_RESNET, TORCHVISION_RESNET
 from dyhead.checkpoints.mmdetection import MMDETECTION_DETECTOR
 from dyhead.checkpoints.ours import CANONICAL, EARLIER_DETECTRON2, TORCHVISION
+from dyhead.checkpoints.psconv import PSCONV
+from dyhead.checkpoints.pyconv import PYCONV
 from dyhead.checkpoints.pyramid import BOTTOM_UP
 from dyhead.checkpoints.source import Source
 from dyhead.checkpoints.spinenet import SPINENET_GARDEN, SPINENET_PORT, SPINENET_TPU
@@ -32,6 +34,8 @@ SOURCES = (
     DETECTRON2_RESNET,
     CAFFE2_RESNET,
     HIT_DETECTOR,
+    PYCONV,
+    PSCONV,
     MICROSOFT,
     MMDETECTION_DETECTOR,
     GLIP,
@@ -119,7 +123,8 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
 
     Args:
         model: the detector. A network of timm in it has the method ``own_weights``
-            (:class:`dyhead.backbones.TimmNetwork`).
+            (:class:`dyhead.backbones.TimmNetwork`), one that takes weights as no other does ``as_they_are``
+            (:class:`dyhead.backbones.PSResNet`).
         state: see :func:`convert`.
         origin: likewise.
     """
@@ -130,6 +135,8 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
             ours = {key: f"{BOTTOM_UP}timm.{name}" for key, name in names.items()}
             rest = {key: "not of the network's maps" for key in weights if key not in names}
             return Conversion({name: weights[key] for key, name in ours.items()}, "timm", ours, left_over=rest)
+        if hasattr(network, "as_they_are"):
+            state = network.as_they_are(state)
     return convert(state, origin)
 
 

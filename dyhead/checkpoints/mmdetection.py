@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dyhead.checkpoints.block import MMDETECTION, block_rows
+from dyhead.checkpoints.psconv import network_rows
 from dyhead.checkpoints.pyramid import BACKBONE, LAST_STAGE, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import COUNTERS, Row, Source
 from dyhead.checkpoints.spinenet import port_rows
@@ -36,7 +37,7 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
 
     return [
         *port_rows(r"backbone\."),
-        *torchvision_resnet(r"backbone\."),
+        *(network_rows(state, "backbone.") or torchvision_resnet(r"backbone\.")),
         Row(_NECK + r"lateral_convs\.(\d+)\.conv\.(.+)", lambda m: f"{BACKBONE}fpn_lateral{first + int(m[1])}.{m[2]}"),
         Row(
             _NECK + r"lateral_convs\.(\d+)\.(?:bn|gn)\.(.+)",

@@ -1,4 +1,4 @@
-"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; pyramid convolutions; and more.
+"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; other necks and convolutions.
 
 Shapes in this package: N batch, C channels, L levels; level l is (N, C, H_l, W_l), levels run from fine to coarse, each
 half the size of the previous one. K taps of a kernel, G offset groups.
@@ -9,6 +9,8 @@ from dyhead.layers.deform_conv import DeformConv2d, DeformConv2dPack
 from dyhead.layers.fpt import FPT
 from dyhead.layers.head import DyHead
 from dyhead.layers.pconv import PConv, SampledPConv
+from dyhead.layers.psconv import PSConv2d
+from dyhead.layers.pyconv import PyConv2d
 from dyhead.layers.released import ReleasedDyHeadBlock
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.sepc import SEPC, TaskLevel
@@ -25,6 +27,8 @@ __all__ = [
     "DyHead",
     "DyHeadBlock",
     "PConv",
+    "PSConv2d",
+    "PyConv2d",
     "ReleasedDyHeadBlock",
     "SampledPConv",
     "ScaleAwareAttention",
