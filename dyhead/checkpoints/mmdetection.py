@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dyhead.checkpoints.block import MMDETECTION, block_rows
+from dyhead.checkpoints.psconv import network_rows
 from dyhead.checkpoints.pyramid import BACKBONE, LAST_STAGE, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import COUNTERS, Row, Source
+from dyhead.checkpoints.spinenet import port_rows
 
 _NECK = r"neck\.(?:\d+\.)?"
 _RPN = "proposal_generator.rpn_head."
@@ -34,7 +36,8 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
         return f"{BACKBONE}fpn_output{level}.{'' if match[2] == 'conv' else 'norm.'}{match[3]}"
 
     return [
-        *torchvision_resnet(r"backbone\."),
+        *port_rows(r"backbone\."),
+        *(network_rows(state, "backbone.") or torchvision_resnet(r"backbone\.")),
         Row(_NECK + r"lateral_convs\.(\d+)\.conv\.(.+)", lambda m: f"{BACKBONE}fpn_lateral{first + int(m[1])}.{m[2]}"),
         Row(
             _NECK + r"lateral_convs\.(\d+)\.(?:bn|gn)\.(.+)",

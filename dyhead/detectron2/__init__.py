@@ -21,13 +21,12 @@ from dyhead.config import add_dyhead_config
 from dyhead.detectron2.backbone import (
     DyHeadBackbone,
     NeckBackbone,
-    TimmBackbone,
+    NetworkBackbone,
+    NetworkPyramid,
     build_backbone,
     build_resnet_fpn_dyhead_backbone,
     build_resnet_fpn_p6p7_backbone,
     build_retinanet_resnet_fpn_dyhead_backbone,
-    build_timm_fpn_backbone,
-    build_timm_fpn_p6p7_backbone,
 )
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper, register_datasets, register_shapes
@@ -50,15 +49,14 @@ __all__ = [
     "DyHeadRCNN",
     "NamingMapper",
     "NeckBackbone",
-    "TimmBackbone",
+    "NetworkBackbone",
+    "NetworkPyramid",
     "Trainer",
     "add_dyhead_config",
     "build_backbone",
     "build_resnet_fpn_dyhead_backbone",
     "build_resnet_fpn_p6p7_backbone",
     "build_retinanet_resnet_fpn_dyhead_backbone",
-    "build_timm_fpn_backbone",
-    "build_timm_fpn_p6p7_backbone",
     "dense_detector",
     "except_necks",
     "main",

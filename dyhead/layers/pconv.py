@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dyhead.layers.batch_norm import build_norm, normalize
+from dyhead.layers.conv_norm import padded_if_narrow
 from dyhead.layers.levels import EagerPyramidModule, Pyramid, check_integer, join_pyramid, split_pyramid
 from dyhead.ops import deform_conv2d, pyramid_deform_conv2d
 
@@ -175,10 +176,8 @@ class LevelConv(nn.Module):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         padding = self.padding
-        if self.stride > 1 and x.shape[3] == 1:
-            # In bfloat16 on a CPU, PyTorch 2.15 leaves parts of the weights' gradient uninitialised where the input of
-            # a strided convolution is one pixel wide. Padded before, it is three.
-            x, padding = functional.pad(x, [padding] * 4), 0
+        if self.stride > 1:
+            x, padding = padded_if_narrow(x, padding)
         return functional.conv2d(x, weight, bias, self.stride, padding)
 
 

@@ -51,8 +51,8 @@ class DyHeadOptions:
         "of them",
     )
 
-    def build(self, channels: int) -> DyHead:
-        """The module, with random weights.
+    def build(self, channels: int, num_levels: int | None = None) -> DyHead:
+        """The module, with random weights, for any number of levels.
 
         Raises:
             ValueError: options that do not fit each other or the channels.

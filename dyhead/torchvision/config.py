@@ -18,8 +18,8 @@ from dyhead.config import (
     add_dyhead_config,
     check_config,
     get,
-    has_timm,
     ignore_keys,
+    network_of,
     values,
 )
 from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
@@ -89,7 +89,7 @@ def check_values(cfg: CfgNode) -> None:
         choices |= _KEYPOINT_CHOICES if cfg.MODEL.KEYPOINT_ON else {}
     for key, supported in choices.items():
         _expect(cfg, key, lambda value, among=supported: value in among, f"one of {', '.join(map(repr, supported))}")
-    if not has_timm(cfg):
+    if network_of(cfg) is None:
         _check_resnet(cfg)
 
 
