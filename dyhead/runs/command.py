@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 
+from dyhead.config_files import find_file
 from dyhead.exit_codes import DONE, telling
 from dyhead.progress import quiet
 from dyhead.runs.engines import ENGINES, check_installed, choose_engine
@@ -62,6 +63,8 @@ def _run(args: argparse.Namespace) -> int:
     engine = choose_engine(args.engine)
     if not args.quiet:
         print(f"Engine: {engine}" + (" (--engine chooses)" if args.engine == "auto" else ""), flush=True)
+        if find_file(args.config_file) != args.config_file:
+            print(f"Config file: {find_file(args.config_file)}", flush=True)
     check_installed(engine)
     if engine == "detectron2":
         from dyhead.detectron2 import main as train
