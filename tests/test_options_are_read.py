@@ -120,13 +120,14 @@ CHANGES = {
         "spatial_aware": False,
         "task_aware": False,
         "offset_groups": 2,
+        "norm": "BN",
         "norm_groups": 4,
     },
     "SEPC": {"num_blocks": 1, "conv": "plain", "task_convs": "plain", "norm": "", "task_padding": 0},
     "FPT": {"parts": 4, "similarity": "softmax", "dropout": 0.5},
 }
 # Those of which a single process computes the same: tests/necks/test_fpt.py.
-ELSEWHERE = {"FPT": {"norm"}}
+ELSEWHERE = {"DyHead": {"zero_init_offset", "use_checkpoint"}, "FPT": {"norm"}}
 
 
 @pytest.mark.parametrize(("neck", "name"), [(neck, name) for neck, changes in CHANGES.items() for name in changes])

@@ -1,9 +1,10 @@
 """Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; other necks and convolutions.
 
 Shapes in this package: N batch, C channels, L levels; level l is (N, C, H_l, W_l), levels run from fine to coarse, each
-half the size of the previous one. K taps of a kernel, G offset groups.
+half the size of the previous one unless a module says otherwise. K taps of a kernel, G offset groups.
 """
 
+from dyhead.layers.adapters import PyramidAdapter
 from dyhead.layers.block import DyHeadBlock
 from dyhead.layers.deform_conv import DeformConv2d, DeformConv2dPack
 from dyhead.layers.fpt import FPT
@@ -18,6 +19,7 @@ from dyhead.layers.sepc import SEPC, TaskLevel
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.layers.top import P6P7
+from dyhead.layers.vision_language import VisionLanguageDyHead
 
 __all__ = [
     "FPT",
@@ -31,10 +33,12 @@ __all__ = [
     "PConv",
     "PSConv2d",
     "PyConv2d",
+    "PyramidAdapter",
     "ReleasedDyHeadBlock",
     "SampledPConv",
     "ScaleAwareAttention",
     "SpatialAwareAttention",
     "TaskAwareAttention",
     "TaskLevel",
+    "VisionLanguageDyHead",
 ]

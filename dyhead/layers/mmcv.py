@@ -19,6 +19,15 @@ from dyhead.ops import deform_conv2d as torchvision_deform_conv2d
 from dyhead.ops.checks import as_pair
 from dyhead.ops.functional import AUTOCAST_DEVICES
 
+__all__ = [
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
+    "deform_conv2d",
+    "modulated_deform_conv2d",
+]
+
 
 def modulated_deform_conv2d(
     input: Tensor,

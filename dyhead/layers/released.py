@@ -76,12 +76,16 @@ class ReleasedDyHeadBlock(nn.Module):
         channels: channels C of every level; a multiple of 16.
         coarse_mask: how the importances of the coarser branch are read: "flat", as its offsets, for all published
             weights; "corner" for weights that were trained with mmdetection's main branch after release 3.3.
+        zero_init_offset: start the offset convolution at zero; otherwise its weights are normal, of standard deviation
+            0.01.
 
     Raises:
         ValueError: ``channels`` is not a multiple of 16; ``coarse_mask`` is neither of the two.
     """
 
-    def __init__(self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat") -> None:
+    def __init__(
+        self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat", zero_init_offset: bool = True
+    ) -> None:
         super().__init__()
         channels = check_integer("channels", channels)
         check_groups("the released block's 16 norm groups", 16, channels)
@@ -98,7 +102,10 @@ class ReleasedDyHeadBlock(nn.Module):
             nn.Linear(channels, channels // 4), nn.ReLU(), nn.Linear(channels // 4, 4 * channels)
         )
         # The released code initialises it at random; mmdetection found zeros better (43.3 against 42.5 AP).
-        nn.init.zeros_(self.offset.weight)
+        if zero_init_offset:
+            nn.init.zeros_(self.offset.weight)
+        else:
+            nn.init.normal_(self.offset.weight, std=0.01)
         nn.init.zeros_(self.offset.bias)
         nn.init.normal_(self.scale.weight, std=0.01)
         nn.init.zeros_(self.scale.bias)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dyhead.layers import SEPC
-from dyhead.layers.pconv import NORMS
+from dyhead.layers.batch_norm import NORMS
 from dyhead.layers.sepc import CONVS, TASK_CONVS
 from dyhead.necks.registry import register_neck
 from dyhead.options import at_least, one_of, option
