@@ -8,11 +8,12 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dyhead.backbones import TimmNetwork
+from dyhead.backbones import SimplePyramid, TimmNetwork
 from dyhead.config import ConfigError, check_options, expect, get, options_of
 from dyhead.config_options import DUAL
 from dyhead.detection import DETECTORS, DenseDetector, Registered
 from dyhead.detection.roi import BOX_HEADS, Tap, dually_supervised
+from dyhead.layers import P6P7
 from dyhead.necks import NECKS, Stack
 
 
@@ -32,6 +33,16 @@ def build_timm(cfg: CfgNode) -> TimmNetwork:
     some = f"some of the maps of MODEL.TIMM.OUT_INDICES, {there}"
     expect(cfg, "MODEL.FPN.IN_FEATURES", set(cfg.MODEL.FPN.IN_FEATURES) <= set(there), some)
     return network
+
+
+def simple_pyramid_arguments(cfg: CfgNode, network: TimmNetwork) -> dict[str, Any]:
+    """The arguments of :class:`dyhead.backbones.SimplePyramid` on a network."""
+    channels, out_channels = network.channels[SimplePyramid.in_feature], cfg.MODEL.FPN.OUT_CHANNELS
+    arguments: dict[str, Any] = {"in_channels": channels, "out_channels": out_channels}
+    if "p6p7" in cfg.MODEL.BACKBONE.NAME:
+        relu = options_of(cfg, "MODEL.FPN").p7_relu
+        arguments |= {"finest": 3, "top_block": P6P7(out_channels, out_channels, relu=relu)}
+    return arguments
 
 
 def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:

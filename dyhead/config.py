@@ -50,6 +50,9 @@ _NODES = dict.fromkeys((TWO_STAGE, "GeneralizedRCNN", "PanopticFPN"), "MODEL.ROI
 }
 
 
+_SIMPLE_PYRAMIDS = ("build_timm_simple_pyramid_backbone", "build_timm_simple_pyramid_p6p7_backbone")
+
+
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     """Add this project's keys, with their defaults, to ``cfg`` in place and return it.
 
@@ -143,6 +146,7 @@ def _unread(cfg: CfgNode) -> list[str]:
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
     network = "MODEL.RESNETS" if has_timm(cfg) else "MODEL.TIMM"
+    fusion = ("MODEL.FPN.FUSE_TYPE",) if has_simple_pyramid(cfg) else ()
     if name not in meta_architectures():  # Detectron2's own, or a user's
         return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
     nodes.append(network)
@@ -159,7 +163,7 @@ def _unread(cfg: CfgNode) -> list[str]:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
             nodes.append("MODEL.ANCHOR_GENERATOR")
-    return [*(f"{node}.*" for node in nodes), *keys]
+    return [*(f"{node}.*" for node in nodes), *keys, *fusion]
 
 
 def _of_absent_parts(cfg: CfgNode) -> list[str]:
@@ -236,7 +240,13 @@ def _check_together(cfg: CfgNode) -> None:
 
 def has_timm(cfg: CfgNode) -> bool:
     """Whether the backbone's network is one of the package timm."""
-    return cfg.MODEL.BACKBONE.NAME in ("build_timm_fpn_backbone", "build_timm_fpn_p6p7_backbone")
+    names = ("build_timm_fpn_backbone", "build_timm_fpn_p6p7_backbone", *_SIMPLE_PYRAMIDS)
+    return cfg.MODEL.BACKBONE.NAME in names
+
+
+def has_simple_pyramid(cfg: CfgNode) -> bool:
+    """Whether the backbone's pyramid is ViTDet's, :class:`dyhead.backbones.SimplePyramid`."""
+    return cfg.MODEL.BACKBONE.NAME in _SIMPLE_PYRAMIDS
 
 
 def _check_timm(cfg: CfgNode) -> None:
@@ -247,6 +257,12 @@ def _check_timm(cfg: CfgNode) -> None:
         check_name(cfg.MODEL.TIMM.NAME)
     except ValueError as error:
         raise ConfigError(f"MODEL.TIMM.{error}") from error
+    if has_simple_pyramid(cfg):
+        one = list(cfg.MODEL.FPN.IN_FEATURES) == ["res4"]
+        expect(cfg, "MODEL.FPN.IN_FEATURES", one, f"['res4'], the one map of stride 16 that {name} is made of")
+        expect(cfg, "MODEL.FPN.NORM", cfg.MODEL.FPN.NORM == "LN", f"'LN' with {name}, whose levels have LayerNorm")
+        source = cfg.MODEL.FPN.P6P7_IN_FEATURE
+        expect(cfg, "MODEL.FPN.P6P7_IN_FEATURE", source == "p5", f"'p5' with {name}")
 
 
 def _check_augmentation(cfg: CfgNode) -> None:

@@ -84,6 +84,7 @@ SMALLEST_OF_KIND = {
     "RegNetY032": {"MODEL.TIMM.NAME": "regnety_002"},
     "R50D": {"MODEL.TIMM.NAME": "resnet18d"},
     "EffB3": {"MODEL.TIMM.NAME": "efficientnet_b0"},
+    "ViTB": {"MODEL.TIMM.NAME": "vit_tiny_patch16_224"},
 }
 
 

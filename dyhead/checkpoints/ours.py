@@ -6,6 +6,7 @@ canonical key                         what
 ``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...);
                                       one of timm: ``timm.network.*``, with timm's names, and ``timm.norms.res5``
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
+``backbone.backbone.simfp_3.*``       ViTDet's simple pyramid, with Detectron2's names
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
@@ -94,6 +95,7 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         Row(pyramid.format("layer", 0), level("output")),
         Row(pyramid.format("layer", 1), level("output", "norm.")),
         Row(r"backbone\.fpn\.extra_blocks\.(.+)", BACKBONE + r"top_block.\1"),
+        Row(r"backbone\.fpn\.((?:simfp_\d|top_block)\..+)", BACKBONE + r"\1"),
         # Detectron2 numbers the proposal network's convolutions where there are several.
         Row(
             r"rpn\.head\.conv\.(\d+)\.0\.(.+)",

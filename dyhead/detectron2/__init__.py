@@ -21,6 +21,7 @@ from dyhead.config import add_dyhead_config
 from dyhead.detectron2.backbone import (
     DyHeadBackbone,
     NeckBackbone,
+    SimplePyramidBackbone,
     TimmBackbone,
     build_backbone,
     build_resnet_fpn_dyhead_backbone,
@@ -28,6 +29,8 @@ from dyhead.detectron2.backbone import (
     build_retinanet_resnet_fpn_dyhead_backbone,
     build_timm_fpn_backbone,
     build_timm_fpn_p6p7_backbone,
+    build_timm_simple_pyramid_backbone,
+    build_timm_simple_pyramid_p6p7_backbone,
 )
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.datasets import NamingMapper, register_datasets, register_shapes
@@ -50,6 +53,7 @@ __all__ = [
     "DyHeadRCNN",
     "NamingMapper",
     "NeckBackbone",
+    "SimplePyramidBackbone",
     "TimmBackbone",
     "Trainer",
     "add_dyhead_config",
@@ -59,6 +63,8 @@ __all__ = [
     "build_retinanet_resnet_fpn_dyhead_backbone",
     "build_timm_fpn_backbone",
     "build_timm_fpn_p6p7_backbone",
+    "build_timm_simple_pyramid_backbone",
+    "build_timm_simple_pyramid_p6p7_backbone",
     "dense_detector",
     "except_necks",
     "main",

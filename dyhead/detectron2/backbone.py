@@ -16,8 +16,8 @@ from detectron2.modeling import build_resnet_backbone as build_detectron2_resnet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from dyhead.backbones import TimmNetwork
-from dyhead.build import build_necks, build_timm, necks_with_dyhead
+from dyhead.backbones import SimplePyramid, TimmNetwork
+from dyhead.build import build_necks, build_timm, necks_with_dyhead, simple_pyramid_arguments
 from dyhead.config import options_of
 from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.layers import P6P7
@@ -165,6 +165,46 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_timm_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN on the network of ``MODEL.TIMM``, with convolved P6 and P7, as in :func:`build_resnet_fpn_p6p7_backbone`."""
     return _fpn(cfg, TimmBackbone(build_timm(cfg)), p6p7=True)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_simple_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimplePyramidBackbone:
+    """ViTDet's pyramid on the network of ``MODEL.TIMM``, with a pooled last level (p2 to p6 from res4)."""
+    network = build_timm(cfg)
+    return SimplePyramidBackbone(TimmBackbone(network), **simple_pyramid_arguments(cfg, network))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_simple_pyramid_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimplePyramidBackbone:
+    """ViTDet's pyramid on the network of ``MODEL.TIMM``, with convolved P6 and P7 (p3 to p7 from res4)."""
+    return build_timm_simple_pyramid_backbone(cfg, input_shape)
+
+
+class SimplePyramidBackbone(SimplePyramid, Backbone):
+    """A network and ViTDet's pyramid in Detectron2's form.
+
+    Args:
+        bottom_up: the network, with a map "res4".
+        in_channels, out_channels, kwargs: of :class:`dyhead.backbones.SimplePyramid`.
+    """
+
+    def __init__(self, bottom_up: Backbone, in_channels: int, out_channels: int, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.bottom_up = bottom_up
+        self._channels = out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the levels, by name."""
+        return super().forward(self.bottom_up(x))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level."""
+        return {name: ShapeSpec(channels=self._channels, stride=stride) for name, stride in self.strides.items()}
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of it, in pixels: the stride of P5."""
+        return 32
 
 
 class TimmBackbone(Backbone):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 
@@ -19,8 +19,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from dyhead.build import build_necks, build_timm, necks_with_dyhead
-from dyhead.config import ConfigError, has_timm, options_of
+from dyhead.backbones import SimplePyramid
+from dyhead.build import build_necks, build_timm, necks_with_dyhead, simple_pyramid_arguments
+from dyhead.config import ConfigError, has_simple_pyramid, has_timm, options_of
 from dyhead.layers import P6P7, DeformConv2dPack
 from dyhead.necks import Necked, Stack
 
@@ -43,6 +44,8 @@ BACKBONES: dict[str, tuple[bool, str | None]] = {
     "build_retinanet_resnet_fpn_dyhead_backbone": (True, None),
     "build_timm_fpn_backbone": (False, None),
     "build_timm_fpn_p6p7_backbone": (True, None),
+    "build_timm_simple_pyramid_backbone": (False, None),
+    "build_timm_simple_pyramid_p6p7_backbone": (True, "p5"),
 }
 
 
@@ -51,10 +54,10 @@ class Pyramid(Necked):
 
     Args:
         body: the network, from images to its stages by name; stage "res3" is of stride 2^3.
-        widths: channels of the stages the pyramid is built on, by name, from fine to coarse and up to the last.
-        channels: channels C of every level of the pyramid.
-        top: makes the coarser levels from the pyramid and the stages.
-        norm: normalization in the pyramid's convolutions, none by default.
+        stages: the stages that the pyramid is built on, from fine to coarse.
+        fpn: from them, in an ordered dict, to the levels, which "p3" of stride 2^3 is one of, fine to coarse.
+        strides: of the levels by name.
+        channels: channels C of every level.
 
     Attributes:
         out_channels: channels C.
@@ -65,24 +68,26 @@ class Pyramid(Necked):
     def __init__(
         self,
         body: nn.Module,
-        widths: Mapping[str, int],
+        stages: Iterable[str],
+        fpn: FeaturePyramidNetwork | SimplePyramid,
+        strides: dict[str, int],
         channels: int,
-        top: PooledTop | ConvolvedTop,
-        norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.body = body
-        self.fpn = FeaturePyramidNetwork(list(widths.values()), channels, extra_blocks=top, norm_layer=norm)
+        self.fpn = fpn
         self.out_channels = channels
-        self._stages = {stage: f"p{_number(stage)}" for stage in widths}
-        self.strides = {f"p{n}": 2**n for n in (*map(_number, widths), *top.levels)}
+        self._stages = list(stages)
+        self.strides = strides
         self.size_divisibility = _DIVISOR
         self.attach(())
 
     @property
     def laterals(self) -> dict[str, nn.Module]:
-        """The convolutions of the network's stages, by the level that each is added to."""
-        return dict(zip(self._stages.values(), self.fpn.inner_blocks, strict=True))
+        """The convolutions of the network's stages, by the level that each is added to, if there are any."""
+        if not isinstance(self.fpn, FeaturePyramidNetwork):
+            return {}
+        return dict(zip(map(_level, self._stages), self.fpn.inner_blocks, strict=True))
 
     def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
         """Let necks follow, each a child of its own name.
@@ -97,8 +102,8 @@ class Pyramid(Necked):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) to the levels (N, C, H / stride, W / stride, sizes rounded up), by name."""
         stages = self.body(x)
-        pyramid = self.fpn(OrderedDict((level, stages[stage]) for stage, level in self._stages.items()))
-        return OrderedDict(self.through_necks(pyramid))
+        pyramid = self.fpn(OrderedDict((stage, stages[stage]) for stage in self._stages))
+        return OrderedDict(self.through_necks(dict(zip(self.strides, pyramid.values(), strict=True))))
 
 
 class PooledTop(ExtraFPNBlock):
@@ -128,19 +133,31 @@ def build_pyramid(cfg: CfgNode) -> Pyramid:
     Raises:
         ConfigError, ValueError: channels or groups that do not fit each other.
     """
-    body, widths = (_build_timm if has_timm(cfg) else _build_resnet)(cfg)
-    fpn, name = options_of(cfg, "MODEL.FPN"), cfg.MODEL.BACKBONE.NAME
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    convolved, source = BACKBONES[name]
-    source = source or fpn.p6p7_in_feature
-    top = PooledTop()
-    if convolved:
-        top = ConvolvedTop(channels if source == "p5" else widths["res5"], channels, source, relu=fpn.p7_relu)
-    pyramid = Pyramid(body, widths, channels, top, build_norm(cfg.MODEL.FPN.NORM))
+    name, channels = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.OUT_CHANNELS
+    if has_simple_pyramid(cfg):
+        network = build_timm(cfg)
+        simple = SimplePyramid(**simple_pyramid_arguments(cfg, network))
+        pyramid = Pyramid(network, [simple.in_feature], simple, simple.strides, channels)
+    else:
+        pyramid = _build_fpn(cfg, *(_build_timm if has_timm(cfg) else _build_resnet)(cfg))
     names = necks_with_dyhead(cfg) if "dyhead" in name else cfg.MODEL.NECKS
     necks = build_necks(cfg, names, channels, list(pyramid.strides.values()))
     pyramid.add_necks(necks, options_of(cfg, "MODEL.BACKBONE").size_divisibility)
     return pyramid
+
+
+def _build_fpn(cfg: CfgNode, body: nn.Module, widths: Mapping[str, int]) -> Pyramid:
+    """A feature pyramid network on stages of these widths, from fine to coarse and up to the last."""
+    options, channels = options_of(cfg, "MODEL.FPN"), cfg.MODEL.FPN.OUT_CHANNELS
+    convolved, source = BACKBONES[cfg.MODEL.BACKBONE.NAME]
+    source = source or options.p6p7_in_feature
+    top = PooledTop()
+    if convolved:
+        top = ConvolvedTop(channels if source == "p5" else widths["res5"], channels, source, relu=options.p7_relu)
+    norm = build_norm(cfg.MODEL.FPN.NORM)
+    fpn = FeaturePyramidNetwork(list(widths.values()), channels, extra_blocks=top, norm_layer=norm)
+    strides = {f"p{n}": 2**n for n in (*map(_number, widths), *top.levels)}
+    return Pyramid(body, widths, fpn, strides, channels)
 
 
 def build_norm(name: str) -> Callable[[int], nn.Module] | None:
@@ -182,6 +199,10 @@ def _build_resnet(cfg: CfgNode) -> tuple[nn.Module, dict[str, int]]:
     wanted = cfg.MODEL.FPN.IN_FEATURES
     body = IntermediateLayerGetter(resnet, {f"layer{_number(stage) - 1}": stage for stage in wanted})
     return body, {stage: resnet.inplanes // 2 ** (5 - _number(stage)) for stage in wanted}
+
+
+def _level(stage: str) -> str:
+    return f"p{_number(stage)}"
 
 
 def _number(stage: str) -> int:
