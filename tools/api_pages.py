@@ -1,7 +1,7 @@
 """Pages of the API from docstrings, and what else docs/ needs to be a site: a hook of MkDocs (mkdocs.yml).
 
-Sources are parsed, not imported, so that the site is built without PyTorch, Detectron2 or a compiler. A page has what the
-`__all__` of a package, or of a module in `MODULES`, lists.
+Sources are parsed, not imported, so that the site is built without PyTorch, Detectron2 or a compiler. A page has what
+the `__all__` of a package, or of a module in `MODULES`, lists.
 
     python -m tools.api_pages FOLDER    # write the pages without MkDocs
 """
