@@ -50,7 +50,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             launcher that starts more processes than ``args`` says; an ``OUTPUT_DIR`` that cannot be written to; weights
             that are needed and missing; expected results of what is not evaluated.
     """
-    _check_device(cfg)
+    check_device(cfg)
     _check_processes(cfg, args)
     _check_launcher(args)
     _check_folder(cfg, args)
@@ -121,7 +121,12 @@ def _check_mask(
         expect(cfg, "INPUT.MASK_FORMAT", bitmask, which)
 
 
-def _check_device(cfg: CfgNode) -> None:
+def check_device(cfg: CfgNode) -> None:
+    """Make ``MODEL.DEVICE`` "cpu" where it is CUDA and there is none, with a warning.
+
+    Raises:
+        ConfigError: it is no device that is supported.
+    """
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError:
