@@ -19,6 +19,7 @@ from dyhead.config_files import Scalar, resolve
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
 from dyhead.detectron2.datasets import check_classes, check_trainable, name_keypoints, register_datasets
+from dyhead.detectron2.evaluation import check_panoptic, warn_of_panoptic
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
@@ -103,6 +104,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process of a run."""
     _register(cfg, args)
     _setup_process(cfg, args)
+    if comm.is_main_process():
+        warn_of_panoptic(cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -135,6 +138,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
     if cfg.MODEL.KEYPOINT_ON:
         name_keypoints(names)
+    check_panoptic(cfg)
     check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     if not args.eval_only:
         check_trainable(cfg)
