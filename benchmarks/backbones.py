@@ -32,6 +32,7 @@ PUBLISHED = {
 def names() -> list[str]:
     """The networks, as the configurations' names say: those of ResNets first."""
     files = sorted(path.stem.removeprefix("atss_dyhead_") for path in (_ROOT / "configs").glob("atss_dyhead_*.yaml"))
+    files = [name for name in files if _configured(name).MODEL.NECKS == ["DyHead"]]
     return sorted(files, key=lambda name: (_network_name(name), name))
 
 

@@ -49,7 +49,7 @@ def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequ
         if reader not in DETECTORS:  # these say for themselves, once their heads are built
             _check_reader(options[name], NECKS[name].node, reader, takes_task_levels=False)
     try:
-        necks = {name.lower(): option.build(channels) for name, option in options.items()}
+        necks = {name.lower(): option.build(channels, len(strides)) for name, option in options.items()}
     except ValueError as error:
         raise ConfigError(f"MODEL.NECKS {list(names)} cannot be built as configured: {error}") from error
     return Stack(necks, [option.size_divisibility(strides) for option in options.values()])

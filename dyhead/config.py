@@ -21,6 +21,7 @@ from fvcore.common.config import CfgNode
 from dyhead.backbones import NETWORKS
 from dyhead.backbones import Registered as RegisteredNetwork
 from dyhead.config_checks import (
+    AUGMENTATION_CHECKS,
     BOX_LOSS_KEYS,
     CASCADE,
     CASCADE_CHECKS,
@@ -92,7 +93,7 @@ def check_config(cfg: CfgNode, others: Sequence[str] = ()) -> None:
 
 def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     """The checks of Detectron2's own keys that the configured detector reads, by key."""
-    checks = dict(CHECKS)
+    checks = dict(CHECKS) | (AUGMENTATION_CHECKS if cfg.TEST.AUG.ENABLED else {})
     if has_resnet(cfg):
         checks |= RESNET_CHECKS
     if "fpn" in cfg.MODEL.BACKBONE.NAME:
@@ -166,7 +167,7 @@ def _unread(cfg: CfgNode) -> list[str]:
 
 
 def _of_absent_parts(cfg: CfgNode) -> list[str]:
-    """Patterns of the keys of what the configured detector does not have: masks, keypoints, a cascade."""
+    """Patterns of the keys of what the configured run does not have: masks, keypoints, a cascade, augmentation."""
     if cfg.MODEL.META_ARCHITECTURE not in meta_architectures():
         return []  # nothing is known of it
     two_stage = cfg.MODEL.META_ARCHITECTURE == TWO_STAGE
@@ -175,6 +176,7 @@ def _of_absent_parts(cfg: CfgNode) -> list[str]:
         (two_stage and cfg.MODEL.MASK_ON, ["INPUT.MASK_FORMAT", "MODEL.ROI_MASK_HEAD.*"]),
         (two_stage and cfg.MODEL.KEYPOINT_ON, ["MODEL.ROI_KEYPOINT_HEAD.*", "TEST.KEYPOINT_OKS_SIGMAS"]),
         (two_stage and cfg.MODEL.ROI_HEADS.NAME == CASCADE, ["MODEL.ROI_BOX_CASCADE_HEAD.*"]),
+        (cfg.TEST.AUG.ENABLED, list(AUGMENTATION_CHECKS)),
     )
     return [pattern for there, patterns in parts if not there for pattern in patterns]
 
@@ -212,6 +214,10 @@ def _check_together(cfg: CfgNode) -> None:
         expect(cfg, "SOLVER.NUM_DECAYS", solver.NUM_DECAYS <= solver.MAX_ITER, most)
     if solver.OPTIMIZER == "SGD" and solver.NESTEROV:
         expect(cfg, "SOLVER.MOMENTUM", solver.MOMENTUM > 0, "above 0 with SOLVER.NESTEROV True")
+    precise = cfg.TEST.PRECISE_BN.ENABLED and solver.EMA.ENABLED  # statistics of other weights than the average
+    expect(cfg, "TEST.PRECISE_BN.ENABLED", not precise, "False with SOLVER.EMA.ENABLED True")
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(cfg)
     if has_resnet(cfg):
         _check_deformable(cfg)
     if network_of(cfg) is not None:
@@ -252,6 +258,14 @@ def _check_network(cfg: CfgNode, network: RegisteredNetwork) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"{network.node}.{error}") from error
+
+
+def _check_augmentation(cfg: CfgNode) -> None:
+    key, name = "TEST.AUG.ENABLED", cfg.MODEL.META_ARCHITECTURE
+    paired = reads_visible_boxes(cfg)  # what comes together is compared by whole boxes
+    expect(cfg, key, not paired, f"False with MODEL.META_ARCHITECTURE {name}")
+    keypoints = name not in DETECTORS and cfg.MODEL.KEYPOINT_ON
+    expect(cfg, key, not keypoints, "False with MODEL.KEYPOINT_ON True")
 
 
 def _check_deformable(cfg: CfgNode) -> None:
@@ -445,7 +459,7 @@ def _types() -> dict[str, Check]:
     """Which values have a key's type, for each key that is checked."""
     options = {f"{node}.{leaf.key}": leaf.type for node, options in OPTIONS.items() for leaf in leaves(options)}
     two_stage = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
-    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | two_stage
+    return options | CHECKS | AUGMENTATION_CHECKS | RESNET_CHECKS | FPN_CHECKS | two_stage
 
 
 def _nearest(key: str, known: set[str]) -> str:

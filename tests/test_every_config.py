@@ -41,6 +41,8 @@ SMALL = {
     "MODEL.FPN.OUT_CHANNELS": 64,  # GroupNorm of 32 groups has no variance on one pixel of 32 channels
     "MODEL.DYHEAD.NUM_BLOCKS": 1,
     "MODEL.SEPC.NUM_BLOCKS": 1,
+    "MODEL.HIT_DETECTOR_PYRAMID.OUT_CHANNELS": 32,
+    "MODEL.HIT_DETECTOR_HEAD.FC_DIM": 16,
     **{f"{detector.node}.NUM_CLASSES": 3 for detector in DETECTORS.values()},
     **{f"{detector.node}.SCORE_THRESH_TEST": 0.0 for detector in DETECTORS.values()},  # so that something is found
     "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
@@ -164,7 +166,8 @@ def test_a_file_writes_where_its_name_says_and_has_the_necks_that_it_says(name):
     cfg = get_cfg()
     load_config(cfg, FILES[name])
     assert cfg.OUTPUT_DIR == f"output/{name}"
-    necks = ["DyHead"] if "dyhead" in name else ["SEPC"] if "sepc" in name else []
+    words = {"fpt": "FPT", "dyhead": "DyHead", "sepc": "SEPC"}
+    necks = [neck for word, neck in words.items() if word in name]
     if name in PANOPTIC:
         assert ("dyhead" in cfg.MODEL.BACKBONE.NAME) == bool(necks)
     else:

@@ -1,5 +1,11 @@
 """Networks that both engines build their pyramids on, beside each engine's own ResNet."""
 
+from dyhead.backbones.hit_detector import (
+    HitDetectorNetwork,
+    HitDetectorOptions,
+    HitDetectorPyramid,
+    HitDetectorPyramidOptions,
+)
 from dyhead.backbones.psconv import PSConvOptions, PSResNet
 from dyhead.backbones.pyconv import PyConvOptions
 from dyhead.backbones.registry import NETWORKS, Registered, register_network
@@ -9,6 +15,10 @@ from dyhead.backbones.timm import TimmNetwork, TimmOptions, pretrained_state
 
 __all__ = [
     "NETWORKS",
+    "HitDetectorNetwork",
+    "HitDetectorOptions",
+    "HitDetectorPyramid",
+    "HitDetectorPyramidOptions",
     "PSConvOptions",
     "PSResNet",
     "PyConvOptions",

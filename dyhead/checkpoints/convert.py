@@ -13,6 +13,7 @@ from dyhead.checkpoints.detectron2 import DETECTRON2
 from dyhead.checkpoints.dynamic_head import MICROSOFT
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.checkpoints.files import shown, some
+from dyhead.checkpoints.hit_detector import HIT_DETECTOR
 from dyhead.checkpoints.imagenet import CAFFE2_RESNET, DETECTRON2_RESNET, TORCHVISION_RESNET
 from dyhead.checkpoints.mmdetection import MMDETECTION_DETECTOR
 from dyhead.checkpoints.ours import CANONICAL, EARLIER_DETECTRON2, TORCHVISION
@@ -34,6 +35,7 @@ SOURCES = (
     CAFFE2_RESNET,
     PYCONV,
     PSCONV,
+    HIT_DETECTOR,
     MICROSOFT,
     MMDETECTION_DETECTOR,
     GLIP,
@@ -63,6 +65,7 @@ class Conversion:
         dropped: keys that nothing is lost with, each with the reason.
         left_over: keys that have no counterpart here, each with the reason.
         added: canonical keys that the file does not have, each with what they are.
+        note: what the weights need in the configuration, which their shapes do not say.
     """
 
     state: dict[str, Tensor]
@@ -71,6 +74,7 @@ class Conversion:
     dropped: dict[str, str] = field(default_factory=dict)
     left_over: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def convert(state: Mapping[str, Tensor], origin: str = "state dict") -> Conversion:
@@ -141,7 +145,7 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
 
 def _convert(state: Mapping[str, Tensor], source: Source) -> Conversion:
     rows = list(source.rows(state))
-    out = Conversion({}, source.name)
+    out = Conversion({}, source.name, note=source.note)
     for key, value in state.items():
         reason = _reason(source.dropped, key)
         if reason is not None:

@@ -210,13 +210,15 @@ SPINENET_PORT = Source(
     unless=r"^(neck|bbox_head|roi_head)\.",
     dropped=(COUNTERS,),
     remainder=_BACKBONE_ALONE,
+    note="these weights need MODEL.SPINENET.DIALECT port",
 )
 SPINENET_TPU = Source(
     "SpineNet of tensorflow/tpu",
-    r"(^|/)sub_policy\d+/resample_with_alpha_",
+    r"(^|/)sub_policy\d+/(resample_with_alpha|scale_permuted_block)_",
     _tpu_rows,
     dropped=(_SLOTS,),
     remainder=_BACKBONE_ALONE,
+    note="these weights need MODEL.SPINENET.DIALECT tpu, and ACTIVATION swish where the checkpoint is called best",
 )
 SPINENET_GARDEN = Source(
     "SpineNet of tensorflow/models",
@@ -224,4 +226,5 @@ SPINENET_GARDEN = Source(
     _garden_rows,
     dropped=(_SLOTS,),
     remainder=_BACKBONE_ALONE,
+    note="these weights need MODEL.SPINENET.DIALECT garden, and the ACTIVATION of their training, swish if published",
 )

@@ -226,7 +226,7 @@ def _register(network: Registered) -> None:
     def convolved(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         return _fpn(cfg, NetworkBackbone(network.name, build_network(cfg)), p6p7=True)
 
-    own.__doc__ = f"The network of ``{network.node}``, whose maps are a pyramid already (p3 to p7)."
+    own.__doc__ = f"The network of ``{network.node}``, whose maps are a pyramid already."
     pooled.__doc__ = f"FPN on the network of ``{network.node}``, with a pooled last level (p2 to p6 from res2 to res5)."
     convolved.__doc__ = (
         f"FPN on the network of ``{network.node}``, with convolved P6 and P7, as in `build_resnet_fpn_p6p7_backbone`."

@@ -6,7 +6,9 @@ half the size of the previous one. K taps of a kernel, G offset groups.
 
 from dyhead.layers.block import DyHeadBlock
 from dyhead.layers.deform_conv import DeformConv2d, DeformConv2dPack
+from dyhead.layers.fpt import FPT
 from dyhead.layers.head import DyHead
+from dyhead.layers.mmcv import ModulatedDeformConv2d
 from dyhead.layers.pconv import PConv, SampledPConv
 from dyhead.layers.psconv import PSConv2d
 from dyhead.layers.pyconv import PyConv2d
@@ -18,12 +20,14 @@ from dyhead.layers.task_attention import TaskAwareAttention
 from dyhead.layers.top import P6P7
 
 __all__ = [
+    "FPT",
     "P6P7",
     "SEPC",
     "DeformConv2d",
     "DeformConv2dPack",
     "DyHead",
     "DyHeadBlock",
+    "ModulatedDeformConv2d",
     "PConv",
     "PSConv2d",
     "PyConv2d",

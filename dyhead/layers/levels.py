@@ -138,6 +138,12 @@ def in_memory_format_of(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
+def flat(x: Tensor, size: list[int]) -> Tensor:
+    """The start of each image's memory, (N, C, H, W) in NCHW order, as (N, C, *size)."""
+    n, c = x.shape[0], x.shape[1]
+    return x.flatten(1)[:, : c * size[0] * size[1]].reshape(n, c, size[0], size[1])
+
+
 def _under_functorch() -> bool:
     if torch.jit.is_scripting():
         return False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dyhead.layers.conv_norm import padded_if_narrow
 from dyhead.layers.levels import EagerPyramidModule, Pyramid, check_integer, join_pyramid, split_pyramid
 from dyhead.ops import deform_conv2d, pyramid_deform_conv2d
 from dyhead.ops.checks import describe
@@ -180,10 +181,8 @@ class LevelConv(nn.Module):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         padding = self.padding
-        if self.stride > 1 and x.shape[3] == 1:
-            # In bfloat16 on a CPU, PyTorch 2.15 leaves parts of the weights' gradient uninitialised where the input of
-            # a strided convolution is one pixel wide. Padded before, it is three.
-            x, padding = functional.pad(x, [padding] * 4), 0
+        if self.stride > 1:
+            x, padding = padded_if_narrow(x, padding)
         return functional.conv2d(x, weight, bias, self.stride, padding)
 
 

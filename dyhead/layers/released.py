@@ -13,6 +13,7 @@ from dyhead.layers.levels import (
     Pyramid,
     check_groups,
     check_integer,
+    flat,
     in_memory_format_of,
     join_pyramid,
     split_pyramid,
@@ -122,8 +123,8 @@ class ReleasedDyHeadBlock(nn.Module):
             if m + 1 < len(levels):
                 coarse = levels[m + 1]
                 size = coarse.shape[2:]
-                coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else _flat(mask, size)
-                maps.append(self.coarser(coarse, _flat(offset, size), coarse_mask))
+                coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else flat(mask, size)
+                maps.append(self.coarser(coarse, flat(offset, size), coarse_mask))
                 affines.append(self.coarser.affine(maps[-1]))
             out.append(in_memory_format_of(self._combine(maps, affines, level.shape[2:]), level))
         return join_pyramid(out, pyramid)
@@ -173,9 +174,3 @@ def _sum(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def _flat(x: Tensor, size: list[int]) -> Tensor:
-    """The start of each image's memory, (N, C, H, W) in NCHW order, as (N, C, *size)."""
-    n, c = x.shape[0], x.shape[1]
-    return x.flatten(1)[:, : c * size[0] * size[1]].reshape(n, c, size[0], size[1])

@@ -37,8 +37,8 @@ class DyHeadOptions:
     offset_groups: int = option(1, "groups of channels with offsets of their own in Eq. 4", at_least(1))
     norm_groups: int = option(16, "groups of the spatial-aware attention's GroupNorm", at_least(1))
 
-    def build(self, channels: int) -> DyHead:
-        """The module, with random weights.
+    def build(self, channels: int, num_levels: int | None = None) -> DyHead:
+        """The module, with random weights, for any number of levels.
 
         Raises:
             ValueError: options that do not fit each other or the channels.

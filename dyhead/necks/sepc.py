@@ -54,8 +54,8 @@ class SEPCOptions:
         """Whether each level becomes a pair, for classes and for boxes."""
         return self.task_convs != "none"
 
-    def build(self, channels: int) -> SEPC:
-        """The module, with random weights.
+    def build(self, channels: int, num_levels: int | None = None) -> SEPC:
+        """The module, with random weights, for any number of levels.
 
         Raises:
             ValueError: options that do not fit each other.

@@ -1,0 +1,34 @@
+"""The exit codes of all commands, and what leads to them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+DONE, FAILED, MISUSED, INCOMPLETE = 0, 1, 2, 3
+
+#: What `dyhead --help` says of them.
+MEANINGS = {
+    str(DONE): "done",
+    str(FAILED): "an error, which standard error names: a config file, a key, weights, a dataset, a full disk",
+    str(MISUSED): "the command line is wrong",
+    str(INCOMPLETE): "done but for some inputs that could not be read, each named on standard error (predict)",
+    "130, 143": "stopped by Ctrl-C or SIGTERM; a training has written a checkpoint, and --resume goes on from there",
+}
+
+
+def telling(action: Callable[[], int]) -> int:
+    """Do something, and tell errors that a user can put right without a traceback; returns the exit code."""
+    from dyhead.checkpoints import CheckpointError
+    from dyhead.config import ConfigError
+    from dyhead.data import DataError
+
+    try:
+        return action()
+    except (CheckpointError, ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt as interrupted:
+        print(str(interrupted) or "interrupted", file=sys.stderr)
+        return 128 + getattr(interrupted, "number", signal.SIGINT)  # as shells do
