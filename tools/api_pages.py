@@ -1,7 +1,7 @@
 """Pages of the API from docstrings, and what else docs/ needs to be a site: a hook of MkDocs (mkdocs.yml).
 
-Sources are parsed, not imported, so that the site is built without PyTorch, Detectron2 or a compiler. A page has what the
-`__all__` of a package, or of a module in `MODULES`, lists.
+Sources are parsed, not imported, so that the site is built without PyTorch, Detectron2 or a compiler. A page has what
+the `__all__` of a package, or of a module in `MODULES`, lists.
 
     python -m tools.api_pages FOLDER    # write the pages without MkDocs
 """
@@ -122,6 +122,8 @@ def _signature(name: str, node: ast.ClassDef | ast.FunctionDef) -> str:
         fields = [x for x in node.body if isinstance(x, ast.AnnAssign) and not ast.unparse(x.target).startswith("_")]
         if constructors:
             arguments = _arguments(constructors[0])
+        elif not fields:  # the base's
+            return f"```python\nclass {name}({', '.join(map(ast.unparse, node.bases))})\n```"
         else:
             arguments = [f"{ast.unparse(field.target)}: {ast.unparse(field.annotation)}" for field in fields]
     line = f"{name}({', '.join(arguments)}){returns}"
