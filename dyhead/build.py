@@ -8,10 +8,12 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from dyhead.backbones import SimplePyramid
 from dyhead.config import ConfigError, check_options, expect, get, network_of, options_of
 from dyhead.config_options import DUAL
 from dyhead.detection import DETECTORS, DenseDetector, Registered
 from dyhead.detection.roi import BOX_HEADS, Tap, dually_supervised
+from dyhead.layers import P6P7
 from dyhead.necks import NECKS, Stack
 
 
@@ -34,6 +36,16 @@ def build_network(cfg: CfgNode) -> nn.Module:
         some = f"some of the maps of {registered.node}, {there}"
         expect(cfg, "MODEL.FPN.IN_FEATURES", set(wanted) <= set(there), some)
     return network
+
+
+def simple_pyramid_arguments(cfg: CfgNode, network: nn.Module) -> dict[str, Any]:
+    """The arguments of :class:`dyhead.backbones.SimplePyramid` on a network."""
+    channels, out_channels = network.channels[SimplePyramid.in_feature], cfg.MODEL.FPN.OUT_CHANNELS
+    arguments: dict[str, Any] = {"in_channels": channels, "out_channels": out_channels}
+    if "p6p7" in cfg.MODEL.BACKBONE.NAME:
+        relu = options_of(cfg, "MODEL.FPN").p7_relu
+        arguments |= {"finest": 3, "top_block": P6P7(out_channels, out_channels, relu=relu)}
+    return arguments
 
 
 def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:

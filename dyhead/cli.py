@@ -17,6 +17,7 @@ from dyhead.exit_codes import MEANINGS
 SUBCOMMANDS = {
     "train": ("dyhead.runs.command", "train and evaluate a detector, or evaluate one"),
     "predict": ("dyhead.prediction.command", "find objects in pictures and videos with a trained detector"),
+    "visualize": ("dyhead.visualize.command", "draw what a trained DyHead does with pictures"),
     "config": ("dyhead.config_page", "list the keys of the configuration with their defaults, values and meaning"),
     "convert": ("dyhead.checkpoints.command", "give another project's checkpoint this project's names"),
     "info": ("dyhead.info", "print versions, what was built, and why anything did not load"),

@@ -147,6 +147,7 @@ def _unread(cfg: CfgNode) -> list[str]:
     networks = [other.node for other in NETWORKS.values() if other != network]
     if network is not None:
         networks += ["MODEL.RESNETS", *(["MODEL.FPN"] if network.has_pyramid else [])]
+    fusion = ("MODEL.FPN.FUSE_TYPE",) if has_simple_pyramid(cfg) else ()
     if name not in meta_architectures():  # Detectron2's own, or a user's
         return [f"{node}.*" for node in (*networks, *nodes, DUAL) if node != "MODEL.RETINANET"]
     nodes += networks
@@ -163,7 +164,7 @@ def _unread(cfg: CfgNode) -> list[str]:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
             nodes.append("MODEL.ANCHOR_GENERATOR")
-    return [*(f"{node}.*" for node in nodes), *keys]
+    return [*(f"{node}.*" for node in nodes), *keys, *fusion]
 
 
 def _of_absent_parts(cfg: CfgNode) -> list[str]:
@@ -243,6 +244,11 @@ def network_of(cfg: CfgNode) -> RegisteredNetwork | None:
     return next((network for network in NETWORKS.values() if cfg.MODEL.BACKBONE.NAME in network.builders), None)
 
 
+def has_simple_pyramid(cfg: CfgNode) -> bool:
+    """Whether the backbone's pyramid is ViTDet's, :class:`dyhead.backbones.SimplePyramid`."""
+    return network_of(cfg) is not None and "_simple_pyramid_" in cfg.MODEL.BACKBONE.NAME
+
+
 def has_resnet(cfg: CfgNode) -> bool:
     """Whether the backbone's network is the engine's own ResNet, which builders have in their names."""
     return "resnet" in cfg.MODEL.BACKBONE.NAME and network_of(cfg) is None
@@ -258,6 +264,12 @@ def _check_network(cfg: CfgNode, network: RegisteredNetwork) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"{network.node}.{error}") from error
+    if has_simple_pyramid(cfg):
+        one = list(cfg.MODEL.FPN.IN_FEATURES) == ["res4"]
+        expect(cfg, "MODEL.FPN.IN_FEATURES", one, f"['res4'], the one map of stride 16 that {name} is made of")
+        expect(cfg, "MODEL.FPN.NORM", cfg.MODEL.FPN.NORM == "LN", f"'LN' with {name}, whose levels have LayerNorm")
+        source = cfg.MODEL.FPN.P6P7_IN_FEATURE
+        expect(cfg, "MODEL.FPN.P6P7_IN_FEATURE", source == "p5", f"'p5' with {name}")
 
 
 def _check_augmentation(cfg: CfgNode) -> None:

@@ -89,6 +89,7 @@ SMALLEST_OF_KIND = {
     "ps50": {"MODEL.PSCONV.WIDTH_PER_GROUP": 4},
     "psx101": {"MODEL.PSCONV.DEPTH": 50, "MODEL.PSCONV.NUM_GROUPS": 2},
     "spinenet49": {"MODEL.SPINENET.SIZE": "49S"},
+    "ViTB": {"MODEL.TIMM.NAME": "vit_tiny_patch16_224"},
 }
 
 

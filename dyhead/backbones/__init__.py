@@ -10,6 +10,7 @@ from dyhead.backbones.psconv import PSConvOptions, PSResNet
 from dyhead.backbones.pyconv import PyConvOptions
 from dyhead.backbones.registry import NETWORKS, Registered, register_network
 from dyhead.backbones.resnet import ResNetStages
+from dyhead.backbones.simple_pyramid import SimplePyramid
 from dyhead.backbones.spinenet import SpineNet, SpineNetOptions
 from dyhead.backbones.timm import TimmNetwork, TimmOptions, pretrained_state
 
@@ -24,6 +25,7 @@ __all__ = [
     "PyConvOptions",
     "Registered",
     "ResNetStages",
+    "SimplePyramid",
     "SpineNet",
     "SpineNetOptions",
     "TimmNetwork",

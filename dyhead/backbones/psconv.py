@@ -4,14 +4,16 @@ Layer", ECCV 2020): ResNets whose 3x3 convolutions have several dilations.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyhead.backbones.registry import register_network
 from dyhead.backbones.resnet import ResNetOptions, ResNetStages, initialize
-from dyhead.layers.psconv import PSConv2d
+from dyhead.checkpoints.psconv import gathered
+from dyhead.layers.psconv import PSConv2d, scatter
 from dyhead.options import Check, at_least, option
 
 _PARTS = 4
@@ -64,7 +66,7 @@ class PSConvOptions(ResNetOptions):
             )
             initialize(block.conv2)
             block.conv2.zero_held()
-        return PSResNet(resnet, dense=self.dense)
+        return PSResNet(resnet)
 
 
 class PSResNet(ResNetStages):
@@ -72,17 +74,40 @@ class PSResNet(ResNetStages):
 
     Args:
         resnet: of bottlenecks with :class:`dyhead.layers.PSConv2d`.
-        dense: whether these are dense.
     """
 
-    def __init__(self, resnet: nn.Module, *, dense: bool) -> None:
-        super().__init__(resnet)
-        self.dense = dense
+    def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a checkpoint, before its keys are converted, with undilated convolutions in this form.
 
-    def as_they_are(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The weights of a checkpoint, before its keys are converted.
+        A dense network has the same as one that is not; the other way round it takes weights that are 0 where the
+        dilated convolutions read.
 
-        Those of the authors' undilated convolutions get the name that they have here if the network is dense, and so
-        nothing will be left out of them.
+        Args:
+            state: tensors by key, the authors' or this project's.
+
+        Returns:
+            ``state``, in which tensors of the other form are replaced, under the names that they have here.
+
+        Raises:
+            CheckpointError: other weights than 0.
         """
-        return {key.replace(".conv2.conv.", ".conv2.rest."): x for key, x in state.items()} if self.dense else state
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, PSConv2d)}
+        out = {}
+        for key, weight in state.items():
+            match = re.fullmatch(r"((?:.+\.)?(layer[1-4]\.\d+\.conv2)\.)(?:conv|rest)\.weight", key)
+            if match and match[2] in layers:
+                out |= _fitted(key, f"{match[1]}rest.weight", weight, layers[match[2]])
+            else:
+                out[key] = weight
+        return out
+
+
+def _fitted(key: str, name: str, weight: Tensor, layer: PSConv2d) -> dict[str, Tensor]:
+    """A tensor in the layer's form under ``name``; as it is where it has no form of this layer."""
+    wide = (layer.same.out_channels, layer.same.in_channels // layer.groups, 3, 3)
+    narrow = (wide[0], wide[1] * (_PARTS - 2) // _PARTS, 3, 3)
+    if weight.shape == wide:
+        return {name: weight if layer.dense else gathered(key, weight, layer.groups)}
+    if weight.shape == narrow:
+        return {name: scatter(weight, layer.groups, _PARTS) if layer.dense else weight}
+    return {key: weight}

@@ -123,7 +123,7 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
 
     Args:
         model: the detector. A network of timm in it has the method ``own_weights``
-            (:class:`dyhead.backbones.TimmNetwork`), one that takes weights as no other does ``as_they_are``
+            (:class:`dyhead.backbones.TimmNetwork`), one with weights of several forms ``fitted``
             (:class:`dyhead.backbones.PSResNet`).
         state: see :func:`convert`.
         origin: likewise.
@@ -135,8 +135,11 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
             ours = {key: f"{BOTTOM_UP}timm.{name}" for key, name in names.items()}
             rest = {key: "not of the network's maps" for key in weights if key not in names}
             return Conversion({name: weights[key] for key, name in ours.items()}, "timm", ours, left_over=rest)
-        if hasattr(network, "as_they_are"):
-            state = network.as_they_are(state)
+        if hasattr(network, "fitted"):
+            try:
+                state = network.fitted(state)
+            except CheckpointError as error:
+                raise CheckpointError(f"{origin}: {error}") from error
     return convert(state, origin)
 
 

@@ -8,6 +8,7 @@ canonical key                         what
                                       others of this project likewise below their names; the backbone in
                                       ``hit_detector_pyramid`` is ``hit_detector.*``, as with FPN
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
+``backbone.backbone.simfp_3.*``       ViTDet's simple pyramid, with Detectron2's names
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
 ``backbone.fpt.levels.I.*``           FPT: ``itself``, ``grounding.J``, ``rendering.J``, ``fuse``
@@ -111,6 +112,7 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         Row(pyramid.format("layer", 0), level("output")),
         Row(pyramid.format("layer", 1), level("output", "norm.")),
         Row(r"backbone\.fpn\.extra_blocks\.(.+)", BACKBONE + r"top_block.\1"),
+        Row(r"backbone\.fpn\.((?:simfp_\d|top_block)\..+)", BACKBONE + r"\1"),
         # Detectron2 numbers the proposal network's convolutions where there are several.
         Row(
             r"rpn\.head\.conv\.(\d+)\.0\.(.+)",

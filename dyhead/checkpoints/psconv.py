@@ -50,10 +50,13 @@ def _rest(key: str, weight: Tensor) -> Tensor:
         raise CheckpointError(
             f"{key}: expected (C, C / groups, 3, 3), with {_PARTS} blocks of channels in a group, got {shape}"
         )
-    if shape[0] != shape[1]:
-        return weight
+    return gathered(key, weight) if shape[0] == shape[1] else weight
+
+
+def gathered(key: str, weight: Tensor, groups: int = 1) -> Tensor:
+    """:func:`dyhead.layers.psconv.gather` of a checkpoint's tensor, with :class:`CheckpointError`."""
     try:
-        return gather(weight, parts=_PARTS)
+        return gather(weight, groups, _PARTS)
     except ValueError as error:
         raise CheckpointError(
             f"{key}: {error}. Only a network with MODEL.PSCONV.DENSE True computes what theirs does: it reads such a "

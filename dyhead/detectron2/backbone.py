@@ -16,8 +16,8 @@ from detectron2.modeling import build_resnet_backbone as build_detectron2_resnet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from dyhead.backbones import NETWORKS, Registered
-from dyhead.build import build_necks, build_network, necks_with_dyhead
+from dyhead.backbones import NETWORKS, Registered, SimplePyramid
+from dyhead.build import build_necks, build_network, necks_with_dyhead, simple_pyramid_arguments
 from dyhead.config import options_of
 from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.layers import P6P7
@@ -214,6 +214,33 @@ class NetworkPyramid(Backbone):
         return self.bottom_up.network.size_divisibility
 
 
+class SimplePyramidBackbone(SimplePyramid, Backbone):
+    """A network and ViTDet's pyramid in Detectron2's form.
+
+    Args:
+        bottom_up: the network, with a map "res4".
+        in_channels, out_channels, kwargs: of :class:`dyhead.backbones.SimplePyramid`.
+    """
+
+    def __init__(self, bottom_up: Backbone, in_channels: int, out_channels: int, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.bottom_up = bottom_up
+        self._channels = out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the levels, by name."""
+        return super().forward(self.bottom_up(x))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level."""
+        return {name: ShapeSpec(channels=self._channels, stride=stride) for name, stride in self.strides.items()}
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of it, in pixels: the stride of P5."""
+        return 32
+
+
 def _register(network: Registered) -> None:
     """Let Detectron2 know the builders of a network."""
 
@@ -226,12 +253,25 @@ def _register(network: Registered) -> None:
     def convolved(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         return _fpn(cfg, NetworkBackbone(network.name, build_network(cfg)), p6p7=True)
 
+    def simple(cfg: CfgNode, input_shape: ShapeSpec) -> SimplePyramidBackbone:
+        built = build_network(cfg)
+        return SimplePyramidBackbone(NetworkBackbone(network.name, built), **simple_pyramid_arguments(cfg, built))
+
+    def simple_convolved(cfg: CfgNode, input_shape: ShapeSpec) -> SimplePyramidBackbone:
+        return simple(cfg, input_shape)
+
     own.__doc__ = f"The network of ``{network.node}``, whose maps are a pyramid already."
     pooled.__doc__ = f"FPN on the network of ``{network.node}``, with a pooled last level (p2 to p6 from res2 to res5)."
     convolved.__doc__ = (
         f"FPN on the network of ``{network.node}``, with convolved P6 and P7, as in `build_resnet_fpn_p6p7_backbone`."
     )
-    for name, build in zip(network.builders, (own,) if network.has_pyramid else (pooled, convolved), strict=True):
+    plain = f"ViTDet's pyramid on the network of ``{network.node}``, with"
+    simple.__doc__ = f"{plain} a pooled last level (p2 to p6 from res4)."
+    simple_convolved.__doc__ = f"{plain} convolved P6 and P7 (p3 to p7 from res4)."
+    builders = (own,) if network.has_pyramid else (pooled, convolved)
+    if network.may_be_plain:
+        builders += (simple, simple_convolved)
+    for name, build in zip(network.builders, builders, strict=True):
         build.__name__ = name
         BACKBONE_REGISTRY.register(build)
 

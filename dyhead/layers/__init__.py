@@ -1,4 +1,4 @@
-"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; and other convolutions.
+"""Dynamic Head as PyTorch modules: the attentions of Eqs. 3 to 5, the block, the stack; other necks and convolutions.
 
 Shapes in this package: N batch, C channels, L levels; level l is (N, C, H_l, W_l), levels run from fine to coarse, each
 half the size of the previous one unless a module says otherwise. K taps of a kernel, G offset groups.

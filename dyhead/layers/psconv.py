@@ -133,6 +133,15 @@ def gather(weight: Tensor, groups: int = 1, parts: int = 4) -> Tensor:
     return left_over.flatten(3, 4).flatten(0, 2)
 
 
+def scatter(weight: Tensor, groups: int = 1, parts: int = 4) -> Tensor:
+    """The weights of a dense ``rest`` out of those of one that is not: the inverse of :func:`gather`."""
+    blocks = weight.unflatten(1, (parts - 2, -1)).unflatten(0, (groups, parts, -1))
+    whole = blocks.new_zeros(*blocks.shape[:3], parts, *blocks.shape[4:])
+    for o, others in enumerate(_others(parts)):
+        whole[:, o, :, others] = blocks[:, o]
+    return whole.flatten(3, 4).flatten(0, 2)
+
+
 def _others(parts: int) -> list[list[int]]:
     """Of every block of the output, the blocks that it reads with dilation 1."""
     return [[c for c in range(parts) if (o - c) % (parts // 2)] for o in range(parts)]

@@ -127,8 +127,8 @@ class SpatialAwareAttention(nn.Module):
         out: list[Tensor] = []
         strides = relative_strides(levels)
         for m, level in enumerate(levels):
-            first, last = self._window_of(m, len(levels))
-            offset, mask = self._offset_and_mask(level, None if level_weight is None else level_weight[:, m])
+            first, last = self.window_of(m, len(levels))
+            offset, mask = self.offset_and_mask(level, None if level_weight is None else level_weight[:, m])
             finer, coarser = m - first, last - m
             if level_weight is None:
                 window_weight = level.new_full((level.shape[0], last - first + 1), 1 / (last - first + 1))
@@ -145,13 +145,13 @@ class SpatialAwareAttention(nn.Module):
             out.append(in_memory_format_of(x, level))
         return out
 
-    def _window_of(self, m: int, num_levels: int) -> tuple[int, int]:
+    def window_of(self, m: int, num_levels: int) -> tuple[int, int]:
         """First and last level in the window of output level ``m``."""
         if self.window is None:
             return 0, num_levels - 1
         return max(m - self.window, 0), min(m + self.window, num_levels - 1)
 
-    def _offset_and_mask(self, level: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def offset_and_mask(self, level: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Offsets (N, 2GK, H, W) and importances (N, GK, H, W) from the level times its weight (N,)."""
         x = self.offset(level, weight)
         offset, mask = x.split([x.shape[1] // 3 * 2, x.shape[1] // 3], dim=1)

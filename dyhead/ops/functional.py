@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, library, reference, scripting
+from . import backends, library, onnx, reference, scripting
 
 if library.PROBLEM is None:
     from . import registration  # noqa: F401
@@ -113,6 +113,8 @@ deform_conv2d.__prepare_scriptable__ = scripting.in_place_of(scripting.deform_co
 
 
 def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:
+    if onnx.exporting():
+        return onnx.deform_conv(features, offset, *others)
     if backends.selected() == "compiled" and library.runs_on(features[0].device):
         return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, *others, _allow_tf32(features[0]))
     return _run_reference(features, offset, *others)

@@ -100,7 +100,7 @@ def _predict(args: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-size: expected at least 1, got {args.batch_size}")
     inputs = find_inputs(args.inputs)
     args.out = os.path.expanduser(args.out)
-    _check_out(args.out)
+    check_out(args.out)
     detector = load_detector(args.detector, args.weights, opts=args.opts, device=args.device, engine=args.engine)
     _check_threshold(detector, args.score_threshold)
     results = _Results()
@@ -120,7 +120,8 @@ def _predict(args: argparse.Namespace) -> int:
     return INCOMPLETE if results.broken else DONE
 
 
-def _check_out(folder: str) -> None:
+def check_out(folder: str) -> None:
+    """Raises ConfigError unless a folder is new or empty."""
     try:
         if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
             raise ConfigError(f"--out {folder}: expected a new or empty folder; nothing in it is overwritten")

@@ -19,9 +19,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from dyhead.backbones import NETWORKS
-from dyhead.build import build_necks, build_network, necks_with_dyhead
-from dyhead.config import ConfigError, network_of, options_of
+from dyhead.backbones import NETWORKS, SimplePyramid
+from dyhead.build import build_necks, build_network, necks_with_dyhead, simple_pyramid_arguments
+from dyhead.config import ConfigError, has_simple_pyramid, network_of, options_of
 from dyhead.layers import P6P7, DeformConv2dPack
 from dyhead.necks import Necked, Stack
 
@@ -44,7 +44,7 @@ BACKBONES: dict[str, tuple[bool, str | None] | None] = {
     "build_resnet_fpn_dyhead_backbone": (False, None),
     "build_retinanet_resnet_fpn_dyhead_backbone": (True, None),
     **{
-        name: None if network.has_pyramid else ("p6p7" in name, None)
+        name: ("p6p7" in name, None) if "_fpn_" in name else None
         for network in NETWORKS.values()
         for name in network.builders
     },
@@ -133,6 +133,24 @@ class FeaturePyramid(Pyramid):
         return self.fpn(OrderedDict((level, stages[stage]) for stage, level in self._stages.items()))
 
 
+class PlainPyramid(Pyramid):
+    """A network of one map with ViTDet's simple pyramid, and necks on it.
+
+    Args:
+        body: the network, from images to its maps by name.
+        fpn: from these to the levels.
+        channels: channels C of every level.
+    """
+
+    def __init__(self, body: nn.Module, fpn: SimplePyramid, channels: int) -> None:
+        super().__init__(body, channels, fpn.strides, _DIVISOR)
+        self.fpn = fpn
+
+    def levels(self, x: Tensor) -> dict[str, Tensor]:
+        """See :meth:`Pyramid.levels`."""
+        return self.fpn(self.body(x))
+
+
 class PooledTop(ExtraFPNBlock):
     """P6, every second pixel of P5 (Lin et al., "Feature Pyramid Networks", CVPR 2017)."""
 
@@ -160,9 +178,14 @@ def build_pyramid(cfg: CfgNode) -> Pyramid:
     Raises:
         ConfigError, ValueError: channels or groups that do not fit each other.
     """
-    name, network = cfg.MODEL.BACKBONE.NAME, network_of(cfg)
-    pyramid = _build_own_pyramid(cfg) if network is not None and network.has_pyramid else _build_fpn(cfg)
-    names = necks_with_dyhead(cfg) if "dyhead" in name else cfg.MODEL.NECKS
+    network = network_of(cfg)
+    if has_simple_pyramid(cfg):
+        pyramid = _build_simple_pyramid(cfg)
+    elif network is not None and network.has_pyramid:
+        pyramid = _build_own_pyramid(cfg)
+    else:
+        pyramid = _build_fpn(cfg)
+    names = necks_with_dyhead(cfg) if "dyhead" in cfg.MODEL.BACKBONE.NAME else cfg.MODEL.NECKS
     necks = build_necks(cfg, names, pyramid.out_channels, list(pyramid.strides.values()))
     pyramid.add_necks(necks, options_of(cfg, "MODEL.BACKBONE").size_divisibility)
     return pyramid
@@ -172,6 +195,12 @@ def _build_own_pyramid(cfg: CfgNode) -> Pyramid:
     network = build_network(cfg)
     channels = next(iter(network.channels.values()))
     return Pyramid(_named(cfg, network), channels, network.strides, network.size_divisibility)
+
+
+def _build_simple_pyramid(cfg: CfgNode) -> PlainPyramid:
+    network = build_network(cfg)
+    simple = SimplePyramid(**simple_pyramid_arguments(cfg, network))
+    return PlainPyramid(_named(cfg, network), simple, cfg.MODEL.FPN.OUT_CHANNELS)
 
 
 def _build_fpn(cfg: CfgNode) -> FeaturePyramid:

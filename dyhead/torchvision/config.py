@@ -18,6 +18,7 @@ from dyhead.config import (
     add_dyhead_config,
     check_config,
     get,
+    has_simple_pyramid,
     ignore_keys,
     network_of,
     values,
@@ -87,6 +88,9 @@ def check_values(cfg: CfgNode) -> None:
         choices |= _TWO_STAGE_CHOICES
         choices |= _MASK_CHOICES if cfg.MODEL.MASK_ON else {}
         choices |= _KEYPOINT_CHOICES if cfg.MODEL.KEYPOINT_ON else {}
+    if has_simple_pyramid(cfg):
+        choices["MODEL.FPN.NORM"] = ("LN",)
+        del choices["MODEL.FPN.FUSE_TYPE"]
     for key, supported in choices.items():
         _expect(cfg, key, lambda value, among=supported: value in among, f"one of {', '.join(map(repr, supported))}")
     if network_of(cfg) is None:

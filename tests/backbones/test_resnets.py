@@ -27,6 +27,9 @@ PSCONV = {
     "MODEL.PSCONV.WIDTH_PER_GROUP": 4,
 }
 
+GROUPS = {"MODEL.PSCONV.NUM_GROUPS": 2}
+RENAMED = {"gwconv": "same", "gwconv_shift": "opposite", "conv": "rest"}  # in the authors' code, and here
+
 
 def configured(options, file=FILE):
     cfg = get_cfg()
@@ -61,6 +64,26 @@ def shapes(name, width=None):
         else:
             out[key] = shape
     return out
+
+
+def body(engine):
+    """The network in a detector."""
+    backbone = engine.model.backbone
+    return backbone.body.psconv if isinstance(engine, Torchvision) else backbone.backbone.bottom_up.psconv
+
+
+def load(engine, path):
+    """As the beginning of a training does."""
+    if isinstance(engine, Torchvision):
+        load_weights(engine.model, str(path), strict=False)
+    else:
+        engine.checkpointer.load(str(path), [])
+
+
+def authors_name(key):
+    for theirs, ours in RENAMED.items():
+        key = key.replace(f".conv2.{ours}.", f".conv2.{theirs}.")
+    return key
 
 
 def small_state():
@@ -156,23 +179,51 @@ def test_both_engines_give_the_same_losses_and_read_each_others_checkpoints(name
 
 
 def test_weights_of_the_authors_are_loaded_by_a_detector(tmp_path):
-    torch.save(small_state(), tmp_path / "w.pth")
+    state = small_state()
+    torch.save(state, tmp_path / "w.pth")
     model = build_model(configured(PSCONV | {"MODEL.PSCONV.DENSE": True}))
     load_weights(model, str(tmp_path / "w.pth"), strict=False)
     loaded = model.backbone.body.psconv.state_dict()
-    for key, value in small_state().items():
-        for theirs, ours in (("gwconv", "same"), ("gwconv_shift", "opposite"), ("conv", "rest")):
-            key = key.replace(f".conv2.{theirs}.", f".conv2.{ours}.")
-        if not key.startswith("fc.") and not key.endswith("num_batches_tracked"):
-            assert torch.equal(loaded.pop(key), value), key
-    assert not loaded
+    assert loaded
+    assert all(torch.equal(x, state[authors_name(key)]) for key, x in loaded.items())
 
 
-def test_weights_that_only_a_dense_network_holds_are_refused_by_another(tmp_path):
-    torch.save(small_state(), tmp_path / "w.pth")
-    message = r"w.pth: layer1.0.conv2.conv.weight: expected 0 where the dilated .*got 72 other .*PSCONV.DENSE True"
+@pytest.mark.parametrize("engine", [Torchvision, pytest.param(Detectron2, marks=pytest.mark.detectron2)])
+@pytest.mark.parametrize("converted", [False, True])
+def test_weights_that_only_a_dense_network_holds_are_refused_by_another(engine, converted, tmp_path):
+    dense = engine(FILE, PSCONV | GROUPS | {"MODEL.PSCONV.DENSE": True})
+    with torch.no_grad():
+        body(dense).layer1[0].conv2.rest.weight[3, 1] = 0.125  # of the last block, which reads the second one's channel
+    state = dict(body(dense).state_dict())
+    if converted:
+        dense.save(tmp_path / "w.pth")
+    else:
+        torch.save({authors_name(key): x for key, x in state.items()}, tmp_path / "w.pth")
+    key = ("backbone.backbone.bottom_up.psconv." if converted else "") + "layer1.0.conv2."
+    message = rf"w.pth: {key}{'rest' if converted else 'conv'}.weight: expected 0 where .*PSCONV.DENSE True"
+    sparse = engine(FILE, PSCONV | GROUPS)
     with pytest.raises(ConfigError, match=message):
-        load_weights(build_model(configured(PSCONV)), str(tmp_path / "w.pth"), strict=False)
+        load(sparse, tmp_path / "w.pth")
+    dense = engine(FILE, PSCONV | GROUPS | {"MODEL.PSCONV.DENSE": True})
+    load(dense, tmp_path / "w.pth")
+    assert all(torch.equal(body(dense).state_dict()[key], x) for key, x in state.items())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_dense_networks_and_others_take_each_others_weights_where_these_are_the_same(groups, tmp_path):
+    options = PSCONV | {"MODEL.PSCONV.NUM_GROUPS": groups}
+    sparse = Torchvision(FILE, options)
+    sparse.save(tmp_path / "sparse.pth")
+    dense = Torchvision(FILE, options | {"MODEL.PSCONV.DENSE": True})
+    dense.load(tmp_path / "sparse.pth")
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for level, x in body(sparse).eval()(image).items():
+            torch.testing.assert_close(body(dense).eval()(image)[level], x, rtol=1e-4, atol=1e-4)
+    dense.save(tmp_path / "dense.pth")
+    again = Torchvision(FILE, options)
+    again.load(tmp_path / "dense.pth")
+    assert all(torch.equal(again.model.state_dict()[key], x) for key, x in sparse.model.state_dict().items())
 
 
 @pytest.mark.parametrize("options", [PYCONV, PSCONV])

@@ -1,6 +1,7 @@
 """SpineNet's weights from three other programs, by the names that these have for them."""
 
 import hashlib
+import logging
 import pickle
 
 import numpy as np
@@ -184,7 +185,8 @@ def test_what_is_no_spinenet_is_refused(state, message):
         convert(state)
 
 
-def test_a_file_of_tensorflows_arrays_is_converted_and_loads(tmp_path, capsys):
+def test_a_file_of_tensorflows_arrays_is_converted_and_loads(tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
     torch.manual_seed(0)
     network = SpineNetOptions("49S").build()
     state = {}
@@ -208,7 +210,9 @@ def test_a_file_of_tensorflows_arrays_is_converted_and_loads(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "garden.pkl"), str(tmp_path / "ours.pth")]) == 0
     assert "note: these weights need MODEL.SPINENET.DIALECT garden" in capsys.readouterr().out
     model = build_model(configured({}))
-    load_weights(model, str(tmp_path / "ours.pth"), strict=False)
+    for name in ("garden.pkl", "ours.pth"):
+        load_weights(model, str(tmp_path / name), strict=False)
+    assert caplog.text.count("garden.pkl: these weights need MODEL.SPINENET.DIALECT garden") == 1
     loaded = model.backbone.body.spinenet.state_dict()
     for name, value in network.state_dict().items():
         assert torch.equal(loaded[name], value) or name.endswith("num_batches_tracked"), name
