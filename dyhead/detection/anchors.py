@@ -106,7 +106,7 @@ class Anchors:
             y, x = torch.meshgrid(y, x, indexing="ij")
             centers = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
             levels.append((centers + torch.tensor(cell, dtype=dtype, device=device)).reshape(-1, 4))
-        return Places(torch.cat(levels), [len(level) for level in levels], self.strides, self.per_cell)
+        return Places(torch.cat(levels), [level.shape[0] for level in levels], self.strides, self.per_cell)
 
 
 def _per_level(key: str, values: Sequence[Sequence[float]], levels: int) -> list[Sequence[float]]:
