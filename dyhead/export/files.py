@@ -135,7 +135,7 @@ def _program(graph: DetectorGraph, batch: int | None, size: tuple[int, int] | No
 
 
 def _check_others(program: ExportedProgram, graph: DetectorGraph, example: Tensor, dynamic: Mapping[int, Any]) -> None:
-    """Raise ValueError if what was traced is wrong for others than the example: tracing may take a size for a constant."""
+    """Raise ValueError if what was traced is wrong for other images: tracing may take a size for a constant."""
     if not dynamic:
         return
     steps = {0: 1, 2: graph.multiple, 3: 2 * graph.multiple}

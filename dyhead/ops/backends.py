@@ -58,7 +58,7 @@ def _switch(name: str) -> None:
 
 
 def selected() -> str:
-    """The backend here and now: "reference" while ONNX is exported, which knows PyTorch's own operators and what `onnx.py` makes of them."""
+    """The backend here and now: "reference" while ONNX is exported, which knows only PyTorch's own operators."""
     compiling = torch.compiler.is_compiling()
     if (compiling or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
         return "reference"
