@@ -17,7 +17,7 @@ $(VENV)/installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dyhead needs Python >= 3.10, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt pip setuptools wheel ninja packaging torch
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,fonts,test]'
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,fonts,export,test]'
 	touch $@
 
 # A second `make demo` continues the first one's run instead of overwriting it.
