@@ -18,6 +18,10 @@ SUBCOMMANDS = {
     "train": ("dyhead.runs.command", "train and evaluate a detector, or evaluate one"),
     "predict": ("dyhead.prediction.command", "find objects in pictures and videos with a trained detector"),
     "visualize": ("dyhead.visualize.command", "draw what a trained DyHead does with pictures"),
+    "export": (
+        "dyhead.export.command",
+        "write a trained detector to a file for ONNX Runtime, OpenVINO or PyTorch alone",
+    ),
     "config": ("dyhead.config_page", "list the keys of the configuration with their defaults, values and meaning"),
     "convert": ("dyhead.checkpoints.command", "give another project's checkpoint this project's names"),
     "info": ("dyhead.info", "print versions, what was built, and why anything did not load"),

@@ -26,7 +26,7 @@ FILES = {
     if not path.stem.startswith("base_") and path.stem != "dyhead_box_head"  # parts of others
 }
 PANOPTIC = {name for name in FILES if name.startswith("panoptic")}  # which Detectron2 alone has
-TIMM = {name for name, path in FILES.items() if "base_atss_dyhead_timm.yaml" in path.read_text()}
+TIMM = {name for name, path in FILES.items() if "base_atss_dyhead_timm.yaml" in path.read_text() or "_swin" in name}
 NEEDS_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 TRAIN, TEST = "every_config_train", "every_config_val"
 # Sizes, and the backbone's norm, which needs wide layers where it is GN: which parts a detector has, how they learn and
@@ -88,7 +88,11 @@ SMALLEST_OF_KIND = {
     "EffB3": {"MODEL.TIMM.NAME": "efficientnet_b0"},
     "ps50": {"MODEL.PSCONV.WIDTH_PER_GROUP": 4},
     "psx101": {"MODEL.PSCONV.DEPTH": 50, "MODEL.PSCONV.NUM_GROUPS": 2},
-    "spinenet49": {"MODEL.SPINENET.SIZE": "49S"},
+    "spinenet49": {"MODEL.SPINENET.NAME": "spinenet49s"},
+    "atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco": {
+        "MODEL.TIMM.NAME": "swin_tiny_patch4_window7_224",
+        "MODEL.BACKBONE.SIZE_DIVISIBILITY": 64,
+    },
     "ViTB": {"MODEL.TIMM.NAME": "vit_tiny_patch16_224"},
 }
 

@@ -122,6 +122,8 @@ def _signature(name: str, node: ast.ClassDef | ast.FunctionDef) -> str:
         fields = [x for x in node.body if isinstance(x, ast.AnnAssign) and not ast.unparse(x.target).startswith("_")]
         if constructors:
             arguments = _arguments(constructors[0])
+        elif not fields:  # the base's
+            return f"```python\nclass {name}({', '.join(map(ast.unparse, node.bases))})\n```"
         else:
             arguments = [f"{ast.unparse(field.target)}: {ast.unparse(field.annotation)}" for field in fields]
     line = f"{name}({', '.join(arguments)}){returns}"

@@ -91,11 +91,11 @@ class Size:
 
 
 SIZES = {
-    "49S": Size(0.65, 0.5, 1, 128),
-    "49": Size(1.0, 0.5, 1, 256),
-    "96": Size(1.0, 0.5, 2, 256),
-    "143": Size(1.0, 1.0, 3, 256),
-    "190": Size(1.3, 1.0, 4, 512),
+    "spinenet49s": Size(0.65, 0.5, 1, 128),
+    "spinenet49": Size(1.0, 0.5, 1, 256),
+    "spinenet96": Size(1.0, 0.5, 2, 256),
+    "spinenet143": Size(1.0, 1.0, 3, 256),
+    "spinenet190": Size(1.3, 1.0, 4, 512),
 }
 
 
@@ -137,8 +137,9 @@ class SpineNetOptions:
     Images are padded to multiples of 128 pixels.
     """
 
-    size: str = option(
-        "49", "which of the family; 49S has levels of 128 channels, 190 of 512, others of 256", one_of(*SIZES)
+    # No bare number: what merges YAML into a CfgNode takes the text "49" for one.
+    name: str = option(
+        "spinenet49", "which of the family; levels of 49s have 128 channels, of 190 512, of others 256", one_of(*SIZES)
     )
     dialect: str = option(
         "port",
@@ -165,7 +166,7 @@ class SpineNetOptions:
     @property
     def title(self) -> str:
         """What tables call the network."""
-        return f"SpineNet-{self.size}"
+        return self.name.replace("spinenet", "SpineNet-").replace("49s", "49S")
 
     def check(self) -> None:
         """Every combination can be built."""
@@ -195,7 +196,7 @@ class SpineNet(nn.Module):
         super().__init__()
         self.options = options = options or SpineNetOptions()
         self.size_divisibility = _DIVISOR
-        size = SIZES[options.size]
+        size = SIZES[options.name]
         self.channels = {f"p{level}": size.channels for level in OUTPUTS}
         self.strides = {f"p{level}": 2**level for level in OUTPUTS}
         self.stem = ConvNorm(options, 3, _STEM, 7, stride=2)
@@ -305,7 +306,7 @@ class Resampling(nn.Module):
 
     def __init__(self, options: SpineNetOptions, source: Block, target: Block) -> None:
         super().__init__()
-        size = SIZES[options.size]
+        size = SIZES[options.name]
         width = int(source.width(size.scale) * size.alpha)
         self.octaves = target.level - source.level
         self.dialect = DIALECTS[options.dialect]
@@ -337,7 +338,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, options: SpineNetOptions, in_channels: int, block: Block, drop: float) -> None:
         super().__init__()
-        scale = SIZES[options.size].scale
+        scale = SIZES[options.name].scale
         width, channels = block.width(scale), block.channels(scale)
         if block.bottleneck:
             self.conv1 = ConvNorm(options, in_channels, width)

@@ -26,6 +26,7 @@ from dyhead.detectron2.datasets import (
     name_keypoints,
     register_datasets,
 )
+from dyhead.detectron2.evaluation import check_panoptic, warn_of_panoptic
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
@@ -112,6 +113,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process of a run."""
     _register(cfg, args)
     _setup_process(cfg, args)
+    if comm.is_main_process():
+        warn_of_panoptic(cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -145,6 +148,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
     if cfg.MODEL.KEYPOINT_ON:
         name_keypoints(names)
+    check_panoptic(cfg)
     check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     if not args.eval_only:
         check_trainable(cfg)

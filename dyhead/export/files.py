@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dyhead.config import ConfigError
@@ -122,12 +122,28 @@ def _program(graph: DetectorGraph, batch: int | None, size: tuple[int, int] | No
     example = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 255
     with torch.no_grad(), backend("reference") if plain else nullcontext():
         try:
-            return torch.export.export(graph, (example,), dynamic_shapes=(dynamic,) if dynamic else None, strict=False)
+            program = torch.export.export(
+                graph, (example,), dynamic_shapes=(dynamic,) if dynamic else None, strict=False
+            )
+            _check_others(program, graph, example, dynamic)
         except Exception as error:  # PyTorch's tracing has no error of its own
             of_any = [name for name, value in (("batch", batch), ("size", size)) if value is None]
             hint = f"; try a fixed {' and '.join(of_any)}" if of_any else ""
             first = str(error).strip().split("\n", 1)[0]
             raise ConfigError(f"{type(error).__name__} while the detector was traced: {first}{hint}") from error
+    return program
+
+
+def _check_others(program: ExportedProgram, graph: DetectorGraph, example: Tensor, dynamic: Mapping[int, Any]) -> None:
+    """Raise ValueError if what was traced is wrong for other images: tracing may take a size for a constant."""
+    if not dynamic:
+        return
+    steps = {0: 1, 2: graph.multiple, 3: 2 * graph.multiple}
+    shape = [side + (steps[i] if i in dynamic else 0) for i, side in enumerate(example.shape)]
+    other = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 255
+    for name, got, expected in zip(graph.names, program.module()(other), graph(other), strict=True):
+        if got.shape != expected.shape or not torch.allclose(got, expected, equal_nan=True):
+            raise ValueError(f"of images {tuple(other.shape)} it makes other {name} than the detector")
 
 
 @contextmanager

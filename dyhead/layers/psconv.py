@@ -35,7 +35,7 @@ class PSConv2d(nn.Module):
             neither 1 nor ``parts`` groups, that code misses most of them, and they learn.
 
     Attributes:
-        held: (C_out, C_in / groups, 1, 1), which weights of a dense ``rest`` do not learn.
+        held: (C_out, C_in / groups, 1, 1), which weights of a dense ``rest`` do not learn; None without one.
 
     Raises:
         ValueError: ``parts`` is odd, or does not divide the channels of a group.
@@ -69,15 +69,16 @@ class PSConv2d(nn.Module):
         self.groups, self.parts, self.stride, self.dense = groups, parts, stride, dense
         self.same = nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, blocks, bias)
         self.opposite = nn.Conv2d(in_channels, out_channels, 3, stride, 2 * dilation, 2 * dilation, blocks, bias=False)
-        self.rest: nn.Conv2d | None = None
+        held, others, self.rest = None, None, None
         if dense:
             self.rest = nn.Conv2d(in_channels, out_channels, 3, stride, 1, groups=groups, bias=False)
             held = _held_by_authors(self.rest.weight.shape, groups, parts)
-            self.register_buffer("held", held, persistent=False)
         elif parts > 2:
             gathered = in_channels * (parts - 2)
             self.rest = nn.Conv2d(gathered, out_channels, 3, stride, 1, groups=blocks, bias=False)
-            self.register_buffer("_others", torch.tensor(_others(parts)).flatten(), persistent=False)
+            others = torch.tensor(_others(parts)).flatten()
+        self.register_buffer("held", held, persistent=False)
+        self.register_buffer("_others", others, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -97,14 +98,14 @@ class PSConv2d(nn.Module):
         """(N, C_in, H_in, W_in) to (N, C_out, H, W), where H is H_in / stride, rounded up."""
         halves = x.unflatten(1, (self.groups, 2, -1))
         out = self.same(x) + self.opposite(halves.flip(2).flatten(1, 3))
-        if self.dense:
-            weight = self.rest.weight
-            weight = torch.where(self.held, weight.detach(), weight)
-            return out + F.conv2d(x, weight, None, self.stride, 1, 1, self.groups)
         if self.rest is None:
             return out
-        blocks = x.unflatten(1, (self.groups, self.parts, -1))
-        return out + self.rest(blocks.index_select(2, self._others).flatten(1, 3))
+        if self._others is not None:
+            blocks = x.unflatten(1, (self.groups, self.parts, -1))
+            return out + self.rest(blocks.index_select(2, self._others).flatten(1, 3))
+        weight = self.rest.weight
+        weight = torch.where(self.held, weight.detach(), weight)
+        return out + F.conv2d(x, weight, None, self.stride, 1, 1, self.groups)
 
 
 def gather(weight: Tensor, groups: int = 1, parts: int = 4) -> Tensor:

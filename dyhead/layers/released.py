@@ -148,7 +148,7 @@ class ReleasedDyHeadBlock(nn.Module):
         means: list[Tensor] = []
         for i, x in enumerate(maps):
             slope, intercept, mean = affines[i]
-            if x.shape[2:] != size:
+            if torch.jit.is_tracing() or x.shape[2:] != size:  # a trace takes images of other sizes, too
                 # Autocast resizes in float32 on CUDA.
                 x = functional.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
                 mean = slope * channel_statistics(x)[:, 0] + intercept

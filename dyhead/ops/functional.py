@@ -68,8 +68,9 @@ def pyramid_deform_conv2d(
     PyTorch runs, which is slower. For second derivatives by torch.autograd use `dyhead.ops.reference` or
     `dyhead.ops.backend("reference")`, as the error says.
 
-    torch.jit.script takes this function (`scales` as floats, products in full float32 on a CUDA device), and torch.onnx
-    exports its definition in plain PyTorch.
+    torch.jit.script takes this function (`scales` as floats, products in full float32 on a CUDA device).
+    torch.onnx.export writes it as ONNX's DeformConv, one a level, from opset 19 on (`dyhead.ops.onnx`); with
+    dynamo=False its definition in plain PyTorch.
 
     Raises:
         RuntimeError: a wrong type, number, shape, dtype or device; the message names the argument, what was expected

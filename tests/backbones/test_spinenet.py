@@ -24,7 +24,7 @@ NETWORK = {
     "MODEL.BACKBONE.NAME": "build_spinenet_backbone",
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.FPN.IN_FEATURES": [],
-    "MODEL.SPINENET.SIZE": "49S",
+    "MODEL.SPINENET.NAME": "spinenet49s",
 }
 LEVELS = {level: ["p3", "p4", "p5", "p6", "p7"] for level in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES")}
 
@@ -57,12 +57,12 @@ def test_computes_from_the_same_weights_what_the_original_programs_do(name, stag
     [
         # Those of yan-roo/SpineNet-Pytorch: parameters of the network; and multiply-adds of its RetinaNet, of which the
         # head's are the products of two towers of so many convolutions, and of 9 anchors of 80 classes and 4 deltas.
-        ("49S", 9089215, 640, 4, 128, 30.04),
-        ("49", 21831488, 640, 4, 256, 83.7),
-        ("49", 21831488, 896, 4, 256, 164.05),
-        ("96", 36262976, 1024, 4, 256, 261.35),
-        ("143", 60247616, 1280, 4, 256, 518.32),
-        ("190", 126587664, 1280, 7, 512, 1870.89),
+        ("spinenet49s", 9089215, 640, 4, 128, 30.04),
+        ("spinenet49", 21831488, 640, 4, 256, 83.7),
+        ("spinenet49", 21831488, 896, 4, 256, 164.05),
+        ("spinenet96", 36262976, 1024, 4, 256, 261.35),
+        ("spinenet143", 60247616, 1280, 4, 256, 518.32),
+        ("spinenet190", 126587664, 1280, 7, 512, 1870.89),
     ],
 )
 def test_every_size_has_the_published_cost(size, parameters, side, convs, width, billions):
@@ -79,7 +79,7 @@ def test_every_size_has_the_published_cost(size, parameters, side, convs, width,
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    network = SpineNetOptions("49S").build()
+    network = SpineNetOptions("spinenet49s").build()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.bias, -0.5, 0.5)
@@ -101,14 +101,14 @@ def test_images_of_any_size_are_padded_to_multiples_of_128_with_zeros(small, hei
 
 def test_normalization_learns_or_stays_as_configured(small):
     images = torch.randn(2, 3, 128, 128)
-    kept = SpineNetOptions("49S", norm="FrozenBN").build().train()
+    kept = SpineNetOptions("spinenet49s", norm="FrozenBN").build().train()
     missing, _ = kept.load_state_dict(small.state_dict(), strict=False)
     assert missing == []
     with torch.no_grad():
         expected = {name: level.clone() for name, level in small.eval()(images).items()}
         for name, level in kept(images).items():
             torch.testing.assert_close(level, expected[name], rtol=0, atol=1e-3 * expected[name].abs().max().item())
-    own = SpineNetOptions("49S").build().train()
+    own = SpineNetOptions("spinenet49s").build().train()
     before = {key: value.clone() for key, value in own.state_dict().items() if "running" in key}
     own(images)
     assert before
@@ -122,7 +122,7 @@ def test_one_pixel_has_no_variance(small):
 
 
 def test_blocks_are_skipped_in_training_alone_and_the_first_never():
-    network = SpineNetOptions("49S", drop_path_rate=0.9).build()
+    network = SpineNetOptions("spinenet49s", drop_path_rate=0.9).build()
     rates = [block[0].drop for block in network.blocks]
     assert rates[:2] == [0, 0]
     assert rates[2:] == pytest.approx([0.9 * i / 15 for i in range(1, 16)])
@@ -182,7 +182,11 @@ def test_both_engines_pad_images_to_multiples_of_128():
 @pytest.mark.parametrize(
     ("file", "options", "message"),
     [
-        ("atss_dyhead", {"MODEL.SPINENET.SIZE": "50"}, "SPINENET.SIZE: expected one of '49S', '49', .*got '50'"),
+        (
+            "atss_dyhead",
+            {"MODEL.SPINENET.NAME": "spinenet50"},
+            "NAME: expected one of 'spinenet49s', .*'spinenet50'",
+        ),
         ("atss_dyhead", {"MODEL.SPINENET.DIALECT": "tf"}, "SPINENET.DIALECT: expected one of 'port', 'tpu', 'garden'"),
         ("atss_dyhead", {"MODEL.BACKBONE.FREEZE_AT": 2}, "FREEZE_AT: expected 0 with build_spinenet_backbone.*got 2"),
         ("atss_dyhead", {"MODEL.ATSS.IN_FEATURES": ["p2", "p3"]}, "ATSS.IN_FEATURES: expected some of the levels p3"),
@@ -197,6 +201,6 @@ def test_what_cannot_be_built_is_refused(file, options, message):
 def test_keys_of_other_networks_and_of_fpn_are_named(caplog):
     cfg = configured({"MODEL.RESNETS.DEPTH": 34, "MODEL.FPN.OUT_CHANNELS": 64})
     check_values(cfg)
-    ignore_not_honoured(cfg, {"MODEL.RESNETS.DEPTH", "MODEL.FPN.OUT_CHANNELS", "MODEL.SPINENET.SIZE"})
+    ignore_not_honoured(cfg, {"MODEL.RESNETS.DEPTH", "MODEL.FPN.OUT_CHANNELS", "MODEL.SPINENET.NAME"})
     assert "does not read: MODEL.FPN.OUT_CHANNELS 64, MODEL.RESNETS.DEPTH 34" in caplog.text
     assert "SPINENET" not in caplog.text

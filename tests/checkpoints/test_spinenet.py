@@ -188,7 +188,7 @@ def test_what_is_no_spinenet_is_refused(state, message):
 def test_a_file_of_tensorflows_arrays_is_converted_and_loads(tmp_path, capsys, caplog):
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
-    network = SpineNetOptions("49S").build()
+    network = SpineNetOptions("spinenet49s").build()
     state = {}
     for name, value in network.state_dict().items():
         layer, _, tensor = name.rpartition(".")

@@ -10,13 +10,14 @@ from dyhead.layers import PyConv2d
 @pytest.mark.parametrize("stride", [1, 2])
 def test_every_kernel_sees_the_same_map_at_the_same_places(stride):
     torch.manual_seed(0)
-    layer = PyConv2d(8, [2, 4, 2], kernels=[3, 5, 9], groups=[1, 2, 2], stride=stride, bias=True)
+    counts = [1, 2, 2]
+    layer = PyConv2d(8, [2, 4, 2], kernels=[3, 5, 9], groups=counts, stride=stride, bias=True)
     x = torch.randn(2, 8, 9, 13)
     wide = F.pad(x, [4] * 4)
     expected = []
-    for conv, margin in zip(layer.levels, (3, 2, 0), strict=True):
+    for conv, groups, margin in zip(layer.levels, counts, (3, 2, 0), strict=True):
         cut = wide[..., margin : wide.shape[-2] - margin, margin : wide.shape[-1] - margin]
-        inputs, kernels = cut.chunk(conv.groups, dim=1), conv.weight.chunk(conv.groups)
+        inputs, kernels = cut.chunk(groups, dim=1), conv.weight.chunk(groups)
         parts = [F.conv2d(a, b, stride=stride) for a, b in zip(inputs, kernels, strict=True)]
         expected.append(torch.cat(parts, dim=1) + conv.bias[:, None, None])
     torch.testing.assert_close(layer(x), torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)

@@ -3,10 +3,12 @@ import inspect
 import pytest
 import torch
 
+from dyhead.build import build_necks
 from dyhead.config import ConfigError
 from dyhead.layers import FPT
 from dyhead.necks import NECKS, FPTOptions
 from dyhead.options import leaves
+from dyhead.torchvision import get_cfg
 from tests.test_contract import CONFIGS, Detectron2, Torchvision
 
 NECKS_OF = {"MODEL.NECKS": ["FPT", "DyHead"], "MODEL.DYHEAD.NUM_BLOCKS": 1}
@@ -34,6 +36,13 @@ def test_builds_what_the_options_say():
     for (name, got), (other, want) in zip(mine.state_dict().items(), same.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("strides", [[8], [8, 16, 32], [4, 8, 16, 32, 64, 128]])
+def test_a_configuration_builds_it_for_the_levels_that_there_are(strides):
+    cfg = get_cfg()
+    cfg.MODEL.NECKS = ["FPT"]
+    assert len(build_necks(cfg, ["FPT"], 8, strides).fpt.levels) == len(strides)
 
 
 def test_asks_nothing_of_the_images_size():

@@ -48,9 +48,7 @@ def make_regions(
         [0, 12.5, 20, 12.5, 20],
     ]
     more = torch.rand(max(count - 5, 0), 5) * torch.tensor([2, *[8.0 * size[1], 8.0 * size[0]] * 2])
-    rois = torch.cat([torch.tensor(first), more])[:count].to(
-        wide, copy=True
-    )  # no view, on whose base torch.compile guards
+    rois = torch.cat([torch.tensor(first), more])[:count].clone().to(wide)
     offset = torch.randn(count, 2, side, side).to(wide) if moved else None
     return x, rois, offset, side, SCALE, samples, GAMMA, aligned
 

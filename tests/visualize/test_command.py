@@ -52,7 +52,7 @@ def test_the_sets_images_come_with_the_ground_truth(make_run, tmp_path, monkeypa
 
 
 def test_a_released_block_is_drawn_as_far_as_it_can_be(make_run, whole, tmp_path):
-    run, _ = make_run(settings={"MODEL.DYHEAD.BLOCK": "released"})
+    run, _ = make_run("fcos_dyhead", {"MODEL.DYHEAD.BLOCK": "released"})
     out = tmp_path / "out"
     assert visualize(run, whole, "--out", out, "--score-threshold", 0, "--details", 1) == 0
     assert {path.name for path in out.iterdir()} == {"index.html", "sampling-1.png", "maps-1-block-1.png"}
@@ -70,7 +70,7 @@ def test_a_released_block_is_drawn_as_far_as_it_can_be(make_run, whole, tmp_path
 )
 def test_what_cannot_be_drawn_is_said(words, message, make_run, whole, tmp_path, capsys):
     settings = {"MODEL.NECKS": "[]"} if "--opts" in words else {}
-    run, _ = make_run(settings=settings)
+    run, _ = make_run("fcos_dyhead", settings)
     assert visualize(run, whole / "a.png", "--out", tmp_path / "out", "--score-threshold", 0, *words) == 1
     assert message in capsys.readouterr().err
 
@@ -85,7 +85,7 @@ def test_a_folder_with_something_in_it_is_not_touched(make_run, whole, tmp_path,
 
 def test_the_level_suits_the_size_of_the_object():
     levels = ["p3", "p4", "p5", "p6", "p7"]
-    assert [level_for(levels, (0, 0, side, side)) for side in (10, 48, 100, 190, 4000)] == levels
+    assert [level_for(levels, (0, 0, side, side)) for side in (10, 100, 200, 400, 4000)] == levels
     assert stride_of("p5") == 32
     with pytest.raises(ValueError, match="expected levels that are called p2, p3"):
         stride_of("1")

@@ -28,11 +28,11 @@ Arrays = Mapping[str, np.ndarray]
 
 #: Records: which network and program, the activations that they have, and the record with the weights.
 NETWORKS = {
-    "spinenet49": ("49", "port", ("relu",), "spinenet49"),
-    "spinenet49_tensorflow": ("49", "garden", ("relu", "swish"), "spinenet49"),
-    "spinenet49_tensorflow_tpu": ("49", "tpu", ("relu", "swish"), "spinenet49"),
-    "spinenet49s": ("49S", "port", ("relu",), "spinenet49s"),
-    "spinenet96": ("96", "port", ("relu",), "spinenet96"),
+    "spinenet49": ("spinenet49", "port", ("relu",), "spinenet49"),
+    "spinenet49_tensorflow": ("spinenet49", "garden", ("relu", "swish"), "spinenet49"),
+    "spinenet49_tensorflow_tpu": ("spinenet49", "tpu", ("relu", "swish"), "spinenet49"),
+    "spinenet49s": ("spinenet49s", "port", ("relu",), "spinenet49s"),
+    "spinenet96": ("spinenet96", "port", ("relu",), "spinenet96"),
 }
 _PREFIX = "backbone.backbone.bottom_up.spinenet."
 _OFF = 1e-6  # of the largest value; records are in float32
