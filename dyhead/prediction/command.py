@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dyhead.config import ConfigError, detector_node, get
 from dyhead.data import DataError, read_image
 from dyhead.evaluation.report import write_json
-from dyhead.exit_codes import DONE, INCOMPLETE, telling
+from dyhead.exit_codes import DONE, INCOMPLETE
 from dyhead.files import replacing
 from dyhead.prediction.detector import Detections, Detector, load_detector
 from dyhead.prediction.inputs import Input, find_inputs
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pictures (or frames) and classes that their ids stand for, both as pycocotools reads them; in OUT/pictures "
         "are the pictures with what was found. A picture that cannot be read is named and left out."
     )
-    parser.add_argument("detector", metavar="DETECTOR", help="OUTPUT_DIR of a training, or a config file")
+    parser.add_argument(
+        "detector", metavar="DETECTOR", help="OUTPUT_DIR of a training, a checkpoint in it, or a config file"
+    )
     parser.add_argument(
         "inputs",
         metavar="INPUT",
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     with quiet(args.quiet):
-        return telling(lambda: _predict(args))
+        return _predict(args)
 
 
 @dataclass
