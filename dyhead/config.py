@@ -18,7 +18,8 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dyhead.backbones.timm import check_name
+from dyhead.backbones import NETWORKS
+from dyhead.backbones import Registered as RegisteredNetwork
 from dyhead.config_checks import (
     AUGMENTATION_CHECKS,
     BOX_LOSS_KEYS,
@@ -48,9 +49,6 @@ _log = logging.getLogger(__name__)
 _NODES = dict.fromkeys((TWO_STAGE, "GeneralizedRCNN", "PanopticFPN"), "MODEL.ROI_HEADS") | {
     "RetinaNet": "MODEL.RETINANET"
 }
-
-
-_SIMPLE_PYRAMIDS = ("build_timm_simple_pyramid_backbone", "build_timm_simple_pyramid_p6p7_backbone")
 
 
 def add_dyhead_config(cfg: CfgNode) -> CfgNode:
@@ -96,7 +94,7 @@ def check_config(cfg: CfgNode, others: Sequence[str] = ()) -> None:
 def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     """The checks of Detectron2's own keys that the configured detector reads, by key."""
     checks = dict(CHECKS) | (AUGMENTATION_CHECKS if cfg.TEST.AUG.ENABLED else {})
-    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+    if has_resnet(cfg):
         checks |= RESNET_CHECKS
     if "fpn" in cfg.MODEL.BACKBONE.NAME:
         checks |= FPN_CHECKS
@@ -145,11 +143,14 @@ def _unread(cfg: CfgNode) -> list[str]:
     """Patterns of the keys of other networks, detectors and box heads."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
-    network = "MODEL.RESNETS" if has_timm(cfg) else "MODEL.TIMM"
+    network = network_of(cfg)
+    networks = [other.node for other in NETWORKS.values() if other != network]
+    if network is not None:
+        networks += ["MODEL.RESNETS", *(["MODEL.FPN"] if network.has_pyramid else [])]
     fusion = ("MODEL.FPN.FUSE_TYPE",) if has_simple_pyramid(cfg) else ()
     if name not in meta_architectures():  # Detectron2's own, or a user's
-        return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
-    nodes.append(network)
+        return [f"{node}.*" for node in (*networks, *nodes, DUAL) if node != "MODEL.RETINANET"]
+    nodes += networks
     keys: tuple[str, ...] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
@@ -218,10 +219,10 @@ def _check_together(cfg: CfgNode) -> None:
     expect(cfg, "TEST.PRECISE_BN.ENABLED", not precise, "False with SOLVER.EMA.ENABLED True")
     if cfg.TEST.AUG.ENABLED:
         _check_augmentation(cfg)
-    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+    if has_resnet(cfg):
         _check_deformable(cfg)
-    if has_timm(cfg):
-        _check_timm(cfg)
+    if network_of(cfg) is not None:
+        _check_network(cfg, network_of(cfg))
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
@@ -238,25 +239,31 @@ def _check_together(cfg: CfgNode) -> None:
             expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
 
 
-def has_timm(cfg: CfgNode) -> bool:
-    """Whether the backbone's network is one of the package timm."""
-    names = ("build_timm_fpn_backbone", "build_timm_fpn_p6p7_backbone", *_SIMPLE_PYRAMIDS)
-    return cfg.MODEL.BACKBONE.NAME in names
+def network_of(cfg: CfgNode) -> RegisteredNetwork | None:
+    """The backbone's network, if it is one of :data:`dyhead.backbones.NETWORKS`."""
+    return next((network for network in NETWORKS.values() if cfg.MODEL.BACKBONE.NAME in network.builders), None)
 
 
 def has_simple_pyramid(cfg: CfgNode) -> bool:
     """Whether the backbone's pyramid is ViTDet's, :class:`dyhead.backbones.SimplePyramid`."""
-    return cfg.MODEL.BACKBONE.NAME in _SIMPLE_PYRAMIDS
+    return network_of(cfg) is not None and "_simple_pyramid_" in cfg.MODEL.BACKBONE.NAME
 
 
-def _check_timm(cfg: CfgNode) -> None:
+def has_resnet(cfg: CfgNode) -> bool:
+    """Whether the backbone's network is the engine's own ResNet, which builders have in their names."""
+    return "resnet" in cfg.MODEL.BACKBONE.NAME and network_of(cfg) is None
+
+
+def _check_network(cfg: CfgNode, network: RegisteredNetwork) -> None:
     key, name = "MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.NAME
-    whole = f"0 with {name}, whose network is trained whole; MODEL.TIMM.FROZEN_BN keeps batch normalization"
+    whole = f"0 with {name}, whose network is trained whole; {network.node} says what becomes of batch normalization"
     expect(cfg, key, get(cfg, key) == 0, whole)
     try:
-        check_name(cfg.MODEL.TIMM.NAME)
+        options_of(cfg, network.node).check()
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ConfigError(f"MODEL.TIMM.{error}") from error
+        raise ConfigError(f"{network.node}.{error}") from error
     if has_simple_pyramid(cfg):
         one = list(cfg.MODEL.FPN.IN_FEATURES) == ["res4"]
         expect(cfg, "MODEL.FPN.IN_FEATURES", one, f"['res4'], the one map of stride 16 that {name} is made of")

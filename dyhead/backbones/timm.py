@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from dyhead.backbones.registry import register_network
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.options import at_least, at_least_one, below, each, increasing, one_of, option
 
@@ -26,6 +27,7 @@ SCHEME = "timm://"
 _ANY_SIZE = ({"dynamic_img_size": True, "always_partition": True}, {"dynamic_img_size": True}, {})
 
 
+@register_network("timm", may_be_plain=True)
 @dataclass(frozen=True)
 class TimmOptions:
     """The network of the backbones with ``timm`` in their name: one of the package timm.
@@ -48,6 +50,15 @@ class TimmOptions:
         True, "keep batch normalization as it is in the weights, as MODEL.RESNETS.NORM FrozenBN does"
     )
     drop_path_rate: float = option(0.0, "of the last block, in training (stochastic depth)", at_least(0) & below(1))
+
+    @property
+    def title(self) -> str:
+        """What tables call the network."""
+        return f"`{self.name}`"
+
+    def check(self) -> None:
+        """Raise ValueError unless timm is installed and has the network."""
+        check_name(self.name)
 
     def build(self, wanted: Collection[str] | None = None) -> TimmNetwork:
         """The network, with random weights.

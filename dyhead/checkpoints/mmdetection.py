@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dyhead.checkpoints.block import MMDETECTION, block_rows
+from dyhead.checkpoints.psconv import network_rows
 from dyhead.checkpoints.pyramid import BACKBONE, LAST_STAGE, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import COUNTERS, Row, Source
+from dyhead.checkpoints.spinenet import port_rows
 from dyhead.checkpoints.swin import POSITIONS, mmdetection_swin
 
 _NECK = r"neck\.(?:\d+\.)?"
@@ -35,7 +37,8 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
         return f"{BACKBONE}fpn_output{level}.{'' if match[2] == 'conv' else 'norm.'}{match[3]}"
 
     return [
-        *torchvision_resnet(r"backbone\."),
+        *port_rows(r"backbone\."),
+        *(network_rows(state, "backbone.") or torchvision_resnet(r"backbone\.")),
         *mmdetection_swin(r"backbone\."),
         Row(_NECK + r"lateral_convs\.(\d+)\.conv\.(.+)", lambda m: f"{BACKBONE}fpn_lateral{first + int(m[1])}.{m[2]}"),
         Row(

@@ -286,7 +286,7 @@ class DenseDetector(nn.Module):
             first = first + count  # not in place: of a traced detector, it is a tensor that the slice has
             passes = chosen[level]
             if self.inference.peak_kernel > 1:
-                passes = passes & _are_peaks(ranked[level], shape, self.inference.peak_kernel)
+                passes = passes & are_peaks(ranked[level], shape, self.inference.peak_kernel)
             place, label = torch.nonzero(passes, as_tuple=True)
             rank = ranked[level][place, label]
             best = largest(rank, self.inference.topk)
@@ -320,13 +320,12 @@ def _parts(levels: Iterable[Tensor | tuple[Tensor, Tensor]]) -> Iterator[Tensor]
         yield from (part for part in (level if isinstance(level, tuple) else (level,)) if part.requires_grad)
 
 
-def _are_peaks(scores: Tensor, shape: tuple[int, int], kernel: int) -> Tensor:
-    """Which scores (H*W*A, K) of a level are the largest of their anchor and class in a square around them."""
-    height, width = shape
-    maps = scores.reshape(height, width, -1).permute(2, 0, 1)
+def are_peaks(scores: Tensor, shape: tuple[int, int], kernel: int) -> Tensor:
+    """Which scores (..., H*W*A, K) of a level are the largest of their anchor and class in a square around them."""
+    maps = scores.unflatten(-2, (*shape, -1)).flatten(-2).movedim(-1, -3)
     known = maps.masked_fill(maps.isnan(), -torch.inf)  # a NaN would be the largest all around it
-    largest = F.max_pool2d(known[None], kernel, stride=1, padding=kernel // 2)[0]
-    return (known == largest).permute(1, 2, 0).reshape(scores.shape)
+    largest = F.max_pool2d(known, kernel, stride=1, padding=kernel // 2)
+    return (known == largest).movedim(-3, -1).reshape(scores.shape)
 
 
 def _inside(boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from dyhead.config import (
     check_config,
     expect,
     get,
+    has_resnet,
     ignore_keys,
     meta_architectures,
 )
@@ -145,7 +146,7 @@ def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str] = 
 
 
 def _check_stages(cfg: CfgNode) -> None:
-    if "resnet_fpn" in cfg.MODEL.BACKBONE.NAME:
+    if has_resnet(cfg) and "resnet_fpn" in cfg.MODEL.BACKBONE.NAME:
         there = cfg.MODEL.RESNETS.OUT_FEATURES
         fits = set(cfg.MODEL.FPN.IN_FEATURES) <= set(there)
         expect(cfg, "MODEL.FPN.IN_FEATURES", fits, f"some of MODEL.RESNETS.OUT_FEATURES, {there}")

@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 
 from dyhead.config import ConfigError
 from dyhead.data import CocoSplit, DatasetInfo
-from dyhead.detectron2.datasets import registered_split
+from dyhead.detectron2.datasets import known_classes, registered_split
 from dyhead.evaluation import coco_results
 from dyhead.evaluation.results import Evaluated, detections_file, evaluate_detections
 
@@ -77,7 +77,7 @@ class InstanceEvaluator(DatasetEvaluator):
         self.dataset_name = dataset_name
         self.output_dir = output_dir
         self._sigmas, self._others = list(sigmas), list(others)
-        self._category_ids = _category_ids(dataset_name)
+        self._category_ids = known_classes(dataset_name).ids
         self.reset()
 
     def reset(self) -> None:
@@ -186,13 +186,6 @@ def _panoptic_sets(cfg: CfgNode) -> list[str]:
     return [name for name in cfg.DATASETS.TEST if MetadataCatalog.get(name).get("evaluator_type") == _PANOPTIC]
 
 
-def _category_ids(name: str) -> list[Any]:
-    """The ids in the annotation file, by class."""
-    metadata = MetadataCatalog.get(name)
-    classes = metadata.get("thing_dataset_id_to_contiguous_id")
-    return sorted(classes, key=classes.get) if classes else list(range(len(metadata.thing_classes)))
-
-
 def _split(name: str) -> CocoSplit:
     """A dataset of the catalogs in the form of :mod:`dyhead.data`."""
     registered = registered_split(name)
@@ -203,7 +196,8 @@ def _split(name: str) -> CocoSplit:
         record["annotations"] = [_as_in_file(a) for a in record.get("annotations", ())]
     json_file = PathManager.get_local_path(metadata.json_file) if metadata.get("json_file") else ""
     info = DatasetInfo(name, json_file, metadata.get("image_root", ""))
-    return CocoSplit(info, metadata.thing_classes, _category_ids(name), records)
+    known = known_classes(name)
+    return CocoSplit(info, known.names, known.ids, records)
 
 
 def _as_in_file(annotation: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from dyhead.config import (
     check_config,
     get,
     has_simple_pyramid,
-    has_timm,
     ignore_keys,
+    network_of,
     values,
 )
 from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
@@ -93,7 +93,7 @@ def check_values(cfg: CfgNode) -> None:
         del choices["MODEL.FPN.FUSE_TYPE"]
     for key, supported in choices.items():
         _expect(cfg, key, lambda value, among=supported: value in among, f"one of {', '.join(map(repr, supported))}")
-    if not has_timm(cfg):
+    if network_of(cfg) is None:
         _check_resnet(cfg)
 
 

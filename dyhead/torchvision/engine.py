@@ -29,6 +29,7 @@ from dyhead.runs.output_dir import claimed, write_config
 from dyhead.runs.precision import autocast_dtype
 from dyhead.runs.preflight import check_run
 from dyhead.runs.processes import launched, reporting
+from dyhead.runs.record import Record, write_record
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
 from dyhead.torchvision.config import check_values, get_cfg, ignore_not_honoured
 from dyhead.torchvision.data import load_splits, load_train
@@ -194,6 +195,11 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
         resumed["optimizer"] = resumed_state(optimizer, resumed["optimizer"], checkpoint)
     if fabric.is_global_zero:
         write_config(cfg)
+        first = training_splits[0]
+        write_record(
+            cfg.OUTPUT_DIR,
+            Record("torchvision", data.Classes(first.class_names, first.category_ids, first.keypoint_names)),
+        )
         names = ", ".join(f"{split.info.name} ({len(split.class_names)} classes)" for split in training_splits)
         _log.info("Training on %d images, seed %d: %s", len(records), seed, names)
 
