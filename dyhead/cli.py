@@ -47,11 +47,13 @@ def _run(argv: list[str]) -> int:
     codes = "\n".join(f"  {code:<8}  {meaning}" for code, meaning in MEANINGS.items())
     parser = argparse.ArgumentParser(
         prog="dyhead",
+        usage="dyhead [-h] SUBCOMMAND ...",
         description="Dynamic Head for any feature-pyramid detector.",
         epilog=f"exit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    # The metavar's length is the room for the names: argparse forgets that these are indented.
+    subparsers = parser.add_subparsers(title="subcommands", prog="dyhead", metavar="SUBCOMMAND ...", required=True)
     for name, (module_name, summary) in SUBCOMMANDS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         subparser = subparsers.add_parser(name, help=summary, description=description, allow_abbrev=False)

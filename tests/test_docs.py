@@ -24,7 +24,7 @@ WRITTEN = {
 PAGES = WRITTEN | {f"docs/{name}": text for name, text in api_pages.pages().items()}
 EXAMPLES = [
     (page, code)
-    for page in ("README.md", "docs/reuse.md")
+    for page in ("README.md", "docs/reuse.md", "docs/visualize.md")
     for code in re.findall(r"```python\n(.*?)```", WRITTEN[page], flags=re.DOTALL)
 ]
 
