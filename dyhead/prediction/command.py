@@ -105,8 +105,8 @@ def _predict(args: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{detector.cfg.MODEL.DEVICE} is out of memory; lower --batch-size: {error}") from error
     if not args.quiet:
-        count = f"{len(results.images)} pictures, {len(results.detections)} detections in {args.out}"
-        print(count + (f"; {results.broken} inputs could not be read" if results.broken else ""))
+        counts = {"pictures": len(results.images), "detections": len(results.detections), "left out": results.broken}
+        print(f"{args.out}: {', '.join(f'{what} {count}' for what, count in counts.items())}")
     return INCOMPLETE if results.broken else DONE
 
 
