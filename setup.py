@@ -1,9 +1,12 @@
 """Builds the operator. The package's metadata is in pyproject.toml.
 
-Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (CUDA; needs nvcc as well). Both use
-PyTorch's stable ABI, so that a build runs with the PyTorch that dyhead/ops/torch_version.py names and every newer one.
-Environment variables, as PyTorch's extensions have them:
+Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (CUDA; needs nvcc as well). Both use the
+stable ABIs of PyTorch and Python, so that a build runs with the PyTorch that dyhead/ops/torch_version.py names, with
+Python 3.10, and with all newer ones. Without a C++ compiler neither is built, and a wheel is one for any machine, on
+which plain PyTorch computes the operator and a warning says so. Environment variables, as PyTorch's extensions have
+them:
 
+    DYHEAD_PURE_PYTHON=1   build no library although there is a compiler
     FORCE_CUDA=1 / 0       build the CUDA library although no CUDA device is found / do not, although one is
     CUDA_HOME              the CUDA toolkit (default: the one that the nvcc on PATH belongs to)
     TORCH_CUDA_ARCH_LIST   compute capabilities to compile for (default: 8.0;9.0+PTX)
@@ -47,6 +50,7 @@ os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 
 import torch  # noqa: E402
 from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
 
 TORCH_TARGET = runpy.run_path("dyhead/ops/torch_version.py")["TORCH_MINIMUM"]
@@ -58,21 +62,17 @@ NVCC_FLAGS = ["-O3", "-lineinfo", "-DUSE_CUDA", TARGET_MACRO, "--compiler-option
 
 def cpu_extension() -> Extension:
     """dyhead._C: the operator's schema, its CPU kernels and build_info()."""
-    try:
-        import pybind11
-    except ImportError:  # PyTorch's own headers of it refuse to be part of a library for its stable ABI
-        sys.exit("dyhead: expected pybind11 >= 2.13 to build with, found none: pip install pybind11")
-
     return Extension(
         "dyhead._C",
         ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/**/*.cpp", recursive=True))],
         depends=glob.glob("csrc/**/*.h", recursive=True),
-        include_dirs=[pybind11.get_include(), *include_paths()],
+        include_dirs=include_paths(),
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args={"cxx": [*CXX_FLAGS, f'-DDYHEAD_FLAGS="{" ".join(["-O3", *EXTRA])}"']},
         extra_link_args=EXTRA,
         language="c++",
+        py_limited_api=True,
     )
 
 
@@ -92,6 +92,7 @@ def cuda_extension(*flags: str) -> Extension:
         # By name, because a toolkit from pip holds only the versioned library.
         extra_link_args=[f"-l:{cuda_runtime(torch_libraries)}"],
         language="c++",
+        py_limited_api=True,
     )
 
 
@@ -117,6 +118,38 @@ def with_cuda() -> bool:
     return CUDA_HOME is not None and (wish == "1" or torch.cuda.is_available())
 
 
+def with_libraries() -> bool:
+    """Whether to build any library."""
+    if os.environ.get("DYHEAD_PURE_PYTHON", "0") != "0":
+        return False
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    if shutil.which(compiler) or shutil.which("g++") or shutil.which("clang++"):
+        return True
+    print(f"dyhead: no C++ compiler ({compiler}) found: plain PyTorch will compute the operator", file=sys.stderr)
+    return False
+
+
+class BuildPython(build_py):
+    """Puts the config files into the package, where commands find them that do not run in a checkout."""
+
+    def run(self) -> None:
+        """Copies the package, and configs/ into it."""
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._configs():
+                self.mkpath(os.path.dirname(target))
+                self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """The files that are written."""
+        return super().get_outputs(include_bytecode) + [target for _, target in self._configs()]
+
+    def _configs(self) -> list[tuple[str, str]]:
+        """Where each file is, and where it goes."""
+        files = [file for kind in ("yaml", "py") for file in glob.glob(f"configs/**/*.{kind}", recursive=True)]
+        return [(file, os.path.join(self.build_lib, "dyhead", file)) for file in sorted(files)]
+
+
 class Build(BuildExtension):
     """Says once what is built and with what."""
 
@@ -133,6 +166,17 @@ class Build(BuildExtension):
             file=sys.stderr,
         )
         super().run()
+        if self.inplace:
+            self._remove_others()
+
+    def _remove_others(self) -> None:
+        """Removes earlier builds under other names, which Python or dyhead.ops might load instead."""
+        built = {os.path.basename(self.get_ext_filename(extension.name)) for extension in self.extensions}
+        for stem in {file.partition(".")[0] for file in built}:
+            for path in glob.glob(f"dyhead/{stem}.*.so"):
+                if os.path.basename(path) not in built:
+                    print(f"dyhead: removing the earlier build {path}", file=sys.stderr)
+                    os.remove(path)
 
 
 class CompileCuda(Build):
@@ -227,7 +271,9 @@ def resources(log: str) -> list[tuple[str, ...]]:
     return sorted(rows)
 
 
+libraries = [cpu_extension(), *([cuda_extension()] if with_cuda() else [])] if with_libraries() else []
 setup(
-    ext_modules=[cpu_extension(), *([cuda_extension()] if with_cuda() else [])],
-    cmdclass={"build_ext": Build, "compile_cuda": CompileCuda},
+    ext_modules=libraries,
+    cmdclass={"build_py": BuildPython, "build_ext": Build, "compile_cuda": CompileCuda},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if libraries else {},
 )

@@ -68,17 +68,44 @@ class Setting:
     origin: str
 
 
+def packaged_configs() -> Path:
+    """The folder of the config files that come with the package: in a checkout, the one beside it."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find_file(file: str | os.PathLike) -> str:
+    """A config file where it is, or else the one of that name that comes with the package.
+
+    ``configs/quickstart/NAME.yaml``, ``quickstart/NAME.yaml`` and ``NAME.yaml`` are then the same. What neither is
+    there comes back as it was.
+    """
+    path = os.path.expanduser(os.fspath(file))
+    if os.path.lexists(path) or os.path.isabs(path) or not path or "\0" in path:
+        return path
+    parts, folder = Path(os.path.normpath(path)).parts, packaged_configs()
+    name = Path(*parts[1:]) if parts[0] == "configs" and len(parts) > 1 else Path(*parts)
+    if ".." in parts or name.suffix != ".yaml":
+        return path
+    there = [folder / name] if (folder / name).is_file() else []
+    if not there and len(parts) == 1:
+        there = [other for other in folder.rglob("*.yaml") if other.name == name.name]
+    return str(there[0]) if len(there) == 1 else path
+
+
 def read_file(file: str | os.PathLike) -> list[Setting]:
     """The settings of a YAML file after those of its bases (``_BASE_``: a file, or a list of files; later ones win).
 
-    A relative base starts at the folder of the file that names it; ``~`` is the home folder.
+    A relative base starts at the folder of the file that names it; ``~`` is the home folder. A file, or a base, that is
+    not there may be one that comes with the package, see :func:`find_file`.
 
     Raises:
         ConfigError: a file is missing, is not UTF-8 or not YAML, has a tag (but :func:`_arithmetic`), is no mapping, or
             has a key twice; bases that name each other.
     """
     try:
-        return _read_with_bases(os.path.expanduser(file), [])
+        return _read_with_bases(find_file(file), [])
     except RecursionError as error:
         raise ConfigError(f"config file {file}: nested too deeply") from error
 
@@ -153,6 +180,8 @@ def _read_with_bases(file: str, above: list[str]) -> list[Setting]:
     settings = []
     for base in bases:
         path = os.path.join(os.path.dirname(file), os.path.expanduser(base))
+        if not os.path.lexists(path) and find_file(base) != base:
+            path = find_file(base)
         settings += _read_with_bases(path, [*above, file])
     return settings + own
 
@@ -326,8 +355,9 @@ def _as_written(result: Any) -> Any:
 
 def _near_file(file: str) -> str:
     folder = Path(os.path.dirname(file) or ".")
-    known = {str(path) for path in (*folder.glob("*.yaml"), *Path("configs").rglob("*.yaml"))}
-    names = {os.path.basename(path): path for path in sorted(known, reverse=True)}
+    packaged = packaged_configs()
+    known = {path.name: str("configs" / path.relative_to(packaged)) for path in sorted(packaged.rglob("*.yaml"))}
+    names = known | {path.name: str(path) for path in sorted(folder.glob("*.yaml"))}
     close = difflib.get_close_matches(os.path.basename(file), names, n=1, cutoff=0.75)
     return f"; did you mean {names[close[0]]}?" if close else ""
 

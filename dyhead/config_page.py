@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dyhead.config_checks import (
+    AUGMENTATION_CHECKS,
     CASCADE,
     CASCADE_CHECKS,
     CHECKS,
@@ -21,6 +22,7 @@ from dyhead.config_checks import (
     RESNET_CHECKS,
     TWO_STAGE_CHECKS,
 )
+from dyhead.config_files import packaged_configs
 from dyhead.config_options import OPTIONS, TWO_STAGE
 from dyhead.detection import DETECTORS
 from dyhead.detection.dense_options import DenseOptions
@@ -32,9 +34,10 @@ _INTRODUCTION = """\
 `dyhead config > docs/config.md` writes this page from the code; do not edit it.
 
 A configuration is a YAML file with Detectron2's keys and those of this project. `_BASE_: other.yaml` inherits from
-another file; `KEY VALUE` pairs at the end of `train_net.py`'s command line override both. Both engines read the same
-keys. Text is taken as it is written, `OUTPUT_DIR: 2026_11_25`, and a leading `~` of a path is the home folder. A key
-that stands twice in a file, an empty section and a tag are errors. What Detectron2's own keys mean is said in
+another file; `KEY VALUE` pairs at the end of `dyhead train`'s command line override both. A file that is not there is
+looked for among those that come with the package (`dyhead config --files`), and so is a base. Both engines read the
+same keys. Text is taken as it is written, `OUTPUT_DIR: 2026_11_25`, and a leading `~` of a path is the home folder. A
+key that stands twice in a file, an empty section and a tag are errors. What Detectron2's own keys mean is said in
 [its documentation](https://detectron2.readthedocs.io/en/latest/modules/config.html). Values are checked before a run
 starts; a wrong one is an error that names the key, what was expected and what came.
 
@@ -60,6 +63,7 @@ fewer values of some keys, and the error then names those that it supports.
 
 _CHECKED_TABLES = (
     ("All detectors", CHECKS),
+    ("With `TEST.AUG.ENABLED`", AUGMENTATION_CHECKS),
     ("Backbones with `resnet` in `MODEL.BACKBONE.NAME`", RESNET_CHECKS),
     ("Backbones with `fpn` in `MODEL.BACKBONE.NAME`", FPN_CHECKS),
     (f"`{TWO_STAGE}`", TWO_STAGE_CHECKS),
@@ -99,12 +103,17 @@ def page() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand takes no arguments."""
+    """The arguments of the command."""
+    parser.add_argument("--files", action="store_true", help="list the config files that come with the package instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the page; returns the exit code."""
-    print(page(), end="")
+    """Print the page, or the names of the files; returns the exit code."""
+    if args.files:
+        folder = packaged_configs()
+        print(*sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml")), sep="\n")
+    else:
+        print(page(), end="")
     return 0
 
 

@@ -51,9 +51,9 @@ def train(tmp_path, five_pictures):
             "OUTPUT_DIR": tmp_path / folder,
             **settings,
         }
-        file = ROOT / "configs/quickstart/fcos_dyhead_R18_shapes.yaml"
+        file = "fcos_dyhead_R18_shapes.yaml"  # of those that come with the package
         opts = [str(word) for pair in settings.items() for word in pair]
-        return train_net.main(["--engine", engine, *flags, "--config-file", str(file), *opts])
+        return train_net.main(["--engine", engine, *flags, "--config-file", file, *opts])
 
     return run
 
@@ -210,3 +210,18 @@ def test_the_trainers_of_others_refuse_what_they_would_ignore(key, value):
     cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=rf"{key}: expected .* with another trainer than dyhead.detectron2.Trainer"):
         build_optimizer(cfg, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_quiet_leaves_the_terminal_to_warnings(train, engine, tmp_path, capfd):
+    assert train(engine, "quiet", {"SOLVER.MAX_ITER": 1, "SOLVER.STEPS": "()"}, "--quiet") == 0
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "iteration" not in printed.err
+    log = (tmp_path / "quiet/log.txt").read_text()
+    assert "total_loss" in log
+    assert json.loads((tmp_path / "quiet/run.json").read_text()) == {
+        "engine": engine,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "keypoints": [],
+    }

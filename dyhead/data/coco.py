@@ -47,6 +47,21 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What a dataset's classes are called and numbered.
+
+    Attributes:
+        names: of the classes, ordered by their id in the file.
+        ids: the ids in the file, whole numbers or text; `ids[i]` is the id of class i.
+        keypoints: names of the keypoints of all categories that have any; none where these differ.
+    """
+
+    names: Sequence[str]
+    ids: Sequence[int | str]
+    keypoints: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class CocoSplit:
     """A loaded dataset.
 
@@ -171,6 +186,20 @@ def load(info: DatasetInfo, *, clip_boxes: bool = False) -> CocoSplit:
             their number.
     """
     data = read_json(info.json_file)
+    known = classes_of(data, info)
+    records = _records(data["images"], info)
+    classes = {c: i for i, c in enumerate(known.ids)}
+    _attach_annotations(records, data.get("annotations", []), classes, info, clip_boxes, len(known.keypoints))
+    annotated = "annotations" in data
+    return CocoSplit(info, known.names, known.ids, list(records.values()), annotated, known.keypoints)
+
+
+def classes_of(data: dict[str, Any], info: DatasetInfo) -> Classes:
+    """The classes of a file that `read_json` has read.
+
+    Raises:
+        DataError: it has none, or not each with an id and a name of its own.
+    """
     categories = _by_id(data["categories"], "category", info)
     if not categories:
         raise DataError(f"{info.json_file} (dataset '{info.name}'): it has no categories")
@@ -178,17 +207,12 @@ def load(info: DatasetInfo, *, clip_boxes: bool = False) -> CocoSplit:
     if len(kinds) > 1:
         got = " and ".join(map(_shown, kinds.values()))
         _fail(info, [f"categories have ids of two kinds: expected all numbers or all text, got {got}"])
-    category_ids = sorted(categories)
-    _fail(info, list(filter(None, (_name_fault(i, categories[i].get("name")) for i in category_ids))))
-    class_names = [categories[i]["name"] for i in category_ids]
-    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    ids = sorted(categories)
+    _fail(info, list(filter(None, (_name_fault(i, categories[i].get("name")) for i in ids))))
+    names = [categories[i]["name"] for i in ids]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
     _fail(info, [f"category name '{name}' appears more than once" for name in repeated])
-    records = _records(data["images"], info)
-    classes = {c: i for i, c in enumerate(category_ids)}
-    names = keypoint_names(categories.values())
-    _attach_annotations(records, data.get("annotations", []), classes, info, clip_boxes, len(names))
-    annotated = "annotations" in data
-    return CocoSplit(info, class_names, category_ids, list(records.values()), annotated, names)
+    return Classes(names, ids, keypoint_names(categories.values()))
 
 
 def keypoint_names(categories: Iterable[dict[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ from torch.utils.data import get_worker_info
 
 from dyhead import data
 from dyhead.config import ConfigError, check_num_classes, reads_visible_boxes
-from dyhead.data import CocoSplit, DataError
+from dyhead.data import Classes, CocoSplit, DataError
 from dyhead.data.shapes import SPECS
 from dyhead.evaluation.coco import as_rle
 from dyhead.runs.interruption import leave_to_main_process
@@ -128,6 +128,14 @@ def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
                 f"dataset {name!r}: expected the classes of {names[0]!r} in the same order, got {theirs!r} where that "
                 f"has {ours!r}"
             )
+
+
+def known_classes(name: str) -> Classes:
+    """The classes of a dataset in Detectron2's catalogs, with the ids of its annotation file."""
+    metadata = MetadataCatalog.get(name)
+    order = metadata.get("thing_dataset_id_to_contiguous_id")
+    ids = sorted(order, key=order.get) if order else list(range(len(metadata.thing_classes)))
+    return Classes(list(metadata.thing_classes), ids, list(metadata.get("keypoint_names") or ()))
 
 
 class NamingMapper(DatasetMapper):
@@ -271,10 +279,16 @@ def _read(sample: dict[str, Any], image_format: str) -> np.ndarray:
     if "://" in path:
         path = PathManager.get_local_path(path)
     size = (sample["height"], sample["width"]) if "height" in sample and "width" in sample else None
-    ours = image_format in ("RGB", "BGR")
-    image = data.read_image(path, image_format if ours else "RGB", size=size)
+    image = data.read_image(path, size=size)
     sample["height"], sample["width"] = image.shape[:2]
-    return image if ours else detection_utils.convert_PIL_to_numpy(Image.fromarray(image), image_format)
+    return in_format(image, image_format)
+
+
+def in_format(image: np.ndarray, image_format: str) -> np.ndarray:
+    """An image (height, width, 3), RGB, with the channels of ``INPUT.FORMAT``."""
+    if image_format in ("RGB", "BGR"):
+        return image if image_format == "RGB" else np.ascontiguousarray(image[:, :, ::-1])
+    return detection_utils.convert_PIL_to_numpy(Image.fromarray(image), image_format)
 
 
 def _register(split: CocoSplit, clip_boxes: bool) -> None:

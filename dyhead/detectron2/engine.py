@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -15,17 +16,26 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from dyhead.config import ConfigError, add_dyhead_config, load_config
-from dyhead.config_files import Scalar, resolve
+from dyhead.config_files import Scalar, find_file, resolve
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
-from dyhead.detectron2.datasets import check_classes, check_trainable, name_keypoints, register_datasets
+from dyhead.detectron2.datasets import (
+    check_classes,
+    check_trainable,
+    known_classes,
+    name_keypoints,
+    register_datasets,
+)
+from dyhead.detectron2.evaluation import check_panoptic, warn_of_panoptic
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
 from dyhead.evaluation.results import report_losses
+from dyhead.progress import is_quiet
 from dyhead.runs.output_dir import claimed, write_config
 from dyhead.runs.preflight import check_run
 from dyhead.runs.processes import launched, reporting
+from dyhead.runs.record import Record, write_record
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +113,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process of a run."""
     _register(cfg, args)
     _setup_process(cfg, args)
+    if comm.is_main_process():
+        warn_of_panoptic(cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -116,6 +128,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         trainer.resume_or_load(args.resume)
         if comm.is_main_process():
             write_config(cfg)
+            write_record(cfg.OUTPUT_DIR, Record("detectron2", known_classes(cfg.DATASETS.TRAIN[0])))
         results = trainer.train()
         model = trainer.checkpointer.model
         trainer.test_augmented(cfg, model, results)
@@ -135,6 +148,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
     if cfg.MODEL.KEYPOINT_ON:
         name_keypoints(names)
+    check_panoptic(cfg)
     check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     if not args.eval_only:
         check_trainable(cfg)
@@ -148,11 +162,24 @@ def _setup_process(cfg: CfgNode, args: argparse.Namespace) -> None:
     if os.path.exists(path):
         with open(path, "rb") as file:
             before = file.read()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dyhead", abbrev_name="dyhead")
+    if is_quiet():  # before default_setup, which says much, and does not set up again what is there
+        for named in ({"name": "fvcore"}, {}):
+            _hush(setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), **named))
+    # It reads the config file again, to log it.
+    default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": find_file(args.config_file)}))
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dyhead", abbrev_name="dyhead")
+    if is_quiet():
+        _hush(logger)
     if before is not None and comm.is_main_process():
         with open(path, "wb") as file:
             file.write(before)
+
+
+def _hush(logger: logging.Logger) -> None:
+    """Leave the terminal to warnings and errors; log.txt has everything."""
+    for handler in logger.handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.setLevel(logging.WARNING)
 
 
 def _check_links(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 
 from dyhead.config import ConfigError
 from dyhead.data import CocoSplit, DatasetInfo
-from dyhead.detectron2.datasets import registered_split
+from dyhead.detectron2.datasets import known_classes, registered_split
 from dyhead.evaluation import coco_results
 from dyhead.evaluation.results import Evaluated, detections_file, evaluate_detections
 
@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 
 # What Detectron2 calls what a task compares, in the order of its results.
 _FIELDS = {"segm": "pred_masks", "keypoints": "pred_keypoints"}
+
+_PANOPTIC = "coco_panoptic_seg"
+_PANOPTICAPI = "pip install git+https://github.com/cocodataset/panopticapi.git"
 
 
 class Results(dict):
@@ -74,7 +77,7 @@ class InstanceEvaluator(DatasetEvaluator):
         self.dataset_name = dataset_name
         self.output_dir = output_dir
         self._sigmas, self._others = list(sigmas), list(others)
-        self._category_ids = _category_ids(dataset_name)
+        self._category_ids = known_classes(dataset_name).ids
         self.reset()
 
     def reset(self) -> None:
@@ -136,28 +139,51 @@ class InstanceEvaluator(DatasetEvaluator):
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> InstanceEvaluator:
     """What evaluates a detector on a dataset; on one with the truth of it, also semantic and panoptic segmentation.
 
-    These are Detectron2's evaluators. Without panopticapi, which that of panoptic quality needs, a warning says so.
+    These are Detectron2's evaluators; that of panoptic quality needs panopticapi, see :func:`check_panoptic`.
     """
-    metadata, folder = MetadataCatalog.get(dataset_name), cfg.OUTPUT_DIR
+    folder = cfg.OUTPUT_DIR
     others: list[DatasetEvaluator] = []
-    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN" and metadata.get("evaluator_type") == "coco_panoptic_seg":
+    if dataset_name in _panoptic_sets(cfg):
         inference = os.path.dirname(detections_file(folder, dataset_name))
         others.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=inference))
         if importlib.util.find_spec("panopticapi"):
             others.append(COCOPanopticEvaluator(dataset_name, inference))
-        else:
-            _log.warning(
-                "Dataset '%s': without panopticapi there is no panoptic quality; "
-                "pip install git+https://github.com/cocodataset/panopticapi.git", dataset_name,
-            )  # fmt: skip
     return InstanceEvaluator(dataset_name, folder, sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS, others=others)
 
 
-def _category_ids(name: str) -> list[Any]:
-    """The ids in the annotation file, by class."""
-    metadata = MetadataCatalog.get(name)
-    classes = metadata.get("thing_dataset_id_to_contiguous_id")
-    return sorted(classes, key=classes.get) if classes else list(range(len(metadata.thing_classes)))
+def check_panoptic(cfg: CfgNode) -> None:
+    """Check before a run that the panoptic quality that it is to end with can be computed.
+
+    Raises:
+        ConfigError: ``TEST.EXPECTED_RESULTS`` has it, and panopticapi is not installed; or it is, and a test set's
+            panoptic segmentation is not there.
+    """
+    installed = importlib.util.find_spec("panopticapi") is not None
+    for name in _panoptic_sets(cfg):
+        tasks = [task for task, *_ in cfg.TEST.EXPECTED_RESULTS]
+        if not installed and {"panoptic_seg", f"{name}/panoptic_seg"} & set(tasks):
+            raise ConfigError(f"TEST.EXPECTED_RESULTS: expected no panoptic_seg without panopticapi; {_PANOPTICAPI}")
+        for key in ("panoptic_json", "panoptic_root") if installed else ():
+            path = MetadataCatalog.get(name).get(key) or ""
+            if "://" not in path and not os.path.exists(path):  # what is elsewhere is fetched
+                raise ConfigError(
+                    f"DATASETS.TEST: dataset {name!r} has no panoptic segmentation to evaluate: its {key}, {path!r}, "
+                    "is not there"
+                )
+
+
+def warn_of_panoptic(cfg: CfgNode) -> None:
+    """Say before a run that it will end without panoptic quality, if it will."""
+    names = _panoptic_sets(cfg)
+    if names and not importlib.util.find_spec("panopticapi"):
+        _log.warning("Without panopticapi there is no panoptic quality on %s; %s", ", ".join(names), _PANOPTICAPI)
+
+
+def _panoptic_sets(cfg: CfgNode) -> list[str]:
+    """The test sets with the truth of panoptic segmentation, of a detector that does it."""
+    if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
+        return []
+    return [name for name in cfg.DATASETS.TEST if MetadataCatalog.get(name).get("evaluator_type") == _PANOPTIC]
 
 
 def _split(name: str) -> CocoSplit:
@@ -170,7 +196,8 @@ def _split(name: str) -> CocoSplit:
         record["annotations"] = [_as_in_file(a) for a in record.get("annotations", ())]
     json_file = PathManager.get_local_path(metadata.json_file) if metadata.get("json_file") else ""
     info = DatasetInfo(name, json_file, metadata.get("image_root", ""))
-    return CocoSplit(info, metadata.thing_classes, _category_ids(name), records)
+    known = known_classes(name)
+    return CocoSplit(info, known.names, known.ids, records)
 
 
 def _as_in_file(annotation: dict[str, Any]) -> dict[str, Any]:

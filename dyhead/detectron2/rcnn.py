@@ -105,7 +105,7 @@ class _Supervised:
     """RoI heads of Detectron2 whose regions other heads of the same structure learn from, too, on other maps."""
 
     def supervise(self, taps: Mapping[str, Tap], heads: Mapping[str, nn.Module], loss_weight: float) -> None:
-        """See :meth:`dyhead.torchvision.rcnn.RegionHeads.supervise`."""
+        """See :meth:`dyhead.torchvision.rcnn.regions.RegionHeads.supervise`."""
         self.taps, self.auxiliary, self.auxiliary_weight = dict(taps), nn.ModuleDict(heads), loss_weight
         for own in heads.values():
             own.train_on_pred_boxes = False  # regions are those of the detector's own heads

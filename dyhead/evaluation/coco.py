@@ -112,6 +112,7 @@ def coco_results(
     labels: Tensor,
     masks: Tensor | None = None,
     keypoints: Tensor | None = None,
+    visible_boxes: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """COCO's result dicts of the detections in one image; boxes without width or height are none.
 
@@ -124,8 +125,9 @@ def coco_results(
         masks: (D, H, W), true where the object is, in the image as it is in its file.
         keypoints: (D, P, 3) as x, y and score. Pixel i reaches from i to i + 1, as for the boxes; COCO's keypoints
             count pixels instead, and are half a pixel less.
+        visible_boxes: (D, 4), those of the visible parts of the objects; they become ``visible_bbox``.
     """
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+    boxes = _with_sides(boxes)
     parts: list[dict[str, Any]] = [{} for _ in range(len(boxes))]
     if masks is not None:
         for part, rle in zip(parts, encode_masks(masks), strict=True):
@@ -134,11 +136,19 @@ def coco_results(
         shift = keypoints.new_tensor([0.5, 0.5, 0.0])
         for part, points in zip(parts, (keypoints - shift).flatten(1).tolist(), strict=True):
             part["keypoints"] = points
+    if visible_boxes is not None:
+        for part, box in zip(parts, _with_sides(visible_boxes).tolist(), strict=True):
+            part["visible_bbox"] = box
     return [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score} | part
         for box, label, score, part in zip(boxes.tolist(), labels.tolist(), scores.tolist(), parts, strict=True)
         if not (box[2] <= 0 or box[3] <= 0)  # but what is NaN is an error of evaluate_coco
     ]
+
+
+def _with_sides(boxes: Tensor) -> Tensor:
+    """x, y, width and height of boxes (D, 4) that are x0, y0, x1, y1."""
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:

@@ -3,9 +3,11 @@
 import colorsys
 import json
 import logging
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from dyhead.data.coco import CocoSplit
+from dyhead.data.coco import Classes, CocoSplit
 from dyhead.data.images import read_image
 from dyhead.evaluation import lettering
 from dyhead.evaluation.coco import as_rle
@@ -55,16 +57,12 @@ def draw_predictions(
         if d["score"] >= score_threshold:
             found[d["image_id"]].append(d)
     classes = {category: i for i, category in enumerate(split.category_ids)}
-    names = _drawable(split.class_names)
+    names = _drawable(tuple(split.class_names))
 
     pairs = []
     for record in chosen:
         truth = [(a["bbox"], a["category_id"], "", a) for a in record["annotations"] if not a["iscrowd"]]
-        predicted = [
-            ([x, y, x + w, y + h], classes[d["category_id"]], f" {d['score']:.2f}", d)
-            for d in sorted(found[record["image_id"]], key=lambda d: d["score"])  # the most confident on top
-            for x, y, w, h in [d["bbox"]]
-        ]
+        predicted = _predicted(found[record["image_id"]], classes)
         image = Image.fromarray(read_image(record["file_name"], size=(record["height"], record["width"])))
         pairs.append([_with_boxes(_with_masks(image, objects), objects, names) for objects in (truth, predicted)])
 
@@ -83,6 +81,21 @@ def draw_predictions(
         y += height
     with replacing(png_path) as file:
         sheet.save(file, "PNG")
+
+
+def draw_detections(image: np.ndarray, detections: Iterable[dict[str, Any]], known: Classes) -> Image.Image:
+    """A picture of an image, in its size, with what was detected in it.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        detections: COCO's result dicts of this image, masks and keypoints with them.
+        known: the classes.
+    """
+    drawn = _predicted(detections, {category: i for i, category in enumerate(known.ids)})
+    picture = _with_masks(Image.fromarray(image), drawn)
+    letters = max(_LETTERS, round(max(picture.size) / 60))
+    _draw_boxes(picture, drawn, _drawable(tuple(known.names)), 1.0, letters)
+    return picture
 
 
 def plot_losses(metrics_json: str | os.PathLike, png_path: str | os.PathLike) -> None:
@@ -128,7 +141,9 @@ def read_losses(metrics_json: str | os.PathLike) -> dict[str, dict[int, float]]:
     return curves
 
 
-def _drawable(class_names: Sequence[str]) -> list[str]:
+@cache
+def _drawable(class_names: tuple[str, ...]) -> list[str]:
+    """How pictures call the classes; a warning, once, names those that there is no font for."""
     names, without_font = [], []
     for i, name in enumerate(class_names):
         shown, missing = lettering.readable(name)
@@ -145,6 +160,15 @@ def _drawable(class_names: Sequence[str]) -> list[str]:
 
 
 _Drawn = tuple[Sequence[float], int, str, dict[str, Any]]  # box, class, score, and what masks and keypoints are in
+
+
+def _predicted(detections: Iterable[dict[str, Any]], classes: Mapping[Any, int]) -> list[_Drawn]:
+    """COCO's result dicts, the most confident last: it is drawn on top. ``classes``: by category id."""
+    return [
+        ([x, y, x + w, y + h], classes[d["category_id"]], f" {d['score']:.2f}", d)
+        for d in sorted(detections, key=lambda d: d["score"])
+        for x, y, w, h in [d["bbox"]]
+    ]
 
 
 def _with_masks(image: Image.Image, objects: Sequence[_Drawn]) -> Image.Image:
@@ -167,25 +191,72 @@ def _with_boxes(image: Image.Image, boxes: Sequence[_Drawn], names: list[str]) -
     resized = image.resize([max(1, round(n * scale)) for n in image.size])
     small = Image.new("RGB", [max(_SHORT, n) for n in resized.size], "lightgrey")
     small.paste(resized)
-    pen = ImageDraw.Draw(small)
+    _draw_boxes(small, boxes, names, scale, _LETTERS)
+    return small
+
+
+def _draw_boxes(picture: Image.Image, boxes: Sequence[_Drawn], names: list[str], scale: float, letters: int) -> None:
+    """Draw boxes, what they are, and keypoints.
+
+    Args:
+        picture: what to draw on.
+        boxes: in pixels of the image.
+        names: of the classes.
+        scale: pixels of the picture in one of the image.
+        letters: size of the letters, in pixels.
+    """
+    pen, line, far = ImageDraw.Draw(picture), max(2, letters // 6), 2 * max(picture.size)
+    labels, taken = [], []
     for box, class_index, score, entry in boxes:
-        x0, y0, x1, y1 = (min(max(v * scale, -9), 2 * _SIDE) for v in box)  # Pillow draws what cannot be seen, too
+        x0, y0, x1, y1 = (min(max(v * scale, -9), far) for v in box)  # Pillow draws what cannot be seen, too
+        x1, y1 = max(x0, x1 - 1), max(y0, y1 - 1)
         colour = _colour(class_index)
-        pen.rectangle((x0 - 1, y0 - 1, max(x0, x1 - 1) + 1, max(y0, y1 - 1) + 1), outline="black")
-        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
-        room = small.width - 2 - lettering.measured(score, _LETTERS)[0]
-        text = lettering.elided(names[class_index], room, _LETTERS) + score
-        width, height = lettering.measured(text, _LETTERS)
-        x = min(max(x0, 0), max(small.width - width - 2, 0))
-        y = y0 - height - 2 if y0 > height + 2 else min(y1, small.height - height - 2)
-        pen.rectangle((x, y, x + width + 1, y + height + 1), fill="black")
-        lettering.write(pen, x + 1, y, text, colour, _LETTERS)
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black")
+        pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
         points = np.reshape(entry.get("keypoints", ()), (-1, 3))
         for u, v, shown in points.tolist():  # in the truth, the third number is 0 where there is no point
             if shown > 0:
-                u, v = (min(max((n + 0.5) * scale, -9), 2 * _SIDE) for n in (u, v))
-                pen.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colour, outline="black")
-    return small
+                u, v = (min(max((n + 0.5) * scale, -9), far) for n in (u, v))
+                pen.ellipse((u - line, v - line, u + line, v + line), fill=colour, outline="black")
+        room = picture.width - 2 - lettering.measured(score, letters)[0]
+        labels.append((lettering.elided(names[class_index], room, letters) + score, colour, (x0, y0, x1, y1)))
+    for text, colour, box in reversed(labels):  # the most confident has the choice of places
+        width, height = lettering.measured(text, letters)
+        x, y = _free_place(box, (width + 2, height + 2), picture.size, taken)
+        taken.append((x, y, x + width + 2, y + height + 2))
+        pen.rectangle((x, y, x + width + 1, y + height + 1), fill="black")
+        lettering.write(pen, x + 1, y, text, colour, letters)
+
+
+def _free_place(
+    box: Sequence[float], size: tuple[int, int], picture: tuple[int, int], taken: Sequence[Sequence[float]]
+) -> tuple[float, float]:
+    """Upper left corner of a label of this size at a box, where it covers the least of other labels.
+
+    Args:
+        box: (x0, y0, x1, y1) in pixels of the picture, as all here.
+        size: (width, height) of the label.
+        picture: (width, height).
+        taken: where labels are.
+    """
+    x0, y0, x1, y1 = box
+    width, height = size
+    left, right = x0, x1 - width
+    # Above the box, below it, inside at the top and bottom, then beside it, line by line.
+    places = [(x, y) for y in (y0 - height, y1 + 1, y0, y1 - height) for x in (left, right)]
+    lines = [y for i in range(8) for y in (y0 + i * height, y1 - (i + 1) * height)]
+    places += [(x, y) for y in lines for x in (x1 + 1, x0 - width)]
+    room = picture[0] - width, picture[1] - height
+    best, least = (0.0, 0.0), math.inf
+    for place in places:
+        x, y = (min(max(value, 0), max(most, 0)) for value, most in zip(place, room, strict=True))
+        covered = sum(
+            max(0, min(x + width, x_max) - max(x, x_min)) * max(0, min(y + height, y_max) - max(y, y_min))
+            for x_min, y_min, x_max, y_max in taken
+        )
+        if covered < least:
+            best, least = (x, y), covered
+    return best
 
 
 def _colour(index: int) -> tuple[int, ...]:

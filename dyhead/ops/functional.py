@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, library, reference, scripting
+from . import backends, library, onnx, reference, scripting
 
 if library.PROBLEM is None:
     from . import registration  # noqa: F401
@@ -68,8 +68,9 @@ def pyramid_deform_conv2d(
     PyTorch runs, which is slower. For second derivatives by torch.autograd use `dyhead.ops.reference` or
     `dyhead.ops.backend("reference")`, as the error says.
 
-    torch.jit.script takes this function (`scales` as floats, products in full float32 on a CUDA device), and torch.onnx
-    exports its definition in plain PyTorch.
+    torch.jit.script takes this function (`scales` as floats, products in full float32 on a CUDA device).
+    torch.onnx.export writes it as ONNX's DeformConv, one a level, from opset 19 on (`dyhead.ops.onnx`); with
+    dynamo=False its definition in plain PyTorch.
 
     Raises:
         RuntimeError: a wrong type, number, shape, dtype or device; the message names the argument, what was expected
@@ -113,6 +114,8 @@ deform_conv2d.__prepare_scriptable__ = scripting.in_place_of(scripting.deform_co
 
 
 def _run(features: list[Tensor], offset: Tensor, *others) -> Tensor:
+    if onnx.exporting():
+        return onnx.deform_conv(features, offset, *others)
     if backends.selected() == "compiled" and library.runs_on(features[0].device):
         return torch.ops.dyhead.pyramid_deform_conv2d(features, offset, *others, _allow_tf32(features[0]))
     return _run_reference(features, offset, *others)

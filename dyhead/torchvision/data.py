@@ -50,6 +50,11 @@ def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, 
     return max(1, int(height + 0.5)), max(1, int(width + 0.5))
 
 
+def prepared(image: Tensor, shortest: int, longest: int) -> Tensor:
+    """An image uint8 (3, H, W) in the size of :func:`resized`, as the detector sees it in an evaluation."""
+    return functional.resize(image, list(resized(*image.shape[-2:], shortest, longest)), antialias=True)
+
+
 def load_train(cfg: CfgNode) -> list[CocoSplit]:
     """The datasets of ``DATASETS.TRAIN``, loaded and checked.
 
@@ -102,6 +107,11 @@ class Change:
     before: tuple[int, int]
     after: tuple[int, int]
     flip: str
+
+    @property
+    def inverse(self) -> Change:
+        """The change that leads back."""
+        return Change(self.after, self.before, self.flip)
 
     def image(self, image: Tensor) -> Tensor:
         """An image uint8 (3, H, W)."""
@@ -322,8 +332,7 @@ class EvaluationImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = _read(self.split.records[index], self.image_format)
-        size = resized(*image.shape[-2:], self.shortest, self.longest)
-        return functional.resize(image, list(size), antialias=True), index
+        return prepared(image, self.shortest, self.longest), index
 
 
 class DetectionLoader(DataLoader):

@@ -29,11 +29,12 @@ from dyhead.runs.output_dir import claimed, write_config
 from dyhead.runs.precision import autocast_dtype
 from dyhead.runs.preflight import check_run
 from dyhead.runs.processes import launched, reporting
+from dyhead.runs.record import Record, write_record
 from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_resumable
 from dyhead.torchvision.config import check_values, get_cfg, ignore_not_honoured
 from dyhead.torchvision.data import load_splits, load_train
 from dyhead.torchvision.detectors import build_model
-from dyhead.torchvision.evaluation import evaluate
+from dyhead.torchvision.evaluation import evaluate, evaluate_augmented
 from dyhead.torchvision.logs import log_to_file, start_logging, stop_logging
 from dyhead.torchvision.report import report_results
 from dyhead.torchvision.training import Autocast, train
@@ -194,6 +195,11 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
         resumed["optimizer"] = resumed_state(optimizer, resumed["optimizer"], checkpoint)
     if fabric.is_global_zero:
         write_config(cfg)
+        first = training_splits[0]
+        write_record(
+            cfg.OUTPUT_DIR,
+            Record("torchvision", data.Classes(first.class_names, first.category_ids, first.keypoint_names)),
+        )
         names = ", ".join(f"{split.info.name} ({len(split.class_names)} classes)" for split in training_splits)
         _log.info("Training on %d images, seed %d: %s", len(records), seed, names)
 
@@ -203,6 +209,7 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
         report_losses(cfg)
     if results is None and test:
         results = evaluate(fabric, cfg, model, test)
+    evaluate_augmented(fabric, cfg, model, test, results or [])
     return model, results or []
 
 
@@ -215,7 +222,9 @@ def _evaluate(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[t
     check_expectations(cfg, {split.info.name: split.class_names for split in test})
     model = build_model(cfg)
     load_weights(model, (last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None) or cfg.MODEL.WEIGHTS, strict=True)
-    return model, evaluate(fabric, cfg, model.to(fabric.device), test)
+    results = evaluate(fabric, cfg, model.to(fabric.device), test)
+    evaluate_augmented(fabric, cfg, model, test, results)
+    return model, results
 
 
 def _seed(cfg: CfgNode, resumed: dict[str, Any] | None) -> int:

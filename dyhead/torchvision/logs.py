@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dyhead.evaluation.results import Evaluated
+from dyhead.progress import bar, is_quiet
 
 _PERIOD = 20  # iterations between two lines, as in Detectron2
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*
 
 def start_logging() -> None:
     """Send the project's messages to the terminal, and keep them for the log.txt that :func:`log_to_file` opens."""
-    _add(_Terminal(logging.INFO))
+    _add(_Terminal(logging.WARNING if is_quiet() else logging.INFO))
     _add(MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize))
 
 
@@ -95,7 +96,7 @@ class TrainingLog:
         self.max_iter = max_iter
         self._level = logging.DEBUG if terminal else logging.INFO
         self._board: SummaryWriter | None = SummaryWriter(output_dir)
-        self._bar = tqdm(desc="training", total=max_iter, initial=start, disable=not terminal, dynamic_ncols=True)
+        self._bar = bar("training", max_iter, initial=start, leave=True)
         self._window: list[dict[str, float]] = []
         self._clock = time.perf_counter()
 

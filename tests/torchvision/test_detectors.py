@@ -10,11 +10,13 @@ from torchvision.ops import roi_align
 
 from dyhead.detection import DETECTORS as REGISTERED
 from dyhead.detection import Anchors
+from dyhead.detection.roi.pooling import PyramidPool
 from dyhead.layers import DyHead, ReleasedDyHeadBlock
 from dyhead.torchvision import build_model
 from dyhead.torchvision.anchors import PyramidAnchors
 from dyhead.torchvision.dense import DenseModel
-from dyhead.torchvision.rcnn import BoxPredictor, FasterRCNN, PyramidPool
+from dyhead.torchvision.rcnn import FasterRCNN
+from dyhead.torchvision.rcnn.boxes import BoxPredictor
 
 DETECTORS = [*(detector.name.lower() for detector in REGISTERED.values()), "faster_rcnn"]
 TWO_STAGE_LOSSES = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}

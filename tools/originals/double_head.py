@@ -85,11 +85,13 @@ class Torchvision:
 
     def step(self, features: Mapping[str, Tensor], images: Sequence[Image]) -> Step:
         """A training step's losses, and which regions they are of."""
+        from dyhead.torchvision.rcnn.regions import Sample
+
         heads, sizes = self.model.roi_heads, [image.size for image in images]
         targets = [{"boxes": image.boxes, "labels": image.labels + 1} for image in images]
         sampled = heads.select_training_samples([image.proposals for image in images], targets)
         proposals, matched, labels, _ = sampled
-        losses = heads.box_losses(features, proposals, sizes, matched, labels, targets)
+        losses = heads.box_losses(features, Sample(proposals, sizes, matched, labels, targets))
         labels = torch.cat(labels)
         owners = torch.where(labels > 0, torch.cat(matched), -1)
         return Step(losses, _numbered(proposals), owners, (labels - 1) % (_BACKGROUND + 1))

@@ -15,6 +15,7 @@ from PIL import Image
 from dyhead.data.errors import DataError
 from dyhead.data.shapes.drawing import DRAWING_VERSION, KEYPOINTS, draw
 from dyhead.data.shapes.specification import SPECS, Spec
+from dyhead.progress import bar, is_quiet
 
 
 def prepare(name: str, root: str | os.PathLike) -> tuple[str, str]:
@@ -101,10 +102,13 @@ def _lock(path: str) -> Iterator[None]:
 
 
 def _progress(name: str, total: int) -> Iterator[int]:
-    """Counts to `total` and reports it on stderr: one running line on a terminal, else a first and a last line."""
-    start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
-    for i in range(total):
-        if i == 0 or (start and i % 10 == 0):
-            print(f"{start}drawing {name}: {i:5} of {total} images", end=end, file=sys.stderr, flush=True)
-        yield i
-    print(f"{start}drawing {name}: {total:5} of {total} images", file=sys.stderr, flush=True)
+    """Counts to `total` and reports it on stderr: by a bar on a terminal, else by a first and a last line."""
+    terminal = sys.stderr.isatty()
+    with bar(f"drawing {name}", total, leave=True) as progress:
+        for i in range(total):
+            if i == 0 and not (terminal or is_quiet()):
+                print(f"drawing {name}: {total} images", file=sys.stderr, flush=True)
+            yield i
+            progress.update()
+    if not (terminal or is_quiet()):
+        print(f"drawing {name}: done", file=sys.stderr, flush=True)

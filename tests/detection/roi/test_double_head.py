@@ -14,7 +14,8 @@ from dyhead.detection.roi import BOX_HEADS, DoubleHead
 from dyhead.detection.roi.double_head import GroupedNonLocal
 from dyhead.detection.roi.prediction import either, weighed
 from dyhead.torchvision import build_model, get_cfg
-from dyhead.torchvision.rcnn import class_probabilities
+from dyhead.torchvision.rcnn.boxes import class_probabilities
+from dyhead.torchvision.rcnn.regions import Sample
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart" / "doublehead_ext_R18_shapes.yaml"
 EXT = {"non_local_dim": 6, "non_local_groups": 3, "loss_weights": ((1.4, 2.0), (0.5, 0.6))}
@@ -244,7 +245,7 @@ def test_losses_and_detections_of_a_hand_computed_step_on_torchvision(monkeypatc
     ]
     monkeypatch.setattr(heads, "_predict", lambda *_: predictions)
     matched, labels = torch.tensor([0, 0]), torch.tensor([1, 0])
-    losses = heads.box_losses({}, [REGIONS], [(20, 40)], [matched], [labels], [{"boxes": OBJECT}])
+    losses = heads.box_losses({}, Sample([REGIONS], [(20, 40)], [matched], [labels], [{"boxes": OBJECT}]))
     assert {key: loss.item() for key, loss in losses.items()} == pytest.approx(LOSSES)
     (found,) = heads.detect_boxes({}, [REGIONS], [(20, 40)])
     torch.testing.assert_close(found["scores"], torch.tensor(SCORES))

@@ -1,0 +1,146 @@
+"""The operators in ONNX, run by ONNX Runtime and OpenVINO, against their definitions."""
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from dyhead.layers import DyHead
+from dyhead.ops import border_align, deform_conv2d, library, onnx, pyramid_deform_conv2d, reference
+from dyhead.ops.channelwise import affine_maximum, channel_statistics
+from tests.export.runtimes import RUNTIMES, operators, runner
+
+pytest.importorskip("onnxscript", reason="needs onnxscript (pip install 'dyhead[export]')")
+
+# Far finer, far coarser, in between; and sizes of levels that are no multiples of the output's.
+SCALES = (4.0, 2.0, 1.5, 1.0, 0.5, 0.25)
+SIZE = (5, 7)
+SIDES = [(17, 25), (11, 15), (9, 11), (5, 7), (3, 5), (1, 2)]
+
+
+class Calls(nn.Module):
+    """Many calls in one graph, since every export takes seconds."""
+
+    def __init__(self, functions):
+        super().__init__()
+        self.functions = functions
+
+    def forward(self, *tensors):
+        return tuple(function(*tensors) for function in self.functions)
+
+
+def export(module, tensors, path, opset=19, **options):
+    torch.onnx.export(
+        module.eval(), tuple(tensors), path, dynamo=True, opset_version=opset, verbose=False, external_data=False,
+        input_names=[f"x{i}" for i in range(len(tensors))], **options,
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """Path of a graph, its inputs, and what they have to give."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 4, *side) for side in SIDES]
+    offset, mask, level_weight = 2 * torch.randn(2, 36, *SIZE), torch.rand(2, 18, *SIZE), torch.rand(2, len(SIDES))
+    weight, bias = torch.randn(len(SIDES), 6, 2, 3, 3), torch.randn(6)
+    narrow = torch.randn(len(SIDES), 6, 4, 1, 2)
+    small = torch.randn(6, 2, 3, 2)
+
+    def of_pyramid(operator, *arguments, **options):
+        return lambda *t: operator(list(t[: len(SIDES)]), *(a(t) for a in arguments), **options)
+
+    def o(t):
+        return t[len(SIDES)]
+
+    def variants(pyramid, convolution):
+        return [
+            of_pyramid(
+                pyramid, o, lambda t: weight, lambda t: bias, lambda t: t[-2], lambda t: t[-1], scales=SCALES
+            ),
+            of_pyramid(pyramid, o, lambda t: weight, lambda t: None, lambda t: None, lambda t: t[-1], scales=SCALES),
+            of_pyramid(pyramid, o, lambda t: weight, dilation=(3, 1)),  # scales by the sizes, of each axis
+            of_pyramid(pyramid, o, lambda t: weight, scales=(1.0, 7.0, 0.3, 0.3, 9.0, 2.5), dilation=2),
+            of_pyramid(pyramid, lambda t: o(t)[:, :4], lambda t: narrow, scales=SCALES, dilation=(2, 3)),
+            lambda *t: convolution(t[1], o(t)[:, :24], small, bias, (3, 2), (2, 0), (1, 2), t[-2][:, :12]),
+            lambda *t: convolution(t[1], o(t)[:, :24], small, None, (3, 2), (2, 0), (1, 2)),
+        ]  # fmt: skip
+
+    tensors += [offset, mask, level_weight]
+    with torch.no_grad():
+        expected = [f(*tensors) for f in variants(reference.pyramid_deform_conv2d, reference.deform_conv2d)]
+    path = tmp_path_factory.mktemp("onnx") / "calls.onnx"
+    return export(Calls(variants(pyramid_deform_conv2d, deform_conv2d)), tensors, path), tensors, expected
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
+def test_levels_are_read_where_the_definition_reads_them(runtime, calls):
+    path, tensors, expected = calls
+    for number, (got, wanted) in enumerate(zip(runner(runtime, path)(tensors), expected, strict=True)):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-5, msg=lambda text, n=number: f"call {n}: {text}")
+
+
+def test_the_operator_is_deform_conv_and_nothing_is_gathered(calls):
+    assert operators(calls[0])["DeformConv"] == 5 * len(SIDES) + 2
+    assert not operators(calls[0]).keys() & {"GatherElements", "GatherND", "GridSample"}
+
+
+def pyramid(batch, height, width):
+    torch.manual_seed(1)
+    return [torch.randn(batch, 16, height // 2**i, width // 2**i) for i in range(2)]
+
+
+def head(**options):
+    torch.manual_seed(0)
+    head = DyHead(16, 1, **options).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # so that offsets are not zero
+    return head
+
+
+@pytest.mark.parametrize("options", [{}, {"block": "released"}], ids=str)
+def test_a_head_exports_with_any_batch_and_size(options, tmp_path):
+    """The sizes of levels, and with them the padding of the coarser ones, are not known before."""
+    module = Calls([lambda *levels: torch.cat([x.flatten(1) for x in module.head(levels)], dim=1)])
+    module.head = head(**options)
+    batch, height, width = Dim("batch"), Dim("height"), Dim("width")
+    sizes = [{0: batch, 2: 2 // 2**i * height, 3: 2 // 2**i * width} for i in range(2)]
+    path = export(module, pyramid(2, 12, 20), tmp_path / "head.onnx", 22, dynamic_shapes=(tuple(sizes),))
+    runs = [runner(runtime, path) for runtime in RUNTIMES if runtime.installed]
+    for shape in ((2, 12, 20), (1, 16, 8)):
+        levels = pyramid(*shape)
+        with torch.no_grad():
+            expected = module(*levels)[0]
+        for run in runs:
+            torch.testing.assert_close(run(levels)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(library.PROBLEM is not None, reason="needs the compiled operator")
+def test_a_program_that_was_exported_before_has_its_operators_translated(tmp_path):
+    torch.manual_seed(0)
+    x, boxes, weight = torch.randn(1, 16, 6, 8), 4 * torch.rand(1, 4, 3, 2), torch.randn(1, 4, 16, 3, 3)
+    slopes = torch.randn(1, 2, 1, 16)
+    module = Calls([
+        lambda x, boxes: border_align(x, boxes, 3),
+        lambda x, boxes: pyramid_deform_conv2d([x], x.repeat(1, 2, 1, 1)[:, :18], weight),
+        lambda x, boxes: affine_maximum([x], slopes, channel_statistics(x)),
+    ])  # fmt: skip
+    program = torch.export.export(module.eval(), (x, boxes))
+    names = ("border_align", "pyramid_deform_conv2d", "affine_maximum", "channel_statistics")
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {f"dyhead.{name}.default" for name in names} <= targets
+    path = tmp_path / "program.onnx"
+    torch.onnx.export(program, (), path, dynamo=True, opset_version=19, verbose=False, external_data=False)
+    assert operators(path)["DeformConv"] == 1
+    run, *_ = [runner(runtime, path) for runtime in RUNTIMES if runtime.installed]
+    for got, expected in zip(run([x, boxes]), module(x, boxes), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_outside_of_an_export_the_definition_runs():
+    """PyTorch's table of decompositions has it for whoever else asks."""
+    x, offset, weight = torch.randn(1, 2, 4, 4), torch.randn(1, 18, 4, 4), torch.randn(1, 3, 2, 3, 3)
+    geometry = True, None, [1, 1], [0, 0], [1, 1]
+    got = onnx.deform_conv([x], offset, weight, None, None, None, *geometry)
+    assert torch.equal(got, reference.pyramid_deform_conv2d([x], offset, weight))
