@@ -15,6 +15,7 @@ pytest.importorskip("onnxscript", reason="needs onnxscript (pip install 'dyhead[
 # Far finer, far coarser, in between; and sizes of levels that are no multiples of the output's.
 SCALES = (4.0, 2.0, 1.5, 1.0, 0.5, 0.25)
 SIZE = (5, 7)
+ALL = slice(0, 6)
 SIDES = [(17, 25), (11, 15), (9, 11), (5, 7), (3, 5), (1, 2)]
 
 
@@ -48,30 +49,27 @@ def calls(tmp_path_factory):
     small = torch.randn(6, 2, 3, 2)
 
     def variants(pyramid, convolution):
-        def call(options, levels=(0, 1, 2, 3, 4, 5), w=weight, b=None, masked=True, weighted=True, channels=36):
+        def call(options, levels=ALL, w=weight, b=None, masked=True, weighted=True, channels=36):
             def function(*tensors):
                 *features, offset, mask, level_weight = tensors
                 return pyramid(
-                    [features[i] for i in levels],
+                    features[levels],
                     offset[:, :channels],
-                    w[list(levels)],
+                    w[levels],
                     b,
                     mask if masked else None,
-                    level_weight[:, list(levels)] if weighted else None,
+                    level_weight[:, levels] if weighted else None,
                     **options,
                 )
 
             return function
 
-        def of(levels):
-            return {"scales": [SCALES[i] for i in levels]}
-
         bare = {"masked": False, "weighted": False}
         return [
-            call(of(range(6)), b=bias),
-            call({"dilation": (3, 1)}, levels=(0, 4), masked=False),  # scales by the sizes, of each axis
+            call({"scales": SCALES}, b=bias),
+            call({"dilation": (3, 1)}, slice(0, 6, 4), masked=False),  # scales by the sizes, of each axis
             call({"scales": (1.0, 7.0, 0.3, 0.3, 9.0, 2.5), "dilation": 2}, weighted=False),
-            call(of((2, 5)) | {"dilation": (2, 3)}, levels=(2, 5), w=narrow, channels=4, **bare),
+            call({"scales": SCALES[2::3], "dilation": (2, 3)}, slice(2, 6, 3), narrow, channels=4, **bare),
             lambda *t: convolution(t[1], t[6][:, :24], small, bias, (3, 2), (2, 0), (1, 2), t[7][:, :12]),
             lambda *t: convolution(t[1], t[6][:, :24], small, None, (3, 2), (2, 0), (1, 2)),
         ]
