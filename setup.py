@@ -1,9 +1,10 @@
 """Builds the operator. The package's metadata is in pyproject.toml.
 
-Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (CUDA; needs nvcc as well). Both use
-PyTorch's stable ABI, so that a build runs with the PyTorch that dyhead/ops/torch_version.py names and every newer one.
-Without a C++ compiler neither is built, and a wheel is one for any machine, on which plain PyTorch computes the
-operator and a warning says so. Environment variables, as PyTorch's extensions have them:
+Two libraries: dyhead/_C (CPU; needs a C++ compiler only) and dyhead/_C_cuda (CUDA; needs nvcc as well). Both use the
+stable ABIs of PyTorch and Python, so that a build runs with the PyTorch that dyhead/ops/torch_version.py names, with
+Python 3.10, and with all newer ones. Without a C++ compiler neither is built, and a wheel is one for any machine, on
+which plain PyTorch computes the operator and a warning says so. Environment variables, as PyTorch's extensions have
+them:
 
     DYHEAD_PURE_PYTHON=1   build no library although there is a compiler
     FORCE_CUDA=1 / 0       build the CUDA library although no CUDA device is found / do not, although one is
@@ -61,21 +62,17 @@ NVCC_FLAGS = ["-O3", "-lineinfo", "-DUSE_CUDA", TARGET_MACRO, "--compiler-option
 
 def cpu_extension() -> Extension:
     """dyhead._C: the operator's schema, its CPU kernels and build_info()."""
-    try:
-        import pybind11
-    except ImportError:  # PyTorch's own headers of it refuse to be part of a library for its stable ABI
-        sys.exit("dyhead: expected pybind11 >= 2.13 to build with, found none: pip install pybind11")
-
     return Extension(
         "dyhead._C",
         ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/**/*.cpp", recursive=True))],
         depends=glob.glob("csrc/**/*.h", recursive=True),
-        include_dirs=[pybind11.get_include(), *include_paths()],
+        include_dirs=include_paths(),
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args={"cxx": [*CXX_FLAGS, f'-DDYHEAD_FLAGS="{" ".join(["-O3", *EXTRA])}"']},
         extra_link_args=EXTRA,
         language="c++",
+        py_limited_api=True,
     )
 
 
@@ -95,6 +92,7 @@ def cuda_extension(*flags: str) -> Extension:
         # By name, because a toolkit from pip holds only the versioned library.
         extra_link_args=[f"-l:{cuda_runtime(torch_libraries)}"],
         language="c++",
+        py_limited_api=True,
     )
 
 
@@ -277,4 +275,5 @@ libraries = [cpu_extension(), *([cuda_extension()] if with_cuda() else [])] if w
 setup(
     ext_modules=libraries,
     cmdclass={"build_py": BuildPython, "build_ext": Build, "compile_cuda": CompileCuda},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if libraries else {},
 )

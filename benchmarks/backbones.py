@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.document import rewrite
 from benchmarks.heads import IMAGE
 from benchmarks.program import markdown
-from dyhead.config import has_timm, load_config
+from dyhead.config import load_config, network_of, options_of
 from dyhead.evaluation import count_flops, count_parameters
 from dyhead.torchvision import build_model, get_cfg
 
@@ -32,7 +32,8 @@ PUBLISHED = {
 def names() -> list[str]:
     """The networks, as the configurations' names say: those of ResNets first."""
     files = sorted(path.stem.removeprefix("atss_dyhead_") for path in (_ROOT / "configs").glob("atss_dyhead_*.yaml"))
-    return sorted(files, key=lambda name: (has_timm(_configured(name)), name))
+    files = [name for name in files if _configured(name).MODEL.NECKS == ["DyHead"]]
+    return sorted(files, key=lambda name: (_network_name(name), name))
 
 
 def section(words: list[str]) -> str:
@@ -58,18 +59,26 @@ def row(name: str) -> list[str]:
     image = torch.empty(1, 3, *IMAGE, device="meta")
     whole = nn.Sequential(model.backbone, model.detector)
     cost = [f(x) for x in (model.backbone.body, whole) for f in (lambda x: f"{count_flops(x, image):.1f}", _millions)]
-    return [f"`{name}.yaml`", _network(name), "timm" if has_timm(cfg) else "", *cost, PUBLISHED.get(name, "")]
+    needs = "timm" if _network_name(name) == "timm" else ""
+    return [f"`{name}.yaml`", _network(name), needs, *cost, PUBLISHED.get(name, "")]
 
 
 def _network(name: str) -> str:
     cfg = _configured(name)
-    if has_timm(cfg):
-        return f"`{cfg.MODEL.TIMM.NAME}`"
+    network = network_of(cfg)
+    if network is not None:
+        return options_of(cfg, network.node).title
     options = cfg.MODEL.RESNETS
     groups = f"ResNeXt-{options.DEPTH}-{options.NUM_GROUPS}x{options.WIDTH_PER_GROUP}d"
     stages = [f"res{i}" for i, deformable in enumerate(options.DEFORM_ON_PER_STAGE, 2) if deformable]
     kind = groups if options.NUM_GROUPS > 1 else f"ResNet-{options.DEPTH}"
     return f"{kind}, deformable in {', '.join(stages)}" if stages else kind
+
+
+def _network_name(name: str) -> str:
+    """Of a network that is registered; "" of a ResNet."""
+    network = network_of(_configured(name))
+    return "" if network is None else network.name
 
 
 def _configured(name: str):

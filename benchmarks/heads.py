@@ -54,6 +54,7 @@ PAPERS = {
     "Yang et al., ICCV 2019": "1904.11490",
     "Yu et al., 2016": "1608.01471",
     "Zhang et al., CVPR 2020": "1912.02424",
+    "Zhang et al., ECCV 2020": "2007.09451",
     "Zheng et al., AAAI 2020": "1911.08287",
     "Zhu et al., 2020": "2007.03496",
 }
@@ -69,6 +70,7 @@ _BOX_LOSS_PAPERS = {
 #: Necks that have names of their own, by the neck that they are: the options in which they differ from its defaults.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "DyHead": {"DyHead, 6 blocks": {}},
+    "FPT": {"FPT": {}, "FPT, distances": {"similarity": "distance"}},
     "SEPC": {
         "PConv": {"conv": "plain", "task_convs": "plain", "norm": ""},
         "PConv with iBN": {"conv": "plain", "task_convs": "plain"},
@@ -168,7 +170,7 @@ def _necks() -> str:
             node = code(neck.node.removeprefix("MODEL."))
             keys = codes(f"{key.upper()} {value}" if value else f'{key.upper()} ""' for key, value in changed.items())
             with torch.device("meta"):
-                module = options.build(CHANNELS)
+                module = options.build(CHANNELS, len(_NECK_LEVELS))
             pairs = "yes" if getattr(options, "task_levels", False) else "no"
             lines.append(
                 [title, _paper(neck.options), f"{node}: {keys}" if keys else node, pairs, *_cost(module, _NECK_LEVELS)]

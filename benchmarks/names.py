@@ -18,6 +18,7 @@ from fvcore.common.registry import Registry
 import dyhead.detectron2
 from benchmarks.document import rewrite
 from benchmarks.program import code, codes, markdown
+from dyhead.backbones import NETWORKS
 from dyhead.config import OPTIONS
 from dyhead.config_checks import TWO_STAGE_NODES
 from dyhead.config_page import summary
@@ -51,7 +52,9 @@ def _meta_architectures() -> Iterator[list[str]]:
 
 def _backbones() -> Iterator[list[str]]:
     for name, built in registered(detectron2.modeling.BACKBONE_REGISTRY).items():
-        nodes = ["MODEL.TIMM" if "timm" in name else "MODEL.RESNETS", "MODEL.FPN"]
+        network = next((network for network in NETWORKS.values() if name in network.builders), None)
+        nodes = ["MODEL.RESNETS" if network is None else network.node]
+        nodes += [] if network is not None and network.has_pyramid else ["MODEL.FPN"]
         nodes += ["MODEL.DYHEAD"] if "dyhead" in name else []
         yield [code(name), codes(nodes), _sentence(built)]
 

@@ -133,7 +133,7 @@ def run(
                 print(f"{peer}: {reason}", file=sys.stderr, flush=True)
                 result["skipped"].setdefault(peer, []).append(reason)
         result["cases"].append(row)
-        _write(result, output)
+        write(result, output)
     print(tables(_rounded(result)))  # as they are made from the file
     print(f"Written to {output}")
     return result
@@ -280,7 +280,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _write(result: dict[str, Any], path: Path) -> None:
+def write(result: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(_rounded(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)  # never a partial file

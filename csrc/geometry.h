@@ -92,6 +92,116 @@ DYHEAD_HOST_DEVICE Cell<T> locate(const Border<T>& border, int point, int64_t he
                    height, width);
 }
 
+// How deformable RoI pooling divides regions: into side * side cells of samples * samples points. `scale`: pixels of
+// the map for one of the image; `gamma`: the unit of offsets.
+struct Pooling {
+  double scale, gamma;
+  int side, samples;
+  bool aligned;
+};
+
+// Where a region lies, in pixels of the map: point k along an axis is at y + k * down or x + k * right, and is moved by
+// an offset d to there + shift_y * d or shift_x * d.
+template <typename T>
+struct Region {
+  int64_t image;  // -1: none, and no point counts
+  double y, x, down, right;
+  T shift_y, shift_x;
+};
+
+DYHEAD_HOST_DEVICE bool is_finite(double value) { return value - value == 0; }
+
+// In double, and rounded once per point, so that a point on the edge of the map is there whatever the compiler fuses.
+template <typename T>
+DYHEAD_HOST_DEVICE Region<T> region_of(const T* roi, const Pooling& pooling, bool has_offset, int64_t batch) {
+  bool there = roi[0] >= 0 && roi[0] < static_cast<T>(batch);
+  double start[2], step[2];
+  T shift[2];
+  for (int i = 0; i < 2; ++i) {
+    double first = static_cast<double>(roi[1 + i]), second = static_cast<double>(roi[3 + i]);
+    if (!pooling.aligned) {
+      first = std::round(first);
+      second = std::round(second) + 1;
+    }
+    start[i] = first * pooling.scale - 0.5;
+    double extent = (second - first) * pooling.scale;
+    there = there && is_finite(start[i]) && is_finite(extent);
+    if (!pooling.aligned && extent < 0.1) extent = 0.1;
+    step[i] = extent / (pooling.side * pooling.samples);
+    if (pooling.aligned) start[i] += step[i] / 2;
+    shift[i] = static_cast<T>(pooling.gamma * extent);
+    there = there && (!has_offset || is_finite(static_cast<double>(shift[i])));
+  }
+  if (!there) return {-1, 0, 0, 0, 0, 0, 0};
+  return {static_cast<int64_t>(roi[0]), start[1], start[0], step[1], step[0], shift[1], shift[0]};
+}
+
+// The two pixels around a point along an axis, the edge twice for a point beyond it, and its distance from the first.
+template <typename T>
+struct Span {
+  bool counts;
+  int64_t low, high;
+  T part;
+};
+
+template <typename T>
+DYHEAD_HOST_DEVICE Span<T> span_of(T position, int64_t size, T margin) {
+  if (!(position >= -margin && position <= static_cast<T>(size - 1) + margin)) return {false, 0, 0, 0};
+  const T floor = std::floor(position);
+  const int64_t before = static_cast<int64_t>(floor), last = size - 1;
+  // On integers: a size beyond the type's precision may have been rounded up.
+  return {true, before < 0 ? 0 : before < last ? before : last, before < last ? before + 1 : last, position - floor};
+}
+
+// A cell of a region on a map, and the points of it that count.
+template <typename T>
+struct RegionCell {
+  Region<T> region;
+  int64_t height, width;
+  int row, column, samples;  // row, column: of its first point
+  T down, right;             // by how much the offset moves it
+  bool aligned;
+
+  DYHEAD_HOST_DEVICE Span<T> row_at(int k) const {
+    if (region.image < 0) return {false, 0, 0, 0};
+    return span_of<T>(static_cast<T>(region.y + static_cast<double>(row + k) * region.down) + down, height, margin());
+  }
+  DYHEAD_HOST_DEVICE Span<T> column_at(int k) const {
+    return span_of<T>(static_cast<T>(region.x + static_cast<double>(column + k) * region.right) + right, width,
+                      margin());
+  }
+  DYHEAD_HOST_DEVICE Cell<T> between(const Span<T>& rows, const Span<T>& columns) const {
+    const int64_t top = rows.low * width, bottom = rows.high * width;
+    return {
+        {top + columns.low, top + columns.high, bottom + columns.low, bottom + columns.high}, rows.part, columns.part};
+  }
+  // What the sum of the samples is divided by.
+  DYHEAD_HOST_DEVICE T divisor() const {
+    if (aligned) return static_cast<T>(samples * samples);
+    int rows = 0, columns = 0;
+    for (int k = 0; k < samples; ++k) {
+      rows += row_at(k).counts ? 1 : 0;
+      columns += column_at(k).counts ? 1 : 0;
+    }
+    return static_cast<T>(rows * columns > 0 ? rows * columns : 1);
+  }
+  DYHEAD_HOST_DEVICE T margin() const { return aligned ? T(1) : T(0.5); }
+};
+
+// Cell (i, j) of a region. `offset`: of the region, (2, side, side), or null.
+template <typename T>
+DYHEAD_HOST_DEVICE RegionCell<T> cell_of(const Region<T>& region, const Pooling& pooling, int i, int j, const T* offset,
+                                         int64_t height, int64_t width) {
+  RegionCell<T> cell{region,          height, width, i * pooling.samples, j * pooling.samples,
+                     pooling.samples, 0,      0,     pooling.aligned};
+  if (offset != nullptr) {
+    const int place = i * pooling.side + j;
+    cell.right = region.shift_x * offset[place];
+    cell.down = region.shift_y * offset[pooling.side * pooling.side + place];
+  }
+  return cell;
+}
+
 // The weight of every corner in the interpolated value.
 template <typename T>
 DYHEAD_HOST_DEVICE void corner_shares(const Cell<T>& cell, T share[4]) {

@@ -1,8 +1,10 @@
 // Defines the operators, and registers the CPU's; the Python module that loads them and says what was built.
 
-#include <pybind11/pybind11.h>
+#include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
+
+#include <string>
 
 #include "cpu/implementation.h"
 #include "cpu/path.h"
@@ -17,30 +19,45 @@ namespace {
 #define DYHEAD_TEXT_(text) #text
 #define DYHEAD_TEXT(text) DYHEAD_TEXT_(text)
 
-pybind11::dict build_info() {
-  using pybind11::literals::operator""_a;
+PyObject* build_info(PyObject*, PyObject*) {
   constexpr unsigned long long target = TORCH_TARGET_VERSION;
-  return pybind11::dict("compiler"_a =
-#if defined(__clang__)
-                            "Clang " __clang_version__,
-#else
-                            "GCC " __VERSION__,
-#endif
-                        "flags"_a = DYHEAD_FLAGS,
-                        "torch_headers"_a = DYHEAD_TEXT(TORCH_VERSION_MAJOR) "." DYHEAD_TEXT(
-                            TORCH_VERSION_MINOR) "." DYHEAD_TEXT(TORCH_VERSION_PATCH),
-                        "torch_minimum"_a = std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff),
+  const std::string minimum = std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff);
 #if defined(__x86_64__)
-                        "cpu_paths"_a = pybind11::make_tuple("default", "avx2", "avx512", "avx512_bf16"),
+  PyObject* paths = Py_BuildValue("(ssss)", "default", "avx2", "avx512", "avx512_bf16");
 #else
-                        "cpu_paths"_a = pybind11::make_tuple("default"),
+  PyObject* paths = Py_BuildValue("(s)", "default");
 #endif
-                        "cpu_path"_a = dyhead::cpu::path_name(dyhead::cpu::path()));
+#if defined(__clang__)
+  const char* compiler = "Clang " __clang_version__;
+#else
+  const char* compiler = "GCC " __VERSION__;
+#endif
+  const char* headers =
+      DYHEAD_TEXT(TORCH_VERSION_MAJOR) "." DYHEAD_TEXT(TORCH_VERSION_MINOR) "." DYHEAD_TEXT(TORCH_VERSION_PATCH);
+  const char* path = dyhead::cpu::path_name(dyhead::cpu::path());
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:N,s:s}", "compiler", compiler, "flags", DYHEAD_FLAGS, "torch_headers",
+                       headers, "torch_minimum", minimum.c_str(), "cpu_paths", paths, "cpu_path", path);
 }
+
+PyMethodDef methods[] = {
+    {"build_info", &build_info, METH_NOARGS,
+     "What this library was built with, and the instruction set that it uses here."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "The compiled operator of dyhead.ops; importing it registers torch.ops.dyhead.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "The compiled operator of dyhead.ops; importing it registers torch.ops.dyhead.";
-  module.def("build_info", &build_info, "What this library was built with, and the instruction set that it uses here.");
-}
+// Python's stable ABI alone (Py_LIMITED_API), so that one build works with every Python.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }

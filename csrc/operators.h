@@ -1,5 +1,6 @@
 // The operators: the schema of each and the function that every device registers for it, which takes the schema's
-// arguments in the schema's order. functional.py, channelwise.py and border.py in dyhead/ops document the arguments.
+// arguments in the schema's order. functional.py, channelwise.py, border.py and regions.py in dyhead/ops document the
+// arguments.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 #include "border.h"
 #include "channelwise.h"
 #include "gradients.h"
+#include "regions.h"
 
 namespace dyhead {
 
@@ -39,12 +41,19 @@ constexpr const char* kBorderSchema =
 constexpr const char* kBorderBackwardSchema =
     "_border_align_backward(Tensor grad, Tensor x, Tensor boxes, Tensor index, int pool_size, "
     "bool deterministic=False) -> Tensor";
+constexpr const char* kRegionSchema =
+    "deform_roi_pool(Tensor x, Tensor rois, Tensor? offset, int output_size, float spatial_scale, int sampling_ratio, "
+    "float gamma, bool aligned) -> Tensor";
+constexpr const char* kRegionBackwardSchema =
+    "_deform_roi_pool_backward(Tensor grad, Tensor x, Tensor rois, Tensor? offset, int output_size, "
+    "float spatial_scale, int sampling_ratio, float gamma, bool aligned, bool[] needs_grad, "
+    "bool deterministic=False) -> (Tensor x, Tensor offset)";
 
 // Defines them all.
 template <typename Library>
 void define_operators(Library& library) {
   for (const char* schema : {kForwardSchema, kBackwardSchema, kStatisticsSchema, kMaximumSchema, kMaximumBackwardSchema,
-                             kBorderSchema, kBorderBackwardSchema}) {
+                             kBorderSchema, kBorderBackwardSchema, kRegionSchema, kRegionBackwardSchema}) {
     library.def(schema);
   }
 }
@@ -120,6 +129,27 @@ struct Operators {
     return gradient;
   }
 
+  static Tensor deform_roi_pool(Tensor x, Tensor rois, std::optional<Tensor> offset, int64_t output_size,
+                                double spatial_scale, int64_t sampling_ratio, double gamma, bool aligned) {
+    const RegionArguments arguments{x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned};
+    const RegionProblem problem = check_regions(arguments);
+    Tensor result = new_tensor(x, problem.result_sizes(), problem.dtype, is_channels_last(x));
+    Implementation::deform_roi_pool(arguments, problem, result);
+    return result;
+  }
+
+  static std::tuple<Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor x, Tensor rois,
+                                                             std::optional<Tensor> offset, int64_t output_size,
+                                                             double spatial_scale, int64_t sampling_ratio, double gamma,
+                                                             bool aligned, std::vector<bool> needs_grad,
+                                                             bool deterministic) {
+    const RegionArguments arguments{x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned};
+    const RegionProblem problem = check_regions(arguments);
+    RegionGradients gradients(grad, arguments, problem, needs_grad);
+    Implementation::deform_roi_pool_backward(grad, arguments, problem, deterministic, gradients);
+    return gradients.tuple();
+  }
+
   // Registers them all.
   template <typename Library>
   static void implement(Library& library) {
@@ -130,6 +160,8 @@ struct Operators {
     library.impl("_affine_maximum_backward", TORCH_BOX(&affine_maximum_backward));
     library.impl("border_align", TORCH_BOX(&border_align));
     library.impl("_border_align_backward", TORCH_BOX(&border_align_backward));
+    library.impl("deform_roi_pool", TORCH_BOX(&deform_roi_pool));
+    library.impl("_deform_roi_pool_backward", TORCH_BOX(&deform_roi_pool_backward));
   }
 };
 

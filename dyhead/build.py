@@ -1,4 +1,4 @@
-"""What a configuration stands for and both engines share: networks of timm, necks, dense detectors and box heads."""
+"""What a configuration stands for and both engines share: networks, necks, dense detectors and box heads."""
 
 from __future__ import annotations
 
@@ -8,30 +8,44 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from dyhead.backbones import TimmNetwork
-from dyhead.config import ConfigError, check_options, expect, get, options_of
+from dyhead.backbones import SimplePyramid
+from dyhead.config import ConfigError, check_options, expect, get, network_of, options_of
 from dyhead.config_options import DUAL
 from dyhead.detection import DETECTORS, DenseDetector, Registered
 from dyhead.detection.roi import BOX_HEADS, Tap, dually_supervised
+from dyhead.layers import P6P7
 from dyhead.necks import NECKS, Stack
 
 
-def build_timm(cfg: CfgNode) -> TimmNetwork:
-    """The network of ``MODEL.TIMM``, with random weights.
+def build_network(cfg: CfgNode) -> nn.Module:
+    """The network of ``MODEL.BACKBONE.NAME``, one of :data:`dyhead.backbones.NETWORKS`, with random weights.
 
     Raises:
-        ConfigError: timm has no such network, or the network not the maps of ``MODEL.FPN.IN_FEATURES``.
+        ConfigError: it cannot be built as configured, or does not have the maps of ``MODEL.FPN.IN_FEATURES``.
     """
+    registered = network_of(cfg)
+    wanted = None if registered.has_pyramid else cfg.MODEL.FPN.IN_FEATURES
     try:
-        network = options_of(cfg, "MODEL.TIMM").build(cfg.MODEL.FPN.IN_FEATURES)
+        network = options_of(cfg, registered.node).build(wanted)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"MODEL.TIMM.{error}") from error
-    there = list(network.strides)
-    some = f"some of the maps of MODEL.TIMM.OUT_INDICES, {there}"
-    expect(cfg, "MODEL.FPN.IN_FEATURES", set(cfg.MODEL.FPN.IN_FEATURES) <= set(there), some)
+        raise ConfigError(f"{registered.node}.{error}") from error
+    if wanted is not None:
+        there = list(network.strides)
+        some = f"some of the maps of {registered.node}, {there}"
+        expect(cfg, "MODEL.FPN.IN_FEATURES", set(wanted) <= set(there), some)
     return network
+
+
+def simple_pyramid_arguments(cfg: CfgNode, network: nn.Module) -> dict[str, Any]:
+    """The arguments of :class:`dyhead.backbones.SimplePyramid` on a network."""
+    channels, out_channels = network.channels[SimplePyramid.in_feature], cfg.MODEL.FPN.OUT_CHANNELS
+    arguments: dict[str, Any] = {"in_channels": channels, "out_channels": out_channels}
+    if "p6p7" in cfg.MODEL.BACKBONE.NAME:
+        relu = options_of(cfg, "MODEL.FPN").p7_relu
+        arguments |= {"finest": 3, "top_block": P6P7(out_channels, out_channels, relu=relu)}
+    return arguments
 
 
 def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequence[int]) -> Stack:
@@ -47,7 +61,7 @@ def build_necks(cfg: CfgNode, names: Sequence[str], channels: int, strides: Sequ
         if reader not in DETECTORS:  # these say for themselves, once their heads are built
             _check_reader(options[name], NECKS[name].node, reader, takes_task_levels=False)
     try:
-        necks = {name.lower(): option.build(channels) for name, option in options.items()}
+        necks = {name.lower(): option.build(channels, len(strides)) for name, option in options.items()}
     except ValueError as error:
         raise ConfigError(f"MODEL.NECKS {list(names)} cannot be built as configured: {error}") from error
     return Stack(necks, [option.size_divisibility(strides) for option in options.values()])

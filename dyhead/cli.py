@@ -11,12 +11,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dyhead.exit_codes import MEANINGS
+from dyhead.exit_codes import MEANINGS, telling
 
 #: Subcommands by name: the module, and a line of help.
 SUBCOMMANDS = {
     "train": ("dyhead.runs.command", "train and evaluate a detector, or evaluate one"),
     "predict": ("dyhead.prediction.command", "find objects in pictures and videos with a trained detector"),
+    "visualize": ("dyhead.visualize.command", "draw what a trained DyHead does with pictures"),
     "export": (
         "dyhead.export.command",
         "write a trained detector to a file for ONNX Runtime, OpenVINO or PyTorch alone",
@@ -39,15 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the arguments are wrong (2), or help was asked for (0).
     """
+    return telling(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _run(argv: list[str]) -> int:
     codes = "\n".join(f"  {code:<8}  {meaning}" for code, meaning in MEANINGS.items())
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="dyhead",
+        usage="dyhead [-h] SUBCOMMAND ...",
         description="Dynamic Head for any feature-pyramid detector.",
         epilog=f"exit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    # The metavar's length is the room for the names: argparse forgets that these are indented.
+    subparsers = parser.add_subparsers(title="subcommands", prog="dyhead", metavar="SUBCOMMAND ...", required=True)
     for name, (module_name, summary) in SUBCOMMANDS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         subparser = subparsers.add_parser(name, help=summary, description=description, allow_abbrev=False)

@@ -18,8 +18,10 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from dyhead.backbones.timm import check_name
+from dyhead.backbones import NETWORKS
+from dyhead.backbones import Registered as RegisteredNetwork
 from dyhead.config_checks import (
+    AUGMENTATION_CHECKS,
     BOX_LOSS_KEYS,
     CASCADE,
     CASCADE_CHECKS,
@@ -91,8 +93,8 @@ def check_config(cfg: CfgNode, others: Sequence[str] = ()) -> None:
 
 def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     """The checks of Detectron2's own keys that the configured detector reads, by key."""
-    checks = dict(CHECKS)
-    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+    checks = dict(CHECKS) | (AUGMENTATION_CHECKS if cfg.TEST.AUG.ENABLED else {})
+    if has_resnet(cfg):
         checks |= RESNET_CHECKS
     if "fpn" in cfg.MODEL.BACKBONE.NAME:
         checks |= FPN_CHECKS
@@ -141,10 +143,14 @@ def _unread(cfg: CfgNode) -> list[str]:
     """Patterns of the keys of other networks, detectors and box heads."""
     name = cfg.MODEL.META_ARCHITECTURE
     nodes = [detector.node for other, detector in DETECTORS.items() if other != name]
-    network = "MODEL.RESNETS" if has_timm(cfg) else "MODEL.TIMM"
+    network = network_of(cfg)
+    networks = [other.node for other in NETWORKS.values() if other != network]
+    if network is not None:
+        networks += ["MODEL.RESNETS", *(["MODEL.FPN"] if network.has_pyramid else [])]
+    fusion = ("MODEL.FPN.FUSE_TYPE",) if has_simple_pyramid(cfg) else ()
     if name not in meta_architectures():  # Detectron2's own, or a user's
-        return [f"{node}.*" for node in (network, *nodes, DUAL) if node != "MODEL.RETINANET"]
-    nodes.append(network)
+        return [f"{node}.*" for node in (*networks, *nodes, DUAL) if node != "MODEL.RETINANET"]
+    nodes += networks
     keys: tuple[str, ...] = ()
     if name == TWO_STAGE:
         chosen = cfg.MODEL.ROI_BOX_HEAD.NAME
@@ -158,11 +164,11 @@ def _unread(cfg: CfgNode) -> list[str]:
         nodes += TWO_STAGE_NODES
         if not DETECTORS[name].options.has_anchors:
             nodes.append("MODEL.ANCHOR_GENERATOR")
-    return [*(f"{node}.*" for node in nodes), *keys]
+    return [*(f"{node}.*" for node in nodes), *keys, *fusion]
 
 
 def _of_absent_parts(cfg: CfgNode) -> list[str]:
-    """Patterns of the keys of what the configured detector does not have: masks, keypoints, a cascade."""
+    """Patterns of the keys of what the configured run does not have: masks, keypoints, a cascade, augmentation."""
     if cfg.MODEL.META_ARCHITECTURE not in meta_architectures():
         return []  # nothing is known of it
     two_stage = cfg.MODEL.META_ARCHITECTURE == TWO_STAGE
@@ -171,6 +177,7 @@ def _of_absent_parts(cfg: CfgNode) -> list[str]:
         (two_stage and cfg.MODEL.MASK_ON, ["INPUT.MASK_FORMAT", "MODEL.ROI_MASK_HEAD.*"]),
         (two_stage and cfg.MODEL.KEYPOINT_ON, ["MODEL.ROI_KEYPOINT_HEAD.*", "TEST.KEYPOINT_OKS_SIGMAS"]),
         (two_stage and cfg.MODEL.ROI_HEADS.NAME == CASCADE, ["MODEL.ROI_BOX_CASCADE_HEAD.*"]),
+        (cfg.TEST.AUG.ENABLED, list(AUGMENTATION_CHECKS)),
     )
     return [pattern for there, patterns in parts if not there for pattern in patterns]
 
@@ -208,10 +215,14 @@ def _check_together(cfg: CfgNode) -> None:
         expect(cfg, "SOLVER.NUM_DECAYS", solver.NUM_DECAYS <= solver.MAX_ITER, most)
     if solver.OPTIMIZER == "SGD" and solver.NESTEROV:
         expect(cfg, "SOLVER.MOMENTUM", solver.MOMENTUM > 0, "above 0 with SOLVER.NESTEROV True")
-    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+    precise = cfg.TEST.PRECISE_BN.ENABLED and solver.EMA.ENABLED  # statistics of other weights than the average
+    expect(cfg, "TEST.PRECISE_BN.ENABLED", not precise, "False with SOLVER.EMA.ENABLED True")
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(cfg)
+    if has_resnet(cfg):
         _check_deformable(cfg)
-    if has_timm(cfg):
-        _check_timm(cfg)
+    if network_of(cfg) is not None:
+        _check_network(cfg, network_of(cfg))
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         for node in ("MODEL.RPN", "MODEL.ROI_HEADS"):
             _read(cfg, node, MaxIoUAssigner)
@@ -228,19 +239,45 @@ def _check_together(cfg: CfgNode) -> None:
             expect(cfg, "TEST.KEYPOINT_OKS_SIGMAS", fits, f"{count} numbers, as many as NUM_KEYPOINTS")
 
 
-def has_timm(cfg: CfgNode) -> bool:
-    """Whether the backbone's network is one of the package timm."""
-    return cfg.MODEL.BACKBONE.NAME in ("build_timm_fpn_backbone", "build_timm_fpn_p6p7_backbone")
+def network_of(cfg: CfgNode) -> RegisteredNetwork | None:
+    """The backbone's network, if it is one of :data:`dyhead.backbones.NETWORKS`."""
+    return next((network for network in NETWORKS.values() if cfg.MODEL.BACKBONE.NAME in network.builders), None)
 
 
-def _check_timm(cfg: CfgNode) -> None:
+def has_simple_pyramid(cfg: CfgNode) -> bool:
+    """Whether the backbone's pyramid is ViTDet's, :class:`dyhead.backbones.SimplePyramid`."""
+    return network_of(cfg) is not None and "_simple_pyramid_" in cfg.MODEL.BACKBONE.NAME
+
+
+def has_resnet(cfg: CfgNode) -> bool:
+    """Whether the backbone's network is the engine's own ResNet, which builders have in their names."""
+    return "resnet" in cfg.MODEL.BACKBONE.NAME and network_of(cfg) is None
+
+
+def _check_network(cfg: CfgNode, network: RegisteredNetwork) -> None:
     key, name = "MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.NAME
-    whole = f"0 with {name}, whose network is trained whole; MODEL.TIMM.FROZEN_BN keeps batch normalization"
+    whole = f"0 with {name}, whose network is trained whole; {network.node} says what becomes of batch normalization"
     expect(cfg, key, get(cfg, key) == 0, whole)
     try:
-        check_name(cfg.MODEL.TIMM.NAME)
+        options_of(cfg, network.node).check()
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ConfigError(f"MODEL.TIMM.{error}") from error
+        raise ConfigError(f"{network.node}.{error}") from error
+    if has_simple_pyramid(cfg):
+        one = list(cfg.MODEL.FPN.IN_FEATURES) == ["res4"]
+        expect(cfg, "MODEL.FPN.IN_FEATURES", one, f"['res4'], the one map of stride 16 that {name} is made of")
+        expect(cfg, "MODEL.FPN.NORM", cfg.MODEL.FPN.NORM == "LN", f"'LN' with {name}, whose levels have LayerNorm")
+        source = cfg.MODEL.FPN.P6P7_IN_FEATURE
+        expect(cfg, "MODEL.FPN.P6P7_IN_FEATURE", source == "p5", f"'p5' with {name}")
+
+
+def _check_augmentation(cfg: CfgNode) -> None:
+    key, name = "TEST.AUG.ENABLED", cfg.MODEL.META_ARCHITECTURE
+    paired = reads_visible_boxes(cfg)  # what comes together is compared by whole boxes
+    expect(cfg, key, not paired, f"False with MODEL.META_ARCHITECTURE {name}")
+    keypoints = name not in DETECTORS and cfg.MODEL.KEYPOINT_ON
+    expect(cfg, key, not keypoints, "False with MODEL.KEYPOINT_ON True")
 
 
 def _check_deformable(cfg: CfgNode) -> None:
@@ -434,7 +471,7 @@ def _types() -> dict[str, Check]:
     """Which values have a key's type, for each key that is checked."""
     options = {f"{node}.{leaf.key}": leaf.type for node, options in OPTIONS.items() for leaf in leaves(options)}
     two_stage = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
-    return options | CHECKS | RESNET_CHECKS | FPN_CHECKS | two_stage
+    return options | CHECKS | AUGMENTATION_CHECKS | RESNET_CHECKS | FPN_CHECKS | two_stage
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -99,9 +99,19 @@ CHECKS: dict[str, Check] = {
     "TEST.DETECTIONS_PER_IMAGE": _COUNT,
     "TEST.EXPECTED_RESULTS": Check("a list of [task, metric, value, tolerance]", _are_expected),
     "TEST.EVAL_PERIOD": _WHOLE & at_least(0),  # 0: only at the end
+    "TEST.AUG.ENABLED": _FLAG,
+    "TEST.PRECISE_BN.ENABLED": _FLAG,
+    "TEST.PRECISE_BN.NUM_ITER": _COUNT,
     "CUDNN_BENCHMARK": _FLAG,
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
     "SEED": _WHOLE & at_most(MAX_SEED),  # negative: a random one
+}
+
+#: With TEST.AUG.ENABLED.
+AUGMENTATION_CHECKS: dict[str, Check] = {
+    "TEST.AUG.MIN_SIZES": _WHOLES & at_least_one("size in pixels") & each(at_least(1)),
+    "TEST.AUG.MAX_SIZE": _COUNT,
+    "TEST.AUG.FLIP": _FLAG,
 }
 
 #: Of backbones with a ResNet, which have it in their builders' names.

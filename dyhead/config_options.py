@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dyhead.backbones import TimmOptions
+from dyhead.backbones import NETWORKS
 from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.roi import BOX_HEADS, DuallySupervisedOptions
@@ -111,7 +111,7 @@ class BenchmarkOptions:
 OPTIONS: dict[str, type] = {
     "MODEL": ModelOptions,
     "MODEL.BACKBONE": BackboneOptions,
-    "MODEL.TIMM": TimmOptions,
+    **{network.node: network.options for network in NETWORKS.values()},
     "MODEL.FPN": FPNOptions,
     "MODEL.ANCHOR_GENERATOR": AnchorOptions,
     **{neck.node: neck.options for neck in NECKS.values()},

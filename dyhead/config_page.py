@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dyhead.config_checks import (
+    AUGMENTATION_CHECKS,
     CASCADE,
     CASCADE_CHECKS,
     CHECKS,
@@ -62,6 +63,7 @@ fewer values of some keys, and the error then names those that it supports.
 
 _CHECKED_TABLES = (
     ("All detectors", CHECKS),
+    ("With `TEST.AUG.ENABLED`", AUGMENTATION_CHECKS),
     ("Backbones with `resnet` in `MODEL.BACKBONE.NAME`", RESNET_CHECKS),
     ("Backbones with `fpn` in `MODEL.BACKBONE.NAME`", FPN_CHECKS),
     (f"`{TWO_STAGE}`", TWO_STAGE_CHECKS),

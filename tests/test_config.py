@@ -180,3 +180,13 @@ def test_every_detector_and_neck_has_a_node_and_no_key_is_checked_twice():
 
 def as_lists(value):
     return [as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_what_a_run_writes_down_is_read_by_anything_that_reads_yaml_into_such_a_tree():
+    """CfgNode takes text that looks like a number for one: no default may be such text."""
+    from dyhead.torchvision import get_cfg
+
+    cfg = get_cfg()
+    again = get_cfg()
+    again.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))
+    assert again.dump() == cfg.dump()

@@ -26,7 +26,7 @@ FILES = {
     if not path.stem.startswith("base_") and path.stem != "dyhead_box_head"  # parts of others
 }
 PANOPTIC = {name for name in FILES if name.startswith("panoptic")}  # which Detectron2 alone has
-TIMM = {name for name, path in FILES.items() if "base_atss_dyhead_timm.yaml" in path.read_text()}
+TIMM = {name for name, path in FILES.items() if "base_atss_dyhead_timm.yaml" in path.read_text() or "_swin" in name}
 NEEDS_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 TRAIN, TEST = "every_config_train", "every_config_val"
 # Sizes, and the backbone's norm, which needs wide layers where it is GN: which parts a detector has, how they learn and
@@ -41,6 +41,8 @@ SMALL = {
     "MODEL.FPN.OUT_CHANNELS": 64,  # GroupNorm of 32 groups has no variance on one pixel of 32 channels
     "MODEL.DYHEAD.NUM_BLOCKS": 1,
     "MODEL.SEPC.NUM_BLOCKS": 1,
+    "MODEL.HIT_DETECTOR_PYRAMID.OUT_CHANNELS": 32,
+    "MODEL.HIT_DETECTOR_HEAD.FC_DIM": 16,
     **{f"{detector.node}.NUM_CLASSES": 3 for detector in DETECTORS.values()},
     **{f"{detector.node}.SCORE_THRESH_TEST": 0.0 for detector in DETECTORS.values()},  # so that something is found
     "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
@@ -84,6 +86,14 @@ SMALLEST_OF_KIND = {
     "RegNetY032": {"MODEL.TIMM.NAME": "regnety_002"},
     "R50D": {"MODEL.TIMM.NAME": "resnet18d"},
     "EffB3": {"MODEL.TIMM.NAME": "efficientnet_b0"},
+    "ps50": {"MODEL.PSCONV.WIDTH_PER_GROUP": 4},
+    "psx101": {"MODEL.PSCONV.DEPTH": 50, "MODEL.PSCONV.NUM_GROUPS": 2},
+    "spinenet49": {"MODEL.SPINENET.NAME": "spinenet49s"},
+    "atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco": {
+        "MODEL.TIMM.NAME": "swin_tiny_patch4_window7_224",
+        "MODEL.BACKBONE.SIZE_DIVISIBILITY": 64,
+    },
+    "ViTB": {"MODEL.TIMM.NAME": "vit_tiny_patch16_224"},
 }
 
 
@@ -161,7 +171,8 @@ def test_a_file_writes_where_its_name_says_and_has_the_necks_that_it_says(name):
     cfg = get_cfg()
     load_config(cfg, FILES[name])
     assert cfg.OUTPUT_DIR == f"output/{name}"
-    necks = ["DyHead"] if "dyhead" in name else ["SEPC"] if "sepc" in name else []
+    words = {"fpt": "FPT", "dyhead": "DyHead", "sepc": "SEPC"}
+    necks = [neck for word, neck in words.items() if word in name]
     if name in PANOPTIC:
         assert ("dyhead" in cfg.MODEL.BACKBONE.NAME) == bool(necks)
     else:

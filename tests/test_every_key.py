@@ -30,6 +30,8 @@ HONOURED = {
     "SOLVER.RESCALE_INTERVAL",
     "SOLVER.CLIP_GRADIENTS.ENABLED",
     "SOLVER.AMP.ENABLED",
+    "TEST.AUG.ENABLED",
+    "TEST.PRECISE_BN.ENABLED",
     "CUDNN_BENCHMARK",
     "SEED",
 }
@@ -43,8 +45,6 @@ HONOURED_WITH = {
     "detectron2": {
         "INPUT.CROP.ENABLED",
         "DATALOADER.REPEAT_SQRT",
-        "TEST.PRECISE_BN.ENABLED",
-        "TEST.AUG.ENABLED",
     },
     "detectron2 faster_rcnn": {
         "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES",

@@ -2,8 +2,9 @@
 
     python tools/compare_with_originals.py FOLDER
 
-FOLDER holds ``oracles``, records of single heads, ``oracles/seeds``, of research code, and ``published``, of
-whole recipes: NAME.json and NAME.npz each. Prints a table; the exit code is 1 if a difference is over its tolerance.
+FOLDER holds ``oracles``, records of single heads, ``oracles/seeds``, of research code, ``oracles/backbones``, of
+networks and necks, and ``published``, of whole recipes: NAME.json and NAME.npz each. Prints a table; the exit code is
+1 if a difference is over its tolerance.
 """
 
 from __future__ import annotations
@@ -15,7 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.originals import border, d2det, double_head, heads, losses, recipes, saccadenet, sepc
+from tools.originals import (
+    border,
+    d2det,
+    double_head,
+    fpt,
+    heads,
+    hit_detector,
+    losses,
+    recipes,
+    resnets,
+    saccadenet,
+    sepc,
+    spinenet,
+)
 from tools.originals.rows import Row, table
 
 #: What is compared: functions of the folder that yield rows.
@@ -24,10 +38,14 @@ COMPARISONS: tuple[Callable[[Path], Iterable[Row]], ...] = (
     border.rows,
     d2det.rows,
     double_head.rows,
+    fpt.rows,
+    hit_detector.rows,
     losses.rows,
     recipes.rows,
+    resnets.rows,
     saccadenet.rows,
     sepc.rows,
+    spinenet.rows,
 )
 
 

@@ -182,7 +182,7 @@ def parts(folder: Path, capability: str) -> list[Part]:
         command += ["--kernel-regex", "kns=dyhead", *test, "tests/ops/test_cuda.py", "-k", FEW]
         return Part(tool, command, least, 60, environment, ("compute-sanitizer",))
 
-    compilers = ("nvcc", "setuptools", "pybind11")
+    compilers = ("nvcc", "setuptools")
     return [
         Part("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 120, 240, build, compilers),
         Part("info", [python, "-m", "dyhead.info"], 10, 30),

@@ -33,4 +33,4 @@ FORCE_CUDA=0 "$python" setup.py -q build_ext --inplace
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 exec "$python" -m pytest -q -p no:cacheprovider $parallel tests/ops/test_kernel.py tests/ops/test_definition.py tests/ops/test_arguments.py \
-  tests/ops/test_border.py tests/ops/test_cuda.py -k "not (emulation and (264 or tf32 or float64))" "${@:2}"
+  tests/ops/test_border.py tests/ops/test_regions.py tests/ops/test_cuda.py -k "not (emulation and (264 or tf32 or float64))" "${@:2}"

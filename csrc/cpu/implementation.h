@@ -7,6 +7,7 @@
 #include "../border.h"
 #include "../channelwise.h"
 #include "../gradients.h"
+#include "../regions.h"
 
 namespace dyhead::cpu {
 
@@ -22,6 +23,9 @@ struct Implementation {
   static void border_align(const Tensor& x, const Tensor& boxes, const BorderProblem& problem, Maxima& maxima);
   static void border_align_backward(const Tensor& grad, const Tensor& boxes, const Tensor& index,
                                     const BorderProblem& problem, bool deterministic, Tensor& result);
+  static void deform_roi_pool(const RegionArguments& arguments, const RegionProblem& problem, Tensor& result);
+  static void deform_roi_pool_backward(const Tensor& grad, const RegionArguments& arguments,
+                                       const RegionProblem& problem, bool deterministic, RegionGradients& gradients);
 };
 
 }  // namespace dyhead::cpu

@@ -62,6 +62,8 @@ struct Channels {
   const T* at(int64_t pixel) const { return pixel < 0 ? outside : data + pixel * pixel_stride; }
 };
 
+constexpr int64_t kPooled = 16;
+
 template <typename T, typename P>
 struct Kernels {
   using A = Accumulator<T>;
@@ -75,8 +77,11 @@ struct Kernels {
   void (*sample)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, P* panel,
                  int64_t panel_stride);
 
-  // The same for a product over samples: at panel[p / kUnit * panel_stride + c * kUnit + p % kUnit]. A sample that is
-  // missing from the last unit is 0.
+  // sums[c] += sum_p sum_i share_i * from.at(corner_i)[c], for `width` channels of at most kPooled samples.
+  void (*pool)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, A* sums);
+
+  // What `sample` does, for a product over samples: at panel[p / kUnit * panel_stride + c * kUnit + p % kUnit]. A
+  // sample that is missing from the last unit is 0.
   void (*sample_units)(const Sample<A>* samples, int64_t count, const Channels<T>& from, int64_t width, P* panel,
                        int64_t panel_stride);
 

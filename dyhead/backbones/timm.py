@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from dyhead.backbones.registry import register_network
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.options import at_least, at_least_one, below, each, increasing, one_of, option
 
@@ -26,12 +27,14 @@ SCHEME = "timm://"
 _ANY_SIZE = ({"dynamic_img_size": True, "always_partition": True}, {"dynamic_img_size": True}, {})
 
 
+@register_network("timm", may_be_plain=True)
 @dataclass(frozen=True)
 class TimmOptions:
-    """The network of ``build_timm_fpn_backbone`` and ``build_timm_fpn_p6p7_backbone``: one of the package timm.
+    """The network of the backbones with ``timm`` in their name: one of the package timm.
 
     Its maps are called by their strides, ``res2`` at 4 pixels to ``res5`` at 32; ``MODEL.FPN.IN_FEATURES`` chooses
-    among them. ``MODEL.WEIGHTS`` may be a file of timm's, or ``timm://NAME``, which is its own weights of that name.
+    among them. A plain vision transformer has one, ``res4``, with ``OUT_INDICES [-1]``. ``MODEL.WEIGHTS`` may be a file
+    of timm's, or ``timm://NAME``, which is its own weights of that name.
     """
 
     name: str = option("", "of the network, one of `timm.list_models()`, with or without the tag of its weights")
@@ -47,6 +50,15 @@ class TimmOptions:
         True, "keep batch normalization as it is in the weights, as MODEL.RESNETS.NORM FrozenBN does"
     )
     drop_path_rate: float = option(0.0, "of the last block, in training (stochastic depth)", at_least(0) & below(1))
+
+    @property
+    def title(self) -> str:
+        """What tables call the network."""
+        return f"`{self.name}`"
+
+    def check(self) -> None:
+        """Raise ValueError unless timm is installed and has the network."""
+        check_name(self.name)
 
     def build(self, wanted: Collection[str] | None = None) -> TimmNetwork:
         """The network, with random weights.
@@ -98,7 +110,7 @@ class TimmNetwork(nn.Module):
         maps = dict(zip(self.channels, self.network(x), strict=True))
         if self.channels_last:
             maps = {name: x.permute(0, 3, 1, 2).contiguous() for name, x in maps.items()}
-        return {name: _over_channels(self.norms[name], x) if name in self.norms else x for name, x in maps.items()}
+        return {name: over_channels(self.norms[name], x) if name in self.norms else x for name, x in maps.items()}
 
     def own_weights(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """The network's part of a classifier's weights, with timm's names or, where timm knows them, its authors'.
@@ -112,7 +124,7 @@ class TimmNetwork(nn.Module):
             ``state`` with timm's names, and the name in this module of each key that it has; None: of less than half.
         """
         own = self.network.state_dict()
-        names = {key.replace(".", "_"): key for key in own}
+        names = {key.removeprefix("model.").replace(".", "_"): key for key in own}  # "model." where timm wraps it
         best: tuple[dict[str, Tensor], dict[str, str]] = {}, {}
         for candidate in (dict(state), self._as_named_by_timm(state)):
             found = {key: names.get(key.replace(".", "_")) for key in candidate}
@@ -209,5 +221,6 @@ def _names(strides: list[int], network: str) -> list[str]:
     return [f"res{power}" for power in powers]
 
 
-def _over_channels(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def over_channels(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A norm over the last dimension, on the channels of maps (N, C, H, W)."""
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()

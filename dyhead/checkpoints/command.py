@@ -57,6 +57,7 @@ def _report(conversion: Conversion, args: argparse.Namespace) -> str:
     lines = [f"{name:<{width}}  {value}" for name, value in counts.items()]
     for title, keys in (("dropped", conversion.dropped), ("added", conversion.added)):
         lines += [f"{title}, {reason}: {count}" for reason, count in Counter(keys.values()).items()]
+    lines += [f"note: {conversion.note}"] if conversion.note else []
     for reason in dict.fromkeys(conversion.left_over.values()):
         keys = [key for key, why in conversion.left_over.items() if why == reason]
         lines += [f"left over, {reason}:", *(f"  {shown(key)}" for key in keys[:_NAMED])]

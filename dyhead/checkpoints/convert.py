@@ -13,11 +13,15 @@ from dyhead.checkpoints.detectron2 import DETECTRON2
 from dyhead.checkpoints.dynamic_head import MICROSOFT
 from dyhead.checkpoints.errors import CheckpointError
 from dyhead.checkpoints.files import shown, some
+from dyhead.checkpoints.hit_detector import HIT_DETECTOR
 from dyhead.checkpoints.imagenet import CAFFE2_RESNET, DETECTRON2_RESNET, TORCHVISION_RESNET
 from dyhead.checkpoints.mmdetection import MMDETECTION_DETECTOR
 from dyhead.checkpoints.ours import CANONICAL, EARLIER_DETECTRON2, TORCHVISION
+from dyhead.checkpoints.psconv import PSCONV
+from dyhead.checkpoints.pyconv import PYCONV
 from dyhead.checkpoints.pyramid import BOTTOM_UP
 from dyhead.checkpoints.source import Source
+from dyhead.checkpoints.spinenet import SPINENET_GARDEN, SPINENET_PORT, SPINENET_TPU
 from dyhead.checkpoints.towers import FENECK_HEAD, GLIP, MMDETECTION_GLIP_DETECTOR, YOLO
 
 #: The projects whose checkpoints are converted.
@@ -29,12 +33,18 @@ SOURCES = (
     TORCHVISION_RESNET,
     DETECTRON2_RESNET,
     CAFFE2_RESNET,
+    PYCONV,
+    PSCONV,
+    HIT_DETECTOR,
     MICROSOFT,
     MMDETECTION_DETECTOR,
     GLIP,
     MMDETECTION_GLIP_DETECTOR,
     YOLO,
     FENECK_HEAD,
+    SPINENET_PORT,
+    SPINENET_TPU,
+    SPINENET_GARDEN,
 )
 
 # Convolutions of ours that always have a bias.
@@ -55,6 +65,7 @@ class Conversion:
         dropped: keys that nothing is lost with, each with the reason.
         left_over: keys that have no counterpart here, each with the reason.
         added: canonical keys that the file does not have, each with what they are.
+        note: what the weights need in the configuration, which their shapes do not say.
     """
 
     state: dict[str, Tensor]
@@ -63,6 +74,7 @@ class Conversion:
     dropped: dict[str, str] = field(default_factory=dict)
     left_over: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def convert(state: Mapping[str, Tensor], origin: str = "state dict") -> Conversion:
@@ -111,7 +123,8 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
 
     Args:
         model: the detector. A network of timm in it has the method ``own_weights``
-            (:class:`dyhead.backbones.TimmNetwork`).
+            (:class:`dyhead.backbones.TimmNetwork`), one with weights of several forms ``fitted``
+            (:class:`dyhead.backbones.PSResNet`).
         state: see :func:`convert`.
         origin: likewise.
     """
@@ -122,12 +135,17 @@ def convert_for(model: nn.Module, state: Mapping[str, Tensor], origin: str = "st
             ours = {key: f"{BOTTOM_UP}timm.{name}" for key, name in names.items()}
             rest = {key: "not of the network's maps" for key in weights if key not in names}
             return Conversion({name: weights[key] for key, name in ours.items()}, "timm", ours, left_over=rest)
+        if hasattr(network, "fitted"):
+            try:
+                state = network.fitted(state)
+            except CheckpointError as error:
+                raise CheckpointError(f"{origin}: {error}") from error
     return convert(state, origin)
 
 
 def _convert(state: Mapping[str, Tensor], source: Source) -> Conversion:
     rows = list(source.rows(state))
-    out = Conversion({}, source.name)
+    out = Conversion({}, source.name, note=source.note)
     for key, value in state.items():
         reason = _reason(source.dropped, key)
         if reason is not None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from dyhead.checkpoints.pyramid import BOTTOM_UP, torchvision_resnet
 from dyhead.checkpoints.source import COUNTERS, Row, Source
 
-_CLASSIFIER = "ImageNet's classifier"
+#: Why it is left over.
+CLASSIFIER = "ImageNet's classifier"
 
 _CAFFE2_CONVOLUTIONS = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
 _CAFFE2_PARAMETERS = {"w": "weight", "b": "bias", "s": "weight", "rm": "running_mean", "riv": "running_var"}
@@ -32,20 +33,21 @@ TORCHVISION_RESNET = Source(
     "a ResNet of torchvision",
     r"^layer1\.0\.conv1\.weight$",
     lambda state: torchvision_resnet(),
+    unless=r"^layer1\.0\.conv2\.(conv2_|gwconv)",  # which PyConv's and PSConv's have
     dropped=(COUNTERS,),
-    left_over=((r"fc\.(weight|bias)", _CLASSIFIER),),
+    left_over=((r"fc\.(weight|bias)", CLASSIFIER),),
 )
 DETECTRON2_RESNET = Source(
     "a ResNet of Detectron2",
     r"^res2\.0\.conv1\.weight$",
     lambda state: [Row(r"((?:stem\.conv1|res[2-5])\..+)", BOTTOM_UP + r"\1")],
     dropped=(COUNTERS,),
-    left_over=((r"stem\.fc\.(weight|bias)", _CLASSIFIER),),
+    left_over=((r"stem\.fc\.(weight|bias)", CLASSIFIER),),
 )
 CAFFE2_RESNET = Source(
     "a ResNet of Caffe2 (MSRA)",
     r"^res2_0_branch2a_w$",
     _caffe2,
     dropped=((r".+_momentum", "the optimizer's"),),
-    left_over=((r"(fc1000|pred)_[wb]", _CLASSIFIER), (r"conv1_b", "the first convolution has no bias")),
+    left_over=((r"(fc1000|pred)_[wb]", CLASSIFIER), (r"conv1_b", "the first convolution has no bias")),
 )

@@ -96,6 +96,8 @@ def load_into(
         )
     model.load_state_dict(fitting, strict=False)
     _log.info("Loaded %d of %d tensors from %s (%s)", len(fitting), len(own), origin, weights.source)
+    if weights.note:
+        _log.info("%s: %s", origin, weights.note)
     if problems:
         _log.info("Not loaded:\n  %s", "\n  ".join(problems))
 

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dyhead.checkpoints.block import MMDETECTION, block_rows
+from dyhead.checkpoints.psconv import network_rows
 from dyhead.checkpoints.pyramid import BACKBONE, LAST_STAGE, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import COUNTERS, Row, Source
+from dyhead.checkpoints.spinenet import port_rows
+from dyhead.checkpoints.swin import POSITIONS, mmdetection_swin
 
 _NECK = r"neck\.(?:\d+\.)?"
 _RPN = "proposal_generator.rpn_head."
@@ -34,7 +37,9 @@ def _rows(state: Mapping[str, Tensor]) -> list[Row]:
         return f"{BACKBONE}fpn_output{level}.{'' if match[2] == 'conv' else 'norm.'}{match[3]}"
 
     return [
-        *torchvision_resnet(r"backbone\."),
+        *port_rows(r"backbone\."),
+        *(network_rows(state, "backbone.") or torchvision_resnet(r"backbone\.")),
+        *mmdetection_swin(r"backbone\."),
         Row(_NECK + r"lateral_convs\.(\d+)\.conv\.(.+)", lambda m: f"{BACKBONE}fpn_lateral{first + int(m[1])}.{m[2]}"),
         Row(
             _NECK + r"lateral_convs\.(\d+)\.(?:bn|gn)\.(.+)",
@@ -128,7 +133,7 @@ MMDETECTION_DETECTOR = Source(
     r"^(neck|bbox_head|roi_head)\.|^dyhead_blocks\.\d+\.",
     _rows,
     unless=r"\.dyhead_tower\.",
-    dropped=(COUNTERS, (r"bbox_head\.integral\.project", "the whole numbers from 0 to MODEL.GFL.REG_MAX")),
+    dropped=(COUNTERS, POSITIONS, (r"bbox_head\.integral\.project", "the whole numbers from 0 to MODEL.GFL.REG_MAX")),
     left_over=((r"bbox_head\.retina_(cls|reg)\..+", "the order of so many anchors at a place is not known"),),
     zero_biases=True,
 )

@@ -4,10 +4,14 @@
 canonical key                         what
 ====================================  ================================================================================
 ``backbone.backbone.bottom_up.*``     the network, with Detectron2's names (``stem.conv1``, ``res2.0.conv1.norm``, ...);
-                                      one of timm: ``timm.network.*``, with timm's names, and ``timm.norms.res5``
+                                      one of timm: ``timm.network.*``, with timm's names, and ``timm.norms.res5``;
+                                      others of this project likewise below their names; the backbone in
+                                      ``hit_detector_pyramid`` is ``hit_detector.*``, as with FPN
 ``backbone.backbone.fpn_lateral3.*``  the pyramid, with Detectron2's names, too (``fpn_output3``, ``top_block.p6``)
+``backbone.backbone.simfp_3.*``       ViTDet's simple pyramid, with Detectron2's names
 ``backbone.dyhead.blocks.I.*``        the Dynamic Head
 ``backbone.sepc.*``                   SEPC: ``blocks.I.finer``, ``same``, ``coarser``, ``norm``; ``class_conv``, ...
+``backbone.fpt.levels.I.*``           FPT: ``itself``, ``grounding.J``, ``rendering.J``, ``fuse``
 ``detector.head.*``                   a dense detector: ``class_tower.I.conv``, ``class_tower.I.norm``, ``box_tower``,
                                       ``logits``, ``deltas``, ``quality``, ``delta_scale`` (one number for each level);
                                       RepPoints: ``first_conv``, ``first_points``, ``class_conv``, ``box_conv``;
@@ -40,15 +44,29 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from dyhead.backbones.registry import NETWORKS
 from dyhead.checkpoints.pyramid import BACKBONE, BOTTOM_UP, first_stage, torchvision_resnet
 from dyhead.checkpoints.source import Row, Source
 
 #: The parts of a detector, by what its canonical keys start with, a part of another before it.
-PARTS = (BOTTOM_UP, BACKBONE, "backbone.dyhead.", "backbone.sepc.", "detector.", "proposal_generator.", "roi_heads.")
+PARTS = (
+    BOTTOM_UP,
+    BACKBONE,
+    "backbone.dyhead.",
+    "backbone.sepc.",
+    "backbone.fpt.",
+    "detector.",
+    "proposal_generator.",
+    "roi_heads.",
+)
 
 _PREDICTORS = "logits|deltas|quality|delta_scale"
 # Of Detectron2's own meta-architectures, where no neck wraps the backbone.
 _PLAIN_BACKBONE = Row(r"backbone\.((?:bottom_up|fpn_|top_block|net|simfp_).*)", BACKBONE + r"\1")
+# Of both engines: the same backbone as under FPN.
+_HIT_DETECTOR = Row(
+    r"backbone\.(?:body|(?:backbone\.)?bottom_up)\.hit_detector_pyramid\.backbone\.(.+)", BOTTOM_UP + r"hit_detector.\1"
+)
 
 # Of Faster R-CNN, and of a stage of Cascade R-CNN.
 _BOX_HEAD = r"roi_heads\.(?:box_head|stages\.(\d+)\.head)\.(\d+)\."
@@ -70,7 +88,7 @@ def canonical_names(keys: Iterable[str], first: int | None = None) -> dict[str, 
         own.
     """
     keys = list(keys)
-    rows = [_PLAIN_BACKBONE, *_torchvision_rows(keys, first), *_EARLIER]
+    rows = [_HIT_DETECTOR, _PLAIN_BACKBONE, *_torchvision_rows(keys, first), *_EARLIER]
     return {key: next((name for row in rows if (name := row.rename(key)) is not None), key) for key in keys}
 
 
@@ -87,13 +105,14 @@ def _torchvision_rows(keys: Iterable[str], first: int | None = None) -> list[Row
         return lambda m: f"{BACKBONE}fpn_{name}{first + int(m[1])}.{norm}{m[2]}"
 
     rows = [
-        Row(r"backbone\.body\.((?:network|norms)\..+)", BOTTOM_UP + r"timm.\1"),
+        Row(rf"backbone\.body\.((?:{'|'.join(NETWORKS)})\..+)", BOTTOM_UP + r"\1"),
         *torchvision_resnet(r"backbone\.body\."),
         Row(pyramid.format("inner", 0), level("lateral")),
         Row(pyramid.format("inner", 1), level("lateral", "norm.")),
         Row(pyramid.format("layer", 0), level("output")),
         Row(pyramid.format("layer", 1), level("output", "norm.")),
         Row(r"backbone\.fpn\.extra_blocks\.(.+)", BACKBONE + r"top_block.\1"),
+        Row(r"backbone\.fpn\.((?:simfp_\d|top_block)\..+)", BACKBONE + r"\1"),
         # Detectron2 numbers the proposal network's convolutions where there are several.
         Row(
             r"rpn\.head\.conv\.(\d+)\.0\.(.+)",
@@ -152,13 +171,13 @@ def _torchvision(state: Mapping[str, Tensor]) -> list[Row]:
             Row(r"(roi_heads\.box_predictor\.cls_score\..+)", r"\1", lambda x: x.roll(-1, dims=0)),
             Row(r"(roi_heads\.box_predictor\.bbox_pred\..+)", r"\1", lambda x: x[4:].clone()),
         ]
-    return [*rows, *_EARLIER]
+    return [_HIT_DETECTOR, *rows, *_EARLIER]
 
 
 CANONICAL = Source(
     "dyhead",
-    r"^(backbone\.(backbone|dyhead|sepc)|detector)\.",
-    lambda state: [],
+    r"^(backbone\.(backbone|dyhead|sepc|fpt)|detector)\.",
+    lambda state: [_HIT_DETECTOR],
     unless=rf"^backbone\.(body|fpn|dyhead_tower)\.|^head\.(predictor\.)?({_PREDICTORS})",
     remainder=None,
 )

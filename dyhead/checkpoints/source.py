@@ -46,6 +46,7 @@ class Source:
         left_over: kinds of keys that are known and have no counterpart, each with the reason.
         remainder: the reason for all other keys that are left over. None: they keep their names.
         zero_biases: its convolutions lack biases that ours have.
+        note: what its weights need in the configuration, which the shapes do not say.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Source:
     left_over: tuple[tuple[str, str], ...] = ()
     remainder: str | None = "no detector of this project has it"
     zero_biases: bool = False
+    note: str = ""
 
     def recognises(self, keys: Iterable[str]) -> bool:
         """Whether keys are those of a checkpoint of this project."""

@@ -34,8 +34,8 @@ class Places(NamedTuple):
 
     def by_level(self, values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
         """One number per level as one per place, (R,); X numbers likewise, (R, X)."""
-        counts = torch.tensor(self.counts, device=self.anchors.device)
-        return torch.repeat_interleave(self.anchors.new_tensor(values), counts, dim=0)
+        levels = zip(self.anchors.new_tensor(values), self.counts, strict=True)
+        return torch.cat([value.expand(count, *value.shape) for value, count in levels])
 
 
 def _positive(values: Sequence) -> bool:
@@ -106,6 +106,7 @@ class Anchors:
             y, x = torch.meshgrid(y, x, indexing="ij")
             centers = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
             levels.append((centers + torch.tensor(cell, dtype=dtype, device=device)).reshape(-1, 4))
+        # Not their len(), which would be a constant of a traced detector.
         return Places(torch.cat(levels), [level.shape[0] for level in levels], self.strides, self.per_cell)
 
 

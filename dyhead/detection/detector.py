@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from dyhead.detection.anchors import Anchors, Places
 from dyhead.detection.criteria import standard
@@ -283,13 +283,13 @@ class DenseDetector(nn.Module):
         found, first = [], 0
         for count, shape in zip(places.counts, predictions.shapes, strict=True):
             level = slice(first, first + count)
-            first += count
+            first = first + count  # not in place: of a traced detector, it is a tensor that the slice has
             passes = chosen[level]
             if self.inference.peak_kernel > 1:
                 passes = passes & are_peaks(ranked[level], shape, self.inference.peak_kernel)
             place, label = torch.nonzero(passes, as_tuple=True)
             rank = ranked[level][place, label]
-            best = _largest(rank, self.inference.topk)
+            best = largest(rank, self.inference.topk)
             place, label = place[best], label[best]
             boxes = self.box_form.decode(numbers[level][place], places.anchors[level][place])
             known = ~boxes.isnan().any(dim=1)  # NMS would take one NaN to all boxes
@@ -307,7 +307,7 @@ class DenseDetector(nn.Module):
         return Detections(*_inside(boxes[keep], scores[keep], labels[keep], size))
 
 
-def _largest(x: Tensor, count: int) -> Tensor:
+def largest(x: Tensor, count: int) -> Tensor:
     """The indices of the largest numbers, in their order, at most ``count``."""
     if torch.jit.is_tracing():  # where how many there are must not become a constant
         return x.sort(descending=True).indices[:count]
@@ -330,8 +330,6 @@ def are_peaks(scores: Tensor, shape: tuple[int, int], kernel: int) -> Tensor:
 
 def _inside(boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """What is left of boxes inside an image of this (height, width)."""
-    height, width = size
-    limits = boxes.new_tensor([width, height, width, height])
-    boxes = boxes.clamp(min=0).minimum(limits)
+    boxes = clip_boxes_to_image(boxes, size)
     left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return boxes[left], scores[left], labels[left]

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from dyhead.detection.anchors import AnchorOptions, Anchors, Places
 from dyhead.detection.boxes import DeltaPairs
 from dyhead.detection.criteria import PairedCriterion
 from dyhead.detection.dense_options import DenseOptions
-from dyhead.detection.detector import DenseDetector, Detections, Predictions
+from dyhead.detection.detector import DenseDetector, Detections, Predictions, largest
 from dyhead.detection.heads import DenseHead
 from dyhead.detection.registry import register_detector
 from dyhead.detection.roi.paired import FUSIONS, PairedHead
@@ -82,9 +82,9 @@ class PairedDetector(DenseDetector):
         found, first = [], 0
         for number, count in enumerate(places.counts):
             level = slice(first, first + count)
-            first += count
+            first = first + count  # as in DenseDetector
             score = scores[level].nan_to_num(nan=-torch.inf)
-            best = score.topk(min(self.inference.topk, count)).indices
+            best = largest(score, self.inference.topk)
             pairs = self.box_form.decode(numbers[level][best], places.anchors[level][best])
             found.append((pairs, score[best], torch.full_like(best, number)))
         pairs, scores, levels = (torch.cat(column) for column in zip(*found, strict=True))
@@ -111,8 +111,7 @@ class PairedDetector(DenseDetector):
 
 def _cut(pairs: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Pairs of boxes cut to an image of this (height, width), and of which pairs something is left of both."""
-    height, width = size
-    pairs = pairs.clamp(min=0).minimum(pairs.new_tensor([width, height] * 4))
+    pairs = clip_boxes_to_image(pairs.unflatten(1, (2, 4)), size).flatten(1)
     return pairs, ((pairs[:, 2:4] > pairs[:, :2]) & (pairs[:, 6:] > pairs[:, 4:6])).all(dim=1)
 
 

@@ -15,24 +15,20 @@ from detectron2.modeling import (
 )
 from detectron2.structures import Boxes, Instances
 from torch import nn
-from torchvision.ops import batched_nms
 
-from dyhead.config import expect, get, reads_visible_boxes
+from dyhead.config import expect, get
 from dyhead.detection import DETECTORS
+from dyhead.detection.merging import merge
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Raise :class:`ConfigError` if ``TEST.AUG.ENABLED`` is True of a detector that cannot be augmented."""
+    """Raise :class:`ConfigError` if ``TEST.AUG.ENABLED`` is True of one of Detectron2's that cannot be augmented."""
     if not cfg.TEST.AUG.ENABLED:
         return
     name = cfg.MODEL.META_ARCHITECTURE
     architecture = META_ARCH_REGISTRY.get(name)
     two_stage = issubclass(architecture, GeneralizedRCNN) and not issubclass(architecture, PanopticFPN)
     expect(cfg, "TEST.AUG.ENABLED", name in DETECTORS or two_stage, f"False with MODEL.META_ARCHITECTURE {name}")
-    paired = reads_visible_boxes(cfg)  # what comes together is compared by whole boxes
-    expect(cfg, "TEST.AUG.ENABLED", not paired, f"False with MODEL.META_ARCHITECTURE {name}")
-    keypoints = two_stage and cfg.MODEL.KEYPOINT_ON
-    expect(cfg, "TEST.AUG.ENABLED", not keypoints, "False with MODEL.KEYPOINT_ON True")
 
 
 def with_augmentation(cfg: CfgNode, model: nn.Module) -> nn.Module:
@@ -79,9 +75,5 @@ class DenseWithTTA(nn.Module):
             boxes.append(torch.as_tensor(corners).to(found.scores))
             scores.append(found.scores)
             classes.append(found.pred_classes)
-        found = Instances(
-            size, pred_boxes=Boxes(torch.cat(boxes)), scores=torch.cat(scores), pred_classes=torch.cat(classes)
-        )
-        found.pred_boxes.clip(size)
-        keep = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.nms_thresh)
-        return found[keep[: self.limit]]
+        merged = merge(torch.cat(boxes), torch.cat(scores), torch.cat(classes), size, self.nms_thresh, self.limit)
+        return Instances(size, pred_boxes=Boxes(merged.boxes), scores=merged.scores, pred_classes=merged.labels)

@@ -1,4 +1,4 @@
-"""Necks on any Detectron2 backbone that puts out a pyramid, and registered builders of ResNet-FPN and timm-FPN."""
+"""Necks on any Detectron2 backbone that puts out a pyramid, and registered builders of backbones."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from detectron2.modeling import build_resnet_backbone as build_detectron2_resnet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from dyhead.backbones import TimmNetwork
-from dyhead.build import build_necks, build_timm, necks_with_dyhead
+from dyhead.backbones import NETWORKS, Registered, SimplePyramid
+from dyhead.build import build_necks, build_network, necks_with_dyhead, simple_pyramid_arguments
 from dyhead.config import options_of
 from dyhead.detectron2.deform_conv import use_own_deform_conv
 from dyhead.layers import P6P7
@@ -155,42 +155,129 @@ def build_retinanet_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeS
     return _with_necks(cfg, build_resnet_fpn_p6p7_backbone(cfg, input_shape), necks_with_dyhead(cfg))
 
 
-@BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN on the network of ``MODEL.TIMM``, with a pooled last level (p2 to p6 from res2 to res5)."""
-    return _fpn(cfg, TimmBackbone(build_timm(cfg)), p6p7=False)
-
-
-@BACKBONE_REGISTRY.register()
-def build_timm_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN on the network of ``MODEL.TIMM``, with convolved P6 and P7, as in :func:`build_resnet_fpn_p6p7_backbone`."""
-    return _fpn(cfg, TimmBackbone(build_timm(cfg)), p6p7=True)
-
-
-class TimmBackbone(Backbone):
-    """A network of timm in Detectron2's form.
+class NetworkBackbone(Backbone):
+    """A network of :mod:`dyhead.backbones` in Detectron2's form: stages for FPN.
 
     Args:
-        network: which.
+        name: of the network, which its keys begin with.
+        network: from images to maps by name, with their ``channels`` and ``strides``.
 
     Example:
         >>> from dyhead.backbones import TimmOptions
-        >>> network = TimmOptions("resnet18d").build()                                      # doctest: +SKIP
-        >>> DyHeadBackbone(FPN(TimmBackbone(network), ["res3", "res4", "res5"], 256))       # doctest: +SKIP
+        >>> network = TimmOptions("resnet18d").build()                                              # doctest: +SKIP
+        >>> DyHeadBackbone(FPN(NetworkBackbone("timm", network), ["res3", "res4", "res5"], 256))    # doctest: +SKIP
     """
 
-    def __init__(self, network: TimmNetwork) -> None:
+    def __init__(self, name: str, network: nn.Module) -> None:
         super().__init__()
-        self.timm = network
+        self.add_module(name, network)
+        self._name = name
+
+    @property
+    def network(self) -> nn.Module:
+        """The network."""
+        return getattr(self, self._name)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) to the network's maps, by name."""
-        return self.timm(x)
+        return self.network(x)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every map."""
-        strides = self.timm.strides
-        return {name: ShapeSpec(channels=width, stride=strides[name]) for name, width in self.timm.channels.items()}
+        strides, channels = self.network.strides, self.network.channels
+        return {name: ShapeSpec(channels=width, stride=strides[name]) for name, width in channels.items()}
+
+
+class NetworkPyramid(Backbone):
+    """A network of :mod:`dyhead.backbones` whose maps are a pyramid, in Detectron2's form.
+
+    Args:
+        name: of the network, which its keys begin with after ``bottom_up``.
+        network: from images to levels by name, with their ``channels``, ``strides`` and ``size_divisibility``.
+    """
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        super().__init__()
+        self.bottom_up = NetworkBackbone(name, network)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the levels, by name."""
+        return self.bottom_up(x)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level."""
+        return self.bottom_up.output_shape()
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of it, in pixels."""
+        return self.bottom_up.network.size_divisibility
+
+
+class SimplePyramidBackbone(SimplePyramid, Backbone):
+    """A network and ViTDet's pyramid in Detectron2's form.
+
+    Args:
+        bottom_up: the network, with a map "res4".
+        in_channels, out_channels, kwargs: of :class:`dyhead.backbones.SimplePyramid`.
+    """
+
+    def __init__(self, bottom_up: Backbone, in_channels: int, out_channels: int, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.bottom_up = bottom_up
+        self._channels = out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the levels, by name."""
+        return super().forward(self.bottom_up(x))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level."""
+        return {name: ShapeSpec(channels=self._channels, stride=stride) for name, stride in self.strides.items()}
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of it, in pixels: the stride of P5."""
+        return 32
+
+
+def _register(network: Registered) -> None:
+    """Let Detectron2 know the builders of a network."""
+
+    def own(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+        return NetworkPyramid(network.name, build_network(cfg))
+
+    def pooled(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+        return _fpn(cfg, NetworkBackbone(network.name, build_network(cfg)), p6p7=False)
+
+    def convolved(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+        return _fpn(cfg, NetworkBackbone(network.name, build_network(cfg)), p6p7=True)
+
+    def simple(cfg: CfgNode, input_shape: ShapeSpec) -> SimplePyramidBackbone:
+        built = build_network(cfg)
+        return SimplePyramidBackbone(NetworkBackbone(network.name, built), **simple_pyramid_arguments(cfg, built))
+
+    def simple_convolved(cfg: CfgNode, input_shape: ShapeSpec) -> SimplePyramidBackbone:
+        return simple(cfg, input_shape)
+
+    own.__doc__ = f"The network of ``{network.node}``, whose maps are a pyramid already."
+    pooled.__doc__ = f"FPN on the network of ``{network.node}``, with a pooled last level (p2 to p6 from res2 to res5)."
+    convolved.__doc__ = (
+        f"FPN on the network of ``{network.node}``, with convolved P6 and P7, as in `build_resnet_fpn_p6p7_backbone`."
+    )
+    plain = f"ViTDet's pyramid on the network of ``{network.node}``, with"
+    simple.__doc__ = f"{plain} a pooled last level (p2 to p6 from res4)."
+    simple_convolved.__doc__ = f"{plain} convolved P6 and P7 (p3 to p7 from res4)."
+    builders = (own,) if network.has_pyramid else (pooled, convolved)
+    if network.may_be_plain:
+        builders += (simple, simple_convolved)
+    for name, build in zip(network.builders, builders, strict=True):
+        build.__name__ = name
+        BACKBONE_REGISTRY.register(build)
+
+
+for _network in NETWORKS.values():
+    _register(_network)
 
 
 def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

@@ -17,12 +17,13 @@ from dyhead.config import (
     check_config,
     expect,
     get,
+    has_resnet,
     ignore_keys,
     meta_architectures,
 )
 from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
 from dyhead.detectron2.augmentation import check_augmentation
-from dyhead.options import Check, above, at_least, at_least_one, each, of_type, one_of
+from dyhead.options import Check, above, at_least, each, of_type, one_of
 from dyhead.runs.preflight import check_parts
 
 _WHOLE, _FLAG, _NUMBER = of_type(int), of_type(bool), of_type(float)
@@ -43,8 +44,6 @@ CHECKS: dict[str, Check] = {
     "DATALOADER.REPEAT_THRESHOLD": _NUMBER & at_least(0),
     "DATALOADER.REPEAT_SQRT": _FLAG,
     "SOLVER.REFERENCE_WORLD_SIZE": _WHOLE & at_least(0),  # 0: as configured, on any number of devices
-    "TEST.PRECISE_BN.ENABLED": _FLAG,
-    "TEST.PRECISE_BN.NUM_ITER": _COUNT,
     "VIS_PERIOD": _WHOLE & at_least(0),
 }
 
@@ -70,13 +69,6 @@ MASK_CHECKS: dict[str, Check] = {
 }
 KEYPOINT_CHECKS: dict[str, Check] = {"MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": _POOLER}
 
-#: With TEST.AUG.ENABLED.
-AUGMENTATION_CHECKS: dict[str, Check] = {
-    "TEST.AUG.MIN_SIZES": of_type(tuple[int, ...]) & at_least_one("size in pixels") & each(at_least(1)),
-    "TEST.AUG.MAX_SIZE": _COUNT,
-    "TEST.AUG.FLIP": _FLAG,
-}
-
 # What nothing reads of the configured detector's, or what needs more than annotations of objects. Patterns, as a
 # shell's file names.
 _NOT_HONOURED = (
@@ -92,7 +84,7 @@ _NOT_HONOURED = (
 
 def detectron2_checks(cfg: CfgNode) -> dict[str, Check]:
     """The checks, beside those of both engines, of the keys that the configured detector reads, by key."""
-    checks = dict(CHECKS) | (AUGMENTATION_CHECKS if cfg.TEST.AUG.ENABLED else {})
+    checks = dict(CHECKS)
     if cfg.MODEL.META_ARCHITECTURE == TWO_STAGE:
         checks |= TWO_STAGE_CHECKS
         for reads, more in (
@@ -107,8 +99,7 @@ def ignore_not_honoured(cfg: CfgNode, given: Iterable[str]) -> None:
     """See :func:`dyhead.config.ignore_keys`. Nothing is known of what a meta-architecture of others does not read."""
     ignored: Iterable[str] = ()
     if cfg.MODEL.META_ARCHITECTURE in meta_architectures():
-        optional = TWO_STAGE_CHECKS | AUGMENTATION_CHECKS
-        ignored = (*_NOT_HONOURED, *(optional.keys() - detectron2_checks(cfg).keys()))
+        ignored = (*_NOT_HONOURED, *(TWO_STAGE_CHECKS.keys() - detectron2_checks(cfg).keys()))
     ignore_keys(cfg, given, add_dyhead_config(get_cfg()), tuple(ignored), "The Detectron2 engine")
 
 
@@ -129,8 +120,6 @@ def check_values(cfg: CfgNode, processes: int = 1) -> None:
         expect(cfg, key, check.fits(get(cfg, key)), check.text)
     _check_stages(cfg)
     _check_crop(cfg)
-    precise = cfg.TEST.PRECISE_BN.ENABLED and cfg.SOLVER.EMA.ENABLED  # statistics of other weights than the average
-    expect(cfg, "TEST.PRECISE_BN.ENABLED", not precise, "False with SOLVER.EMA.ENABLED True")
     check_augmentation(cfg)
     _check_scaled(cfg, processes)
 
@@ -157,7 +146,7 @@ def check_annotations(cfg: CfgNode, train: Iterable[str], test: Iterable[str] = 
 
 
 def _check_stages(cfg: CfgNode) -> None:
-    if "resnet_fpn" in cfg.MODEL.BACKBONE.NAME:
+    if has_resnet(cfg) and "resnet_fpn" in cfg.MODEL.BACKBONE.NAME:
         there = cfg.MODEL.RESNETS.OUT_FEATURES
         fits = set(cfg.MODEL.FPN.IN_FEATURES) <= set(there)
         expect(cfg, "MODEL.FPN.IN_FEATURES", fits, f"some of MODEL.RESNETS.OUT_FEATURES, {there}")

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from dyhead.config import ConfigError, add_dyhead_config, load_config
-from dyhead.config_files import Scalar, resolve
+from dyhead.config_files import Scalar, find_file, resolve
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
 from dyhead.detectron2.datasets import (
@@ -26,6 +26,7 @@ from dyhead.detectron2.datasets import (
     name_keypoints,
     register_datasets,
 )
+from dyhead.detectron2.evaluation import check_panoptic, warn_of_panoptic
 from dyhead.detectron2.report import report_results
 from dyhead.detectron2.trainer import Trainer
 from dyhead.evaluation.expected import check_expectations
@@ -112,6 +113,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process of a run."""
     _register(cfg, args)
     _setup_process(cfg, args)
+    if comm.is_main_process():
+        warn_of_panoptic(cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -145,6 +148,7 @@ def _register(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_expectations(cfg, {name: MetadataCatalog.get(name).thing_classes for name in cfg.DATASETS.TEST})
     if cfg.MODEL.KEYPOINT_ON:
         name_keypoints(names)
+    check_panoptic(cfg)
     check_annotations(cfg, () if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     if not args.eval_only:
         check_trainable(cfg)
@@ -161,7 +165,8 @@ def _setup_process(cfg: CfgNode, args: argparse.Namespace) -> None:
     if is_quiet():  # before default_setup, which says much, and does not set up again what is there
         for named in ({"name": "fvcore"}, {}):
             _hush(setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), **named))
-    default_setup(cfg, args)
+    # It reads the config file again, to log it.
+    default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": find_file(args.config_file)}))
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dyhead", abbrev_name="dyhead")
     if is_quiet():
         _hush(logger)

@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 # What Detectron2 calls what a task compares, in the order of its results.
 _FIELDS = {"segm": "pred_masks", "keypoints": "pred_keypoints"}
 
+_PANOPTIC = "coco_panoptic_seg"
+_PANOPTICAPI = "pip install git+https://github.com/cocodataset/panopticapi.git"
+
 
 class Results(dict):
     """The results on one dataset in Detectron2's form, ``{"bbox": {metric: percent}, ...}``, and all that came out."""
@@ -136,21 +139,51 @@ class InstanceEvaluator(DatasetEvaluator):
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> InstanceEvaluator:
     """What evaluates a detector on a dataset; on one with the truth of it, also semantic and panoptic segmentation.
 
-    These are Detectron2's evaluators. Without panopticapi, which that of panoptic quality needs, a warning says so.
+    These are Detectron2's evaluators; that of panoptic quality needs panopticapi, see :func:`check_panoptic`.
     """
-    metadata, folder = MetadataCatalog.get(dataset_name), cfg.OUTPUT_DIR
+    folder = cfg.OUTPUT_DIR
     others: list[DatasetEvaluator] = []
-    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN" and metadata.get("evaluator_type") == "coco_panoptic_seg":
+    if dataset_name in _panoptic_sets(cfg):
         inference = os.path.dirname(detections_file(folder, dataset_name))
         others.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=inference))
         if importlib.util.find_spec("panopticapi"):
             others.append(COCOPanopticEvaluator(dataset_name, inference))
-        else:
-            _log.warning(
-                "Dataset '%s': without panopticapi there is no panoptic quality; "
-                "pip install git+https://github.com/cocodataset/panopticapi.git", dataset_name,
-            )  # fmt: skip
     return InstanceEvaluator(dataset_name, folder, sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS, others=others)
+
+
+def check_panoptic(cfg: CfgNode) -> None:
+    """Check before a run that the panoptic quality that it is to end with can be computed.
+
+    Raises:
+        ConfigError: ``TEST.EXPECTED_RESULTS`` has it, and panopticapi is not installed; or it is, and a test set's
+            panoptic segmentation is not there.
+    """
+    installed = importlib.util.find_spec("panopticapi") is not None
+    for name in _panoptic_sets(cfg):
+        tasks = [task for task, *_ in cfg.TEST.EXPECTED_RESULTS]
+        if not installed and {"panoptic_seg", f"{name}/panoptic_seg"} & set(tasks):
+            raise ConfigError(f"TEST.EXPECTED_RESULTS: expected no panoptic_seg without panopticapi; {_PANOPTICAPI}")
+        for key in ("panoptic_json", "panoptic_root") if installed else ():
+            path = MetadataCatalog.get(name).get(key) or ""
+            if "://" not in path and not os.path.exists(path):  # what is elsewhere is fetched
+                raise ConfigError(
+                    f"DATASETS.TEST: dataset {name!r} has no panoptic segmentation to evaluate: its {key}, {path!r}, "
+                    "is not there"
+                )
+
+
+def warn_of_panoptic(cfg: CfgNode) -> None:
+    """Say before a run that it will end without panoptic quality, if it will."""
+    names = _panoptic_sets(cfg)
+    if names and not importlib.util.find_spec("panopticapi"):
+        _log.warning("Without panopticapi there is no panoptic quality on %s; %s", ", ".join(names), _PANOPTICAPI)
+
+
+def _panoptic_sets(cfg: CfgNode) -> list[str]:
+    """The test sets with the truth of panoptic segmentation, of a detector that does it."""
+    if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
+        return []
+    return [name for name in cfg.DATASETS.TEST if MetadataCatalog.get(name).get("evaluator_type") == _PANOPTIC]
 
 
 def _split(name: str) -> CocoSplit:

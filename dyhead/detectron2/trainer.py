@@ -35,6 +35,7 @@ from dyhead.runs.batches import parts
 from dyhead.runs.divergence import DivergedError
 from dyhead.runs.interruption import Interrupted, Interruption
 from dyhead.runs.optimizer import build_optimizer, resumed_state
+from dyhead.runs.precise_bn import wants_statistics
 from dyhead.runs.precision import autocast_dtype
 from dyhead.runs.processes import check_same_start
 from dyhead.runs.seeds import seed_sampling
@@ -117,6 +118,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """Detectron2's hooks, with evaluations that a signal ends, and one that ends the training, before them."""
+        wants_statistics(self.cfg, self.model)  # warns where there is nothing to do
         built = super().build_hooks()
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
         evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)

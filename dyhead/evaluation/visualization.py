@@ -3,6 +3,7 @@
 import colorsys
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -205,23 +206,57 @@ def _draw_boxes(picture: Image.Image, boxes: Sequence[_Drawn], names: list[str],
         letters: size of the letters, in pixels.
     """
     pen, line, far = ImageDraw.Draw(picture), max(2, letters // 6), 2 * max(picture.size)
+    labels, taken = [], []
     for box, class_index, score, entry in boxes:
         x0, y0, x1, y1 = (min(max(v * scale, -9), far) for v in box)  # Pillow draws what cannot be seen, too
+        x1, y1 = max(x0, x1 - 1), max(y0, y1 - 1)
         colour = _colour(class_index)
-        pen.rectangle((x0 - 1, y0 - 1, max(x0, x1 - 1) + 1, max(y0, y1 - 1) + 1), outline="black")
-        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=line)
-        room = picture.width - 2 - lettering.measured(score, letters)[0]
-        text = lettering.elided(names[class_index], room, letters) + score
-        width, height = lettering.measured(text, letters)
-        x = min(max(x0, 0), max(picture.width - width - 2, 0))
-        y = y0 - height - 2 if y0 > height + 2 else min(y1, picture.height - height - 2)
-        pen.rectangle((x, y, x + width + 1, y + height + 1), fill="black")
-        lettering.write(pen, x + 1, y, text, colour, letters)
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black")
+        pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
         points = np.reshape(entry.get("keypoints", ()), (-1, 3))
         for u, v, shown in points.tolist():  # in the truth, the third number is 0 where there is no point
             if shown > 0:
                 u, v = (min(max((n + 0.5) * scale, -9), far) for n in (u, v))
                 pen.ellipse((u - line, v - line, u + line, v + line), fill=colour, outline="black")
+        room = picture.width - 2 - lettering.measured(score, letters)[0]
+        labels.append((lettering.elided(names[class_index], room, letters) + score, colour, (x0, y0, x1, y1)))
+    for text, colour, box in reversed(labels):  # the most confident has the choice of places
+        width, height = lettering.measured(text, letters)
+        x, y = _free_place(box, (width + 2, height + 2), picture.size, taken)
+        taken.append((x, y, x + width + 2, y + height + 2))
+        pen.rectangle((x, y, x + width + 1, y + height + 1), fill="black")
+        lettering.write(pen, x + 1, y, text, colour, letters)
+
+
+def _free_place(
+    box: Sequence[float], size: tuple[int, int], picture: tuple[int, int], taken: Sequence[Sequence[float]]
+) -> tuple[float, float]:
+    """Upper left corner of a label of this size at a box, where it covers the least of other labels.
+
+    Args:
+        box: (x0, y0, x1, y1) in pixels of the picture, as all here.
+        size: (width, height) of the label.
+        picture: (width, height).
+        taken: where labels are.
+    """
+    x0, y0, x1, y1 = box
+    width, height = size
+    left, right = x0, x1 - width
+    # Above the box, below it, inside at the top and bottom, then beside it, line by line.
+    places = [(x, y) for y in (y0 - height, y1 + 1, y0, y1 - height) for x in (left, right)]
+    lines = [y for i in range(8) for y in (y0 + i * height, y1 - (i + 1) * height)]
+    places += [(x, y) for y in lines for x in (x1 + 1, x0 - width)]
+    room = picture[0] - width, picture[1] - height
+    best, least = (0.0, 0.0), math.inf
+    for place in places:
+        x, y = (min(max(value, 0), max(most, 0)) for value, most in zip(place, room, strict=True))
+        covered = sum(
+            max(0, min(x + width, x_max) - max(x, x_min)) * max(0, min(y + height, y_max) - max(y, y_min))
+            for x_min, y_min, x_max, y_max in taken
+        )
+        if covered < least:
+            best, least = (x, y), covered
+    return best
 
 
 def _colour(index: int) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,9 @@ class DyHeadBlock(nn.Module):
         spatial_aware: apply Eq. 4.
         task_aware: apply Eq. 5.
         offset_groups: channel groups with separate offsets in the spatial-aware attention.
+        norm: its normalisation, "GN", "BN", "SyncBN" or None.
         norm_groups: groups of its GroupNorm.
+        zero_init_offset: start its offset convolution at zero.
 
     Raises:
         ValueError: see the three attentions.
@@ -40,6 +44,8 @@ class DyHeadBlock(nn.Module):
         {'p3': (2, 64, 16, 16), 'p4': (2, 64, 8, 8)}
     """
 
+    __constants__ = ("merges_norm",)  # so that torch.jit.script leaves out the branch that is not taken
+
     def __init__(
         self,
         channels: int,
@@ -49,44 +55,54 @@ class DyHeadBlock(nn.Module):
         spatial_aware: bool = True,
         task_aware: bool = True,
         offset_groups: int = 1,
+        norm: Literal["GN", "BN", "SyncBN"] | None = "GN",
         norm_groups: int = 16,
+        zero_init_offset: bool = True,
     ) -> None:
         super().__init__()
         self.channels = channels = check_integer("channels", channels)
         self.scale_attention = ScaleAwareAttention(channels) if scale_aware else None
         self.spatial_attention = (
-            SpatialAwareAttention(channels, window=window, offset_groups=offset_groups, norm_groups=norm_groups)
+            SpatialAwareAttention(
+                channels,
+                window=window,
+                offset_groups=offset_groups,
+                norm=norm,
+                norm_groups=norm_groups,
+                zero_init_offset=zero_init_offset,
+            )
             if spatial_aware
             else None
         )
         self.task_attention = TaskAwareAttention(channels) if task_aware else None
+        # A GroupNorm is, given its statistics, a map of every channel.
+        self.merges_norm = bool(spatial_aware and task_aware and norm == "GN")
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
         """Maps a pyramid (dict, list or tuple of levels, fine to coarse) to one of the same kind and shapes.
+
+        Args:
+            pyramid: levels (N, C, H_l, W_l), of any sizes that do not grow and keep one ratio of height and width.
 
         Raises:
             TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,
                 what was expected and what came.
         """
-        levels = split_pyramid(pyramid, self.channels)
+        levels = split_pyramid(pyramid, self.channels, halved=False)
         # Conditions are nested, not joined, for torch.jit.script, which leaves out branches of absent attentions then.
         weight: Tensor | None = None
         if self.scale_attention is not None:
             weight = self.scale_attention(levels)
-        norm: ChannelAffine | None = None
+        affine: ChannelAffine | None = None
         if self.spatial_attention is not None:
-            if self.task_attention is not None:
+            levels = self.spatial_attention(levels, weight, not self.merges_norm)
+            if self.merges_norm:
                 # The norm between the two is merged into the activation: one pass for its statistics, one for both.
-                levels = self.spatial_attention.aggregate(levels, weight)
                 statistics = torch.stack([channel_statistics(level) for level in levels], dim=1)
-                group_norm = self.spatial_attention.norm
-                norm = affine_of_group_norm(
-                    statistics, group_norm.weight, group_norm.bias, group_norm.num_groups, group_norm.eps
-                )
-            else:
-                levels = self.spatial_attention(levels, weight)
+                norm = self.spatial_attention.norm
+                affine = affine_of_group_norm(statistics, norm.weight, norm.bias, norm.num_groups, norm.eps)
         elif weight is not None:
             levels = [level * weight[:, i, None, None, None] for i, level in enumerate(levels)]
         if self.task_attention is not None:
-            levels = self.task_attention(levels, norm)
+            levels = self.task_attention(levels, affine)
         return join_pyramid(levels, pyramid)

@@ -8,10 +8,14 @@ from dyhead.ops import deform_conv2d
 
 
 class DeformConv2d(nn.Conv2d):
-    """A convolution that is told for each output pixel where to read: :func:`dyhead.ops.deform_conv2d` with weights.
+    """``torchvision.ops.DeformConv2d`` on this project's operator: a convolution that is told where to read.
 
     Args:
-        *args, **kwargs: of :class:`torch.nn.Conv2d`; the padding is zeros, in numbers.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: of a convolution; the padding
+            is in numbers.
+
+    Raises:
+        ValueError: ``padding`` is text, or ``groups`` does not divide the channels.
 
     Example:
         >>> import torch
@@ -20,15 +24,30 @@ class DeformConv2d(nn.Conv2d):
         torch.Size([1, 64, 4, 4])
     """
 
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, C_in, H_in, W_in) to (N, C_out, H, W).
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        if isinstance(padding, str):
+            raise ValueError(f"padding: expected an integer or two of them (vertical, horizontal), got {padding!r}")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, C_in, H_in, W_in) to (N, C_out, H, W), in the type of ``input``, but under autocast in its type.
 
         Args:
-            x: the map.
-            offset: (N, 2*G*K, H, W), in pixels of ``x``, for G groups of channels and K taps, dy and dx adjacent.
+            input: the map.
+            offset: (N, 2*G*K, H, W), in pixels of ``input``, for G groups of channels and K taps, dy and dx adjacent.
             mask: (N, G*K, H, W), the weight of every sample; by default 1.
         """
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
 class DeformConv2dPack(DeformConv2d):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dyhead.layers.batch_norm import build_norm, normalize
+from dyhead.layers.conv_norm import padded_if_narrow
 from dyhead.layers.levels import EagerPyramidModule, Pyramid, check_integer, join_pyramid, split_pyramid
 from dyhead.ops import deform_conv2d, pyramid_deform_conv2d
-from dyhead.ops.checks import describe
 
 _OFFSETS = 18  # (dy, dx) of nine taps
-
-#: The norms over all levels together, by name.
-NORMS: dict[str, type[nn.Module] | None] = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
 
 
 class PConv(EagerPyramidModule):
@@ -180,36 +176,9 @@ class LevelConv(nn.Module):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         padding = self.padding
-        if self.stride > 1 and x.shape[3] == 1:
-            # In bfloat16 on a CPU, PyTorch 2.15 leaves parts of the weights' gradient uninitialised where the input of
-            # a strided convolution is one pixel wide. Padded before, it is three.
-            x, padding = functional.pad(x, [padding] * 4), 0
+        if self.stride > 1:
+            x, padding = padded_if_narrow(x, padding)
         return functional.conv2d(x, weight, bias, self.stride, padding)
-
-
-def build_norm(name: str, channels: int) -> nn.Module | None:
-    """The norm of :data:`NORMS` called ``name``, for :func:`normalize`.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {describe(name)}")
-    kind = NORMS[name]
-    return None if kind is None else kind(channels)
-
-
-def normalize(norm: nn.Module | None, levels: Sequence[Tensor]) -> list[Tensor]:
-    """Levels (N, C, H_l, W_l) through one batch normalization, whose statistics are those of all their pixels.
-
-    A level counts by its pixels. None is the identity.
-    """
-    if norm is None or not norm.training:  # stored statistics: each pixel for itself
-        return [level if norm is None else norm(level) for level in levels]
-    pixels = norm(torch.cat([level.flatten(2) for level in levels], dim=2)[:, :, None])[:, :, 0]
-    counts = [level.shape[2] * level.shape[3] for level in levels]
-    parts = pixels.split(counts, dim=2)
-    return [part.unflatten(2, level.shape[2:]) for part, level in zip(parts, levels, strict=True)]
 
 
 def _offset_convolution(channels: int, stride: int, padding: int) -> nn.Conv2d:

@@ -13,6 +13,7 @@ from dyhead.layers.levels import (
     Pyramid,
     check_groups,
     check_integer,
+    flat,
     in_memory_format_of,
     join_pyramid,
     split_pyramid,
@@ -75,12 +76,16 @@ class ReleasedDyHeadBlock(nn.Module):
         channels: channels C of every level; a multiple of 16.
         coarse_mask: how the importances of the coarser branch are read: "flat", as its offsets, for all published
             weights; "corner" for weights that were trained with mmdetection's main branch after release 3.3.
+        zero_init_offset: start the offset convolution at zero; otherwise its weights are normal, of standard deviation
+            0.01.
 
     Raises:
         ValueError: ``channels`` is not a multiple of 16; ``coarse_mask`` is neither of the two.
     """
 
-    def __init__(self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat") -> None:
+    def __init__(
+        self, channels: int, *, coarse_mask: Literal["flat", "corner"] = "flat", zero_init_offset: bool = True
+    ) -> None:
         super().__init__()
         channels = check_integer("channels", channels)
         check_groups("the released block's 16 norm groups", 16, channels)
@@ -97,7 +102,10 @@ class ReleasedDyHeadBlock(nn.Module):
             nn.Linear(channels, channels // 4), nn.ReLU(), nn.Linear(channels // 4, 4 * channels)
         )
         # The released code initialises it at random; mmdetection found zeros better (43.3 against 42.5 AP).
-        nn.init.zeros_(self.offset.weight)
+        if zero_init_offset:
+            nn.init.zeros_(self.offset.weight)
+        else:
+            nn.init.normal_(self.offset.weight, std=0.01)
         nn.init.zeros_(self.offset.bias)
         nn.init.normal_(self.scale.weight, std=0.01)
         nn.init.zeros_(self.scale.bias)
@@ -122,8 +130,8 @@ class ReleasedDyHeadBlock(nn.Module):
             if m + 1 < len(levels):
                 coarse = levels[m + 1]
                 size = coarse.shape[2:]
-                coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else _flat(mask, size)
-                maps.append(self.coarser(coarse, _flat(offset, size), coarse_mask))
+                coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else flat(mask, size)
+                maps.append(self.coarser(coarse, flat(offset, size), coarse_mask))
                 affines.append(self.coarser.affine(maps[-1]))
             out.append(in_memory_format_of(self._combine(maps, affines, level.shape[2:]), level))
         return join_pyramid(out, pyramid)
@@ -140,7 +148,7 @@ class ReleasedDyHeadBlock(nn.Module):
         means: list[Tensor] = []
         for i, x in enumerate(maps):
             slope, intercept, mean = affines[i]
-            if x.shape[2:] != size:
+            if torch.jit.is_tracing() or x.shape[2:] != size:  # a trace takes images of other sizes, too
                 # Autocast resizes in float32 on CUDA.
                 x = functional.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
                 mean = slope * channel_statistics(x)[:, 0] + intercept
@@ -173,9 +181,3 @@ def _sum(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def _flat(x: Tensor, size: list[int]) -> Tensor:
-    """The start of each image's memory, (N, C, H, W) in NCHW order, as (N, C, *size)."""
-    n, c = x.shape[0], x.shape[1]
-    return x.flatten(1)[:, : c * size[0] * size[1]].reshape(n, c, size[0], size[1])

@@ -4,7 +4,8 @@
 """
 
 from dyhead.necks.dyhead import DyHeadOptions
+from dyhead.necks.fpt import FPTOptions
 from dyhead.necks.registry import NECKS, Necked, Registered, Stack, register_neck
 from dyhead.necks.sepc import SEPCOptions
 
-__all__ = ["NECKS", "DyHeadOptions", "Necked", "Registered", "SEPCOptions", "Stack", "register_neck"]
+__all__ = ["NECKS", "DyHeadOptions", "FPTOptions", "Necked", "Registered", "SEPCOptions", "Stack", "register_neck"]

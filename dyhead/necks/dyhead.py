@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from dyhead.layers import DyHead
 from dyhead.layers.head import BLOCKS
 from dyhead.necks.registry import register_neck
-from dyhead.options import at_least, one_of, option
+from dyhead.options import at_least, one_of, option, or_null
 
 
 @register_neck("DyHead")
@@ -35,10 +35,24 @@ class DyHeadOptions:
     spatial_aware: bool = option(True, "apply Eq. 4, the spatial-aware attention")
     task_aware: bool = option(True, "apply Eq. 5, the task-aware attention")
     offset_groups: int = option(1, "groups of channels with offsets of their own in Eq. 4", at_least(1))
+    norm: str | None = option(
+        "GN",
+        "after Eq. 4: GN; BN has one set of statistics for all levels together, and wants several images on a device; "
+        "SyncBN also for all devices; null none",
+        or_null(one_of("GN", "BN", "SyncBN")),
+    )
     norm_groups: int = option(16, "groups of the spatial-aware attention's GroupNorm", at_least(1))
+    zero_init_offset: bool = option(
+        True, "start the offsets of Eq. 4 at zero; otherwise small and random, as microsoft/DynamicHead does"
+    )
+    use_checkpoint: bool = option(
+        False,
+        "compute each block again in the backward pass: memory for one block instead of all, for one more forward pass "
+        "of them",
+    )
 
-    def build(self, channels: int) -> DyHead:
-        """The module, with random weights.
+    def build(self, channels: int, num_levels: int | None = None) -> DyHead:
+        """The module, with random weights, for any number of levels.
 
         Raises:
             ValueError: options that do not fit each other or the channels.

@@ -20,7 +20,7 @@ class Registered:
     Attributes:
         name: what ``MODEL.NECKS`` calls it; in lower case it is the module's name.
         node: of its options in the configuration, "MODEL.DYHEAD".
-        options: their dataclass, with the methods ``build(channels) -> nn.Module`` and
+        options: their dataclass, with the methods ``build(channels, num_levels) -> nn.Module`` and
             ``size_divisibility(strides) -> int``, and the attribute ``task_levels`` where the neck may put out levels
             that are pairs, for classes and for boxes; such a neck is the last.
     """

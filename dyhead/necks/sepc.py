@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dyhead.layers import SEPC
-from dyhead.layers.pconv import NORMS
+from dyhead.layers.batch_norm import NORMS
 from dyhead.layers.sepc import CONVS, TASK_CONVS
 from dyhead.necks.registry import register_neck
 from dyhead.options import at_least, one_of, option
@@ -54,8 +54,8 @@ class SEPCOptions:
         """Whether each level becomes a pair, for classes and for boxes."""
         return self.task_convs != "none"
 
-    def build(self, channels: int) -> SEPC:
-        """The module, with random weights.
+    def build(self, channels: int, num_levels: int | None = None) -> SEPC:
+        """The module, with random weights, for any number of levels.
 
         Raises:
             ValueError: options that do not fit each other.

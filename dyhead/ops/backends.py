@@ -17,7 +17,7 @@ _latest = "compiled"
 
 
 class backend:
-    """Switches what `pyramid_deform_conv2d`, `deform_conv2d` and the functions of `dyhead.ops.channelwise` run.
+    """Switches what the functions of `dyhead.ops` and `dyhead.ops.channelwise` run.
 
         with dyhead.ops.backend("reference"):
             expected = model(images)

@@ -56,6 +56,13 @@ def as_count(name: str, value: object) -> int:
     return count
 
 
+def as_flag(name: str, value: object) -> bool:
+    """Raises RuntimeError unless `value`, the argument `name`, is True or False."""
+    if not isinstance(value, bool):
+        _fail(name, "True or False", describe(value))
+    return value
+
+
 def as_number(name: str, value: object, *, above: float | None = None) -> float:
     """A number as Python's.
 
@@ -245,14 +252,29 @@ def check_borders(x: Tensor, boxes: Tensor, pool_size: int) -> None:
         _fail("pool_size", "an integer from 1 to 255", pool_size)
 
 
-def check_regions(x: Tensor, rois: Tensor, offset: Tensor | None, output_size: int) -> None:
-    """Checks the tensors of deform_roi_pool, those of positions in their type."""
+def check_regions(
+    x: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> None:
+    """Checks the arguments of deform_roi_pool, positions in their type; the compiled operator makes the same checks."""
     check_map("x", x)
     positions = accumulation_dtype(x.dtype)
     _expect_like("rois", rois, positions, x)
     _expect_like("offset", offset, positions, x)
     if rois.dim() != 2 or rois.shape[1] != 5:
         _fail("rois", "(Q, 5)", _text(rois.shape))
+    for name, count in (("output_size", output_size), ("sampling_ratio", sampling_ratio)):
+        if not 1 <= count <= 255:
+            _fail(name, "an integer from 1 to 255", count)
+    if not 0 < spatial_scale < math.inf:
+        _fail("spatial_scale", "a finite number above 0", f"{spatial_scale:g}")
+    if not -math.inf < gamma < math.inf:
+        _fail("gamma", "a finite number", f"{gamma:g}")
     _expect_shape("offset", offset, (rois.shape[0], 2, output_size, output_size))
 
 

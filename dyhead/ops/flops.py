@@ -1,7 +1,8 @@
 """Multiply-adds of the operators, for PyTorch's FLOP counter and for fvcore's.
 
 Of a deformable convolution the products with its weights are counted, as of a dense convolution, and not the sampling;
-of a channelwise operator each sum and product of every pixel; of border alignment the four products of each sample.
+of a channelwise operator each sum and product of every pixel; of border alignment and deformable RoI pooling the four
+products of each sample.
 Importing `dyhead.ops` registers them with `torch.utils.flop_counter`, which counts two for a multiply-add; fvcore,
 which counts one, takes `flop_handlers()`.
 """
@@ -51,6 +52,16 @@ def border_align_backward(out: Shape) -> int:
     return 4 * prod(out)
 
 
+def deform_roi_pool(out: Shape, sampling_ratio: int) -> int:
+    """Of a result (Q, C, S, S): the mean of ``sampling_ratio`` squared samples each."""
+    return 4 * sampling_ratio**2 * prod(out)
+
+
+def deform_roi_pool_backward(out: Shape, sampling_ratio: int, x: bool, offset: bool) -> int:
+    """To the four pixels of each sample for the gradient of ``x``, and with them for that of ``offset``."""
+    return (x + offset) * deform_roi_pool(out, sampling_ratio)
+
+
 def flop_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """What `set_op_handle` of fvcore's FlopCountAnalysis, and of Detectron2's, takes to count the operators.
 
@@ -66,9 +77,13 @@ def flop_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def of_borders(inputs: list[Any], outputs: list[Any]) -> int:
         return border_align(shape(outputs[0]), inputs[2].toIValue())
 
+    def of_regions(inputs: list[Any], outputs: list[Any]) -> int:
+        return deform_roi_pool(shape(outputs[0]), inputs[5].toIValue())
+
     return {
         "dyhead::pyramid_deform_conv2d": lambda inputs, outputs: deform_conv(shape(inputs[2]), shape(inputs[1])),
         "dyhead::border_align": of_borders,
+        "dyhead::deform_roi_pool": of_regions,
         "dyhead::channel_statistics": lambda inputs, outputs: channel_statistics(shape(inputs[0])),
         "dyhead::affine_maximum": lambda inputs, outputs: affine_maximum(shape(inputs[1]), shape(outputs[0])),
     }

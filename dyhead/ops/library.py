@@ -18,7 +18,7 @@ INSTALL = "pip install -e . --no-build-isolation  (in the repository; needs a C+
 INSTALL_CUDA = "FORCE_CUDA=1 pip install -e . --no-build-isolation  (in the repository; needs a C++ compiler and nvcc)"
 
 # The operator that came last: a library without it is older than these files.
-NEWEST = "border_align"
+NEWEST = "deform_roi_pool"
 
 
 def _load() -> str | None:

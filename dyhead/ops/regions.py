@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import backends
-from .checks import accumulation_dtype, as_count, as_number, check_regions, expect_tensor
+from . import backends, library, scripting
+from .checks import accumulation_dtype, as_count, as_flag, as_number, check_regions, expect_tensor
 from .reference import widen
 
 
@@ -54,11 +53,13 @@ def deform_roi_pool(
     Returns:
         (Q, C, S, S) in the map's type, in channels_last if x is.
 
-    Regions and offsets may have any value: what is no number or far away reads 0, and so does a region of an image that
-    is not there. Regions have no gradient and count as constants; x and offset have one. Positions and sums are float32
-    (float64 for float64); half types round what is read and written. Autocast leaves the types as they are. It is plain
-    PyTorch on every device. Derivatives in forward mode, of derivatives, and `torch.func` need
-    `dyhead.ops.backend("reference")`, which takes more memory.
+    Regions and offsets may have any value: what is no number or far away reads 0 and has no gradient, and so does a
+    region of an image that is not there. Regions have no gradient and count as constants; x and offset have one.
+    Positions and sums are float32 (float64 for float64), positions without an offset are computed in float64 and
+    rounded once; half types round what is read and written. The result and the gradients do not depend on the number of
+    threads; on a CUDA device the map's gradient is summed in an unspecified order, unless
+    `torch.use_deterministic_algorithms` is set. Autocast leaves the types as they are. Derivatives of other kinds,
+    `torch.func`, torch.jit.script and torch.onnx are as for `dyhead.ops.pyramid_deform_conv2d`; vmap runs a loop.
 
     Raises:
         RuntimeError: a wrong type, shape, dtype or device; the message names the argument, what was expected and what
@@ -71,13 +72,31 @@ def deform_roi_pool(
     spatial_scale, gamma = as_number("spatial_scale", spatial_scale, above=0), as_number("gamma", gamma)
     wide = accumulation_dtype(x.dtype)
     rois, offset = widen("rois", rois, wide).detach(), widen("offset", offset, wide)
-    check_regions(x, rois, offset, output_size)
-    index, weight = _taps(x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned)
-    pixels = x.to(wide).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    if backends.selected() == "reference" or not len(index):
-        out = (pixels[index] * weight.unsqueeze(2)).sum(1)
-    else:  # the same in one pass, which never stores the samples
-        out = F.embedding_bag(index, pixels, per_sample_weights=weight, mode="sum")
+    aligned = as_flag("aligned", aligned)
+    compiled = backends.selected() == "compiled" and library.runs_on(x.device)
+    operator = torch.ops.dyhead.deform_roi_pool if compiled else define_deform_roi_pool
+    return operator(x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned)
+
+
+deform_roi_pool.__prepare_scriptable__ = scripting.in_place_of(scripting.deform_roi_pool)
+
+
+def define_deform_roi_pool(
+    x: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+    aligned: bool,
+) -> Tensor:
+    """The raw operator `dyhead::deform_roi_pool` in plain PyTorch."""
+    check_regions(x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
+    index, weight = _taps(x, rois.detach(), offset, output_size, spatial_scale, sampling_ratio, gamma, aligned)
+    pixels = x.to(rois.dtype).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    pixels = torch.cat([pixels, pixels.new_zeros(1, x.shape[1])])  # what counts nothing reads the last one
+    out = (pixels[index] * weight.unsqueeze(2)).sum(1)
     out = out.view(len(rois), output_size, output_size, x.shape[1]).permute(0, 3, 1, 2).to(x.dtype)
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -95,45 +114,54 @@ def _taps(
 ) -> tuple[Tensor, Tensor]:
     """Which pixels of all images (Q*S*S, 4*T*T) are added up for each cell, and what each weighs."""
     batch, _, height, width = x.shape
-    image, first, second = rois.split((1, 2, 2), dim=1)
+    image = rois[:, :1]
     there = (image >= 0) & (image < batch)  # (Q, 1); false for a NaN
-    image = torch.where(there, image, 0).to(torch.int64)
-    if aligned:
-        start, extent = first * scale - 0.5, (second - first) * scale
-    else:
+    # In float64, and rounded once per position, so that one on the edge of the map is there on every device.
+    first, second = rois[:, 1:].double().split(2, dim=1)
+    if not aligned:
         first, second = _round(first), _round(second) + 1
-        start, extent = first * scale - 0.5, ((second - first) * scale).clamp(min=0.1)
+    start, extent = first * scale - 0.5, (second - first) * scale
+    there = there & (start.isfinite() & extent.isfinite()).all(1, keepdim=True)
+    if not aligned:
+        extent = extent.clamp(min=0.1)
+    shift = (gamma * extent).to(rois.dtype)
+    if offset is not None:
+        there = there & shift.isfinite().all(1, keepdim=True)
     # Products with what is not finite would be no numbers, forward or backward.
-    finite = (start.isfinite() & extent.isfinite() & second.isfinite()).all(1, keepdim=True)
-    there, start, extent = there & finite, torch.where(finite, start, 0), torch.where(finite, extent, 0)
-    part = (torch.arange(side * samples, dtype=rois.dtype, device=rois.device) + (0.5 if aligned else 0)) / samples
-    part = (part / side).view(side, samples)
+    image = torch.where(there, image, 0).to(torch.int64)
+    start, extent, shift = (torch.where(there, each, 0) for each in (start, extent, shift))
+    step = extent / (side * samples)
+    if aligned:
+        start = start + step / 2
+    number = torch.arange(side * samples, dtype=torch.float64, device=rois.device)
+    positions = (start.unsqueeze(2) + number * step.unsqueeze(2)).to(rois.dtype)  # (Q, 2, S * T), x and y
     margin = 1.0 if aligned else 0.5
 
-    def axis(number: int, size: int, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def axis(which: int, size: int, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Of each sample along an axis, (Q, S, S, T): whether it counts, and its two pixels' numbers and weights."""
-        position = (start[:, number, None, None] + extent[:, number, None, None] * part).view(-1, *grid, samples)
+        position = positions[:, which].reshape(-1, *grid, samples)
         if offset is not None:
-            position = position + (gamma * extent[:, number, None, None] * offset[:, number]).unsqueeze(3)
+            position = position + (shift[:, which, None, None] * offset[:, which]).unsqueeze(3)
         counts = (position >= -margin) & (position <= size - 1 + margin)
         # Positions that do not count move to 0, so that no arithmetic ever sees them, forward or backward.
-        position = torch.where(counts, position, 0).clamp(0, size - 1)
+        position = torch.where(counts, position, 0)
         low = position.detach().floor()
-        high = (low + 1).clamp(max=size - 1)
-        weights = torch.stack([1 - (position - low), position - low], -1)
-        shape = (len(rois), side, side, samples)
-        pixels = torch.stack([low, high], -1).to(torch.int64)
-        return counts.expand(shape), pixels.expand(*shape, 2), weights.expand(*shape, 2)
+        part = position - low
+        # Beyond the edge of the map both are the edge.
+        pixels = torch.stack([low, low + 1], -1).to(torch.int64).clamp(0, size - 1)
+        return counts, pixels, torch.stack([1 - part, part], -1)
 
     counts_y, rows, weights_y = axis(1, height, (side, 1))
     counts_x, columns, weights_x = axis(0, width, (1, side))
-    counts = counts_y.unsqueeze(4) & counts_x.unsqueeze(3) & there.view(-1, 1, 1, 1, 1)  # (Q, S, S, T, T)
-    number = counts.sum((3, 4), keepdim=True).clamp(min=1) if not aligned else samples**2
-    index = (image.view(-1, 1, 1, 1) * height + rows.flatten(3)).unsqueeze(4) * width + columns.flatten(3).unsqueeze(3)
-    weight = weights_y[:, :, :, :, None, :, None] * weights_x[:, :, :, None, :, None, :]  # (Q, S, S, T, T, 2, 2)
-    weight = torch.where(counts[..., None, None], weight, 0) / (number if aligned else number[..., None, None])
-    cells, taps = len(rois) * side * side, 4 * samples**2
-    return index.reshape(cells, taps), weight.transpose(4, 5).reshape(cells, taps)
+    # Dimensions: Q, S, S, T and 2 rows, T and 2 columns.
+    counts = counts_y[..., None, None, None] & counts_x[:, :, :, None, None, :, None] & there[(...,) + (None,) * 5]
+    index = (image[(...,) + (None,) * 5] * height + rows[..., None, None]) * width + columns[:, :, :, None, None]
+    index = torch.where(counts, index, batch * height * width)
+    weight = weights_y[..., None, None] * weights_x[:, :, :, None, None]
+    divisor = samples**2 if aligned else counts.sum((3, 4, 5, 6), keepdim=True).clamp(min=1)
+    weight = torch.where(counts, weight, 0) / divisor
+    taps = 4 * samples**2
+    return index.reshape(-1, taps), weight.reshape(-1, taps)
 
 
 def _round(x: Tensor) -> Tensor:

@@ -9,13 +9,16 @@ from torch.utils.flop_counter import register_flop_formula
 from . import flops
 from .border import define_border_align
 from .channelwise import define_affine_maximum, define_channel_statistics
-from .checks import accumulation_dtype, check_arguments, check_borders, check_map, check_maps
+from .checks import accumulation_dtype, check_arguments, check_borders, check_map, check_maps, check_regions
 from .reference import autocast_values, pyramid_deform_conv
+from .regions import define_deform_roi_pool
 from .transforms import refuse_second_derivative, register_derivative, register_folded, register_loop
 
 FORWARD, BACKWARD = "dyhead::pyramid_deform_conv2d", "dyhead::_pyramid_deform_conv2d_backward"
 # Arguments that say where taps read: aligned, scales, stride, padding, dilation. Settings follow them.
 GEOMETRY = 5
+# Those of deform_roi_pool after its tensors.
+REGION_NUMBERS = 5
 _library = torch.library.Library("dyhead", "FRAGMENT")
 
 
@@ -223,3 +226,49 @@ def _border_flops(x, boxes, pool_size, **unused) -> int:
 @register_flop_formula(torch.ops.dyhead._border_align_backward)
 def _border_backward_flops(grad, *unused, **unused_too) -> int:
     return 2 * flops.border_align_backward(grad)
+
+
+@torch.library.register_fake("dyhead::deform_roi_pool")
+def _regions_fake(x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned):
+    check_regions(x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
+    size = (rois.shape[0], x.shape[1], output_size, output_size)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+@torch.library.register_fake("dyhead::_deform_roi_pool_backward")
+def _regions_backward_fake(grad, x, rois, offset, *others, deterministic=False):
+    numbers, needs = others[:REGION_NUMBERS], others[REGION_NUMBERS]
+    check_regions(x, rois, offset, *numbers[:4])
+    return (
+        _empty_like(x) if needs[0] else x.new_empty(0),
+        rois.new_empty(offset.shape if needs[1] and offset is not None else (0,)),
+    )
+
+
+def _save_regions(ctx, arguments, result):
+    ctx.numbers = arguments[3:]
+    ctx.save_for_backward(*arguments[:3])
+
+
+def _differentiate_regions(ctx, needs, grad):
+    needs = [needs[0], needs[2]]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads = torch.ops.dyhead._deform_roi_pool_backward(grad, *ctx.saved_tensors, *ctx.numbers, needs, deterministic)
+    x_grad, offset_grad = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return x_grad, None, offset_grad
+
+
+register_derivative(_library, "deform_roi_pool", _save_regions, _differentiate_regions, define_deform_roi_pool)
+register_derivative(_library, "_deform_roi_pool_backward", _save_nothing, refuse_second_derivative, None)
+for _name in ("deform_roi_pool", "_deform_roi_pool_backward"):
+    register_loop(_name)
+
+
+@register_flop_formula(torch.ops.dyhead.deform_roi_pool)
+def _regions_flops(x, rois, offset, output_size, spatial_scale, sampling_ratio, *others, **unused) -> int:
+    return 2 * flops.deform_roi_pool((rois[0], x[1], output_size, output_size), sampling_ratio)
+
+
+@register_flop_formula(torch.ops.dyhead._deform_roi_pool_backward)
+def _regions_backward_flops(grad, x, rois, offset, *others, **unused) -> int:
+    return 2 * flops.deform_roi_pool_backward(grad, others[2], *others[REGION_NUMBERS])

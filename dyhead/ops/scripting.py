@@ -1,7 +1,7 @@
 """The public functions in what TorchScript understands, which knows neither keyword-only arguments nor backends.
 
-torch.jit.script takes these in their place (`functional.py`, `border.py`): it calls the `__prepare_scriptable__` of
-what it meets.
+torch.jit.script takes these in their place (`functional.py`, `border.py`, `regions.py`): it calls the
+`__prepare_scriptable__` of what it meets.
 """
 
 from __future__ import annotations
@@ -76,6 +76,29 @@ def deform_conv2d(
 def border_align(x: Tensor, boxes: Tensor, pool_size: int = 10) -> Tensor:
     """`dyhead.ops.border_align`."""
     return torch.ops.dyhead.border_align(x, _widen(boxes, x).detach(), pool_size)[0]
+
+
+def deform_roi_pool(
+    x: Tensor,
+    rois: Tensor,
+    offset: Tensor | None = None,
+    output_size: int = 7,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 2,
+    gamma: float = 0.1,
+    aligned: bool = True,
+) -> Tensor:
+    """`dyhead.ops.deform_roi_pool`."""
+    return torch.ops.dyhead.deform_roi_pool(
+        x,
+        _widen(rois, x).detach(),
+        None if offset is None else _widen(offset, x),
+        output_size,
+        spatial_scale,
+        sampling_ratio,
+        gamma,
+        aligned,
+    )
 
 
 def channel_statistics(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import torch
 from fvcore.common.config import CfgNode
 
-from dyhead.config import ConfigError, expect, get, reads_visible_boxes
+from dyhead.config import ConfigError, expect, get, network_of, reads_visible_boxes
 from dyhead.config_checks import MAX_SEED
 from dyhead.data import DataError
 from dyhead.detection import DETECTORS
@@ -184,8 +184,10 @@ def _check_norms(cfg: CfgNode) -> None:
         nodes = [BOX_HEADS[head].node if head in BOX_HEADS else "MODEL.ROI_BOX_HEAD"]
         nodes += ["MODEL.ROI_MASK_HEAD"] if cfg.MODEL.MASK_ON else []
     nodes += [NECKS[neck].node for neck in cfg.MODEL.NECKS]
-    keys = [f"{node}.NORM" for node in nodes if "NORM" in get(cfg, node)]
-    for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", *keys):
+    network = network_of(cfg)
+    nodes.append("MODEL.RESNETS" if network is None else network.node)
+    nodes += [] if network is not None and network.has_pyramid else ["MODEL.FPN"]
+    for key in (f"{node}.{key}" for node in nodes for key in get(cfg, node) if key.endswith("NORM")):
         if get(cfg, key) in ("SyncBN", "nnSyncBN"):
             raise ConfigError(f"{key}: expected one that several processes can share on a CPU, got {get(cfg, key)!r}")
 

@@ -1,4 +1,4 @@
-"""The pyramid that the detectors stand on: ResNet or a network of timm, FPN, extra levels and necks.
+"""The pyramid that the detectors stand on: ResNet or another network, FPN, extra levels and necks.
 
 N batch, C channels, H, W height and width of a level in its own pixels.
 """
@@ -19,8 +19,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from dyhead.build import build_necks, build_timm, necks_with_dyhead
-from dyhead.config import ConfigError, has_timm, options_of
+from dyhead.backbones import NETWORKS, SimplePyramid
+from dyhead.build import build_necks, build_network, necks_with_dyhead, simple_pyramid_arguments
+from dyhead.config import ConfigError, has_simple_pyramid, network_of, options_of
 from dyhead.layers import P6P7, DeformConv2dPack
 from dyhead.necks import Necked, Stack
 
@@ -34,20 +35,71 @@ _NORMS: dict[str, Callable[[int], nn.Module] | None] = {
     "GN": partial(nn.GroupNorm, 32),
 }
 
-#: ``MODEL.BACKBONE.NAME``: whether P6 and P7 are convolved (else P6 is pooled), and what from, where the name says it.
-BACKBONES: dict[str, tuple[bool, str | None]] = {
+#: ``MODEL.BACKBONE.NAME``: whether P6 and P7 are convolved (else P6 is pooled), and what from, where the name says it;
+#: None: the network has them.
+BACKBONES: dict[str, tuple[bool, str | None] | None] = {
     "build_resnet_fpn_backbone": (False, None),
     "build_resnet_fpn_p6p7_backbone": (True, None),
     "build_retinanet_resnet_fpn_backbone": (True, "res5"),
     "build_resnet_fpn_dyhead_backbone": (False, None),
     "build_retinanet_resnet_fpn_dyhead_backbone": (True, None),
-    "build_timm_fpn_backbone": (False, None),
-    "build_timm_fpn_p6p7_backbone": (True, None),
+    **{
+        name: ("p6p7" in name, None) if "_fpn_" in name else None
+        for network in NETWORKS.values()
+        for name in network.builders
+    },
 }
 
 
 class Pyramid(Necked):
-    """A network with a feature pyramid and necks on it; torchvision's detectors take it as their backbone.
+    """A network that puts out a pyramid, and necks on it; torchvision's detectors take it as their backbone.
+
+    Args:
+        body: the network, from images to its maps by name.
+        channels: channels C of every level of the pyramid.
+        strides: for every level, fine to coarse, the distance of its pixels, in pixels of the image.
+        size_divisibility: what the network asks for.
+
+    Attributes:
+        out_channels: channels C.
+        strides: see above.
+        size_divisibility: images are padded to multiples of it, in pixels.
+    """
+
+    def __init__(self, body: nn.Module, channels: int, strides: Mapping[str, int], size_divisibility: int) -> None:
+        super().__init__()
+        self.body = body
+        self.out_channels = channels
+        self.strides = dict(strides)
+        self.size_divisibility = size_divisibility
+        self.attach(())
+
+    @property
+    def laterals(self) -> dict[str, nn.Module]:
+        """The convolutions of the network's stages, by the level that each is added to, where FPN adds them up."""
+        return {}
+
+    def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
+        """Let necks follow, each a child of its own name.
+
+        Args:
+            necks: of levels with these strides and channels.
+            size_divisibility: 0: what the pyramid and the necks ask for.
+        """
+        self.attach(necks.named_children())
+        self.size_divisibility = size_divisibility or math.lcm(self.size_divisibility, necks.size_divisibility)
+
+    def levels(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the levels before the necks, by name."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the levels (N, C, H / stride, W / stride, sizes rounded up), by name."""
+        return OrderedDict(self.through_necks(self.levels(x)))
+
+
+class FeaturePyramid(Pyramid):
+    """A network with a feature pyramid network, and necks on it.
 
     Args:
         body: the network, from images to its stages by name; stage "res3" is of stride 2^3.
@@ -55,11 +107,6 @@ class Pyramid(Necked):
         channels: channels C of every level of the pyramid.
         top: makes the coarser levels from the pyramid and the stages.
         norm: normalization in the pyramid's convolutions, none by default.
-
-    Attributes:
-        out_channels: channels C.
-        strides: for every level, fine to coarse, the distance of its pixels, in pixels of the image.
-        size_divisibility: images are padded to multiples of it, in pixels.
     """
 
     def __init__(
@@ -70,35 +117,38 @@ class Pyramid(Necked):
         top: PooledTop | ConvolvedTop,
         norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
-        super().__init__()
-        self.body = body
+        strides = {f"p{n}": 2**n for n in (*map(_number, widths), *top.levels)}
+        super().__init__(body, channels, strides, _DIVISOR)
         self.fpn = FeaturePyramidNetwork(list(widths.values()), channels, extra_blocks=top, norm_layer=norm)
-        self.out_channels = channels
         self._stages = {stage: f"p{_number(stage)}" for stage in widths}
-        self.strides = {f"p{n}": 2**n for n in (*map(_number, widths), *top.levels)}
-        self.size_divisibility = _DIVISOR
-        self.attach(())
 
     @property
     def laterals(self) -> dict[str, nn.Module]:
-        """The convolutions of the network's stages, by the level that each is added to."""
+        """See :attr:`Pyramid.laterals`."""
         return dict(zip(self._stages.values(), self.fpn.inner_blocks, strict=True))
 
-    def add_necks(self, necks: Stack, size_divisibility: int = 0) -> None:
-        """Let necks follow, each a child of its own name.
-
-        Args:
-            necks: of levels with these strides and channels.
-            size_divisibility: 0: what the pyramid and the necks ask for.
-        """
-        self.attach(necks.named_children())
-        self.size_divisibility = size_divisibility or math.lcm(_DIVISOR, necks.size_divisibility)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (N, 3, H, W) to the levels (N, C, H / stride, W / stride, sizes rounded up), by name."""
+    def levels(self, x: Tensor) -> dict[str, Tensor]:
+        """See :meth:`Pyramid.levels`."""
         stages = self.body(x)
-        pyramid = self.fpn(OrderedDict((level, stages[stage]) for stage, level in self._stages.items()))
-        return OrderedDict(self.through_necks(pyramid))
+        return self.fpn(OrderedDict((level, stages[stage]) for stage, level in self._stages.items()))
+
+
+class PlainPyramid(Pyramid):
+    """A network of one map with ViTDet's simple pyramid, and necks on it.
+
+    Args:
+        body: the network, from images to its maps by name.
+        fpn: from these to the levels.
+        channels: channels C of every level.
+    """
+
+    def __init__(self, body: nn.Module, fpn: SimplePyramid, channels: int) -> None:
+        super().__init__(body, channels, fpn.strides, _DIVISOR)
+        self.fpn = fpn
+
+    def levels(self, x: Tensor) -> dict[str, Tensor]:
+        """See :meth:`Pyramid.levels`."""
+        return self.fpn(self.body(x))
 
 
 class PooledTop(ExtraFPNBlock):
@@ -123,24 +173,46 @@ class ConvolvedTop(P6P7, ExtraFPNBlock):
 
 
 def build_pyramid(cfg: CfgNode) -> Pyramid:
-    """The pyramid of ``MODEL.BACKBONE``, ``RESNETS`` or ``TIMM``, ``FPN`` and ``NECKS``, with random weights.
+    """The pyramid of ``MODEL.BACKBONE``, the network's node, ``FPN`` and ``NECKS``, with random weights.
 
     Raises:
         ConfigError, ValueError: channels or groups that do not fit each other.
     """
-    body, widths = (_build_timm if has_timm(cfg) else _build_resnet)(cfg)
+    network = network_of(cfg)
+    if has_simple_pyramid(cfg):
+        pyramid = _build_simple_pyramid(cfg)
+    elif network is not None and network.has_pyramid:
+        pyramid = _build_own_pyramid(cfg)
+    else:
+        pyramid = _build_fpn(cfg)
+    names = necks_with_dyhead(cfg) if "dyhead" in cfg.MODEL.BACKBONE.NAME else cfg.MODEL.NECKS
+    necks = build_necks(cfg, names, pyramid.out_channels, list(pyramid.strides.values()))
+    pyramid.add_necks(necks, options_of(cfg, "MODEL.BACKBONE").size_divisibility)
+    return pyramid
+
+
+def _build_own_pyramid(cfg: CfgNode) -> Pyramid:
+    network = build_network(cfg)
+    channels = next(iter(network.channels.values()))
+    return Pyramid(_named(cfg, network), channels, network.strides, network.size_divisibility)
+
+
+def _build_simple_pyramid(cfg: CfgNode) -> PlainPyramid:
+    network = build_network(cfg)
+    simple = SimplePyramid(**simple_pyramid_arguments(cfg, network))
+    return PlainPyramid(_named(cfg, network), simple, cfg.MODEL.FPN.OUT_CHANNELS)
+
+
+def _build_fpn(cfg: CfgNode) -> FeaturePyramid:
     fpn, name = options_of(cfg, "MODEL.FPN"), cfg.MODEL.BACKBONE.NAME
+    body, widths = (_build_resnet if network_of(cfg) is None else _build_stages)(cfg)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     convolved, source = BACKBONES[name]
     source = source or fpn.p6p7_in_feature
     top = PooledTop()
     if convolved:
         top = ConvolvedTop(channels if source == "p5" else widths["res5"], channels, source, relu=fpn.p7_relu)
-    pyramid = Pyramid(body, widths, channels, top, build_norm(cfg.MODEL.FPN.NORM))
-    names = necks_with_dyhead(cfg) if "dyhead" in name else cfg.MODEL.NECKS
-    necks = build_necks(cfg, names, channels, list(pyramid.strides.values()))
-    pyramid.add_necks(necks, options_of(cfg, "MODEL.BACKBONE").size_divisibility)
-    return pyramid
+    return FeaturePyramid(body, widths, channels, top, build_norm(cfg.MODEL.FPN.NORM))
 
 
 def build_norm(name: str) -> Callable[[int], nn.Module] | None:
@@ -148,15 +220,20 @@ def build_norm(name: str) -> Callable[[int], nn.Module] | None:
     return _NORMS[name]
 
 
-def _build_timm(cfg: CfgNode) -> tuple[nn.Module, dict[str, int]]:
-    network, wanted = build_timm(cfg), cfg.MODEL.FPN.IN_FEATURES
+def _build_stages(cfg: CfgNode) -> tuple[nn.Module, dict[str, int]]:
+    network, wanted = build_network(cfg), cfg.MODEL.FPN.IN_FEATURES
     there = list(network.channels)
     if wanted != there[-len(wanted) :] or there[-1] != "res5":
         raise ConfigError(
-            f"MODEL.FPN.IN_FEATURES: the torchvision engine expects the last of the maps of MODEL.TIMM.OUT_INDICES, "
+            f"MODEL.FPN.IN_FEATURES: the torchvision engine expects the last of the maps of {network_of(cfg).node}, "
             f"{there}, up to res5, got {wanted}"
         )
-    return network, {name: network.channels[name] for name in wanted}
+    return _named(cfg, network), {name: network.channels[name] for name in wanted}
+
+
+def _named(cfg: CfgNode, network: nn.Module) -> nn.Module:
+    """A network whose keys begin with its name, as in the Detectron2 engine."""
+    return nn.Sequential(OrderedDict({network_of(cfg).name: network}))
 
 
 def _build_resnet(cfg: CfgNode) -> tuple[nn.Module, dict[str, int]]:

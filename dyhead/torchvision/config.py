@@ -18,8 +18,9 @@ from dyhead.config import (
     add_dyhead_config,
     check_config,
     get,
-    has_timm,
+    has_simple_pyramid,
     ignore_keys,
+    network_of,
     values,
 )
 from dyhead.config_checks import BOX_HEAD_NAMES, BOX_LOSSES, CASCADE
@@ -87,9 +88,12 @@ def check_values(cfg: CfgNode) -> None:
         choices |= _TWO_STAGE_CHOICES
         choices |= _MASK_CHOICES if cfg.MODEL.MASK_ON else {}
         choices |= _KEYPOINT_CHOICES if cfg.MODEL.KEYPOINT_ON else {}
+    if has_simple_pyramid(cfg):
+        choices["MODEL.FPN.NORM"] = ("LN",)
+        del choices["MODEL.FPN.FUSE_TYPE"]
     for key, supported in choices.items():
         _expect(cfg, key, lambda value, among=supported: value in among, f"one of {', '.join(map(repr, supported))}")
-    if not has_timm(cfg):
+    if network_of(cfg) is None:
         _check_resnet(cfg)
 
 

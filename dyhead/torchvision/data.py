@@ -108,6 +108,11 @@ class Change:
     after: tuple[int, int]
     flip: str
 
+    @property
+    def inverse(self) -> Change:
+        """The change that leads back."""
+        return Change(self.after, self.before, self.flip)
+
     def image(self, image: Tensor) -> Tensor:
         """An image uint8 (3, H, W)."""
         return self._apply(tv_tensors.Image(image), antialias=True)

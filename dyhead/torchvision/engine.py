@@ -34,7 +34,7 @@ from dyhead.torchvision.checkpoint import last_checkpoint, load_weights, read_re
 from dyhead.torchvision.config import check_values, get_cfg, ignore_not_honoured
 from dyhead.torchvision.data import load_splits, load_train
 from dyhead.torchvision.detectors import build_model
-from dyhead.torchvision.evaluation import evaluate
+from dyhead.torchvision.evaluation import evaluate, evaluate_augmented
 from dyhead.torchvision.logs import log_to_file, start_logging, stop_logging
 from dyhead.torchvision.report import report_results
 from dyhead.torchvision.training import Autocast, train
@@ -209,6 +209,7 @@ def _train(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[torc
         report_losses(cfg)
     if results is None and test:
         results = evaluate(fabric, cfg, model, test)
+    evaluate_augmented(fabric, cfg, model, test, results or [])
     return model, results or []
 
 
@@ -221,7 +222,9 @@ def _evaluate(fabric: Fabric, cfg: CfgNode, args: argparse.Namespace) -> tuple[t
     check_expectations(cfg, {split.info.name: split.class_names for split in test})
     model = build_model(cfg)
     load_weights(model, (last_checkpoint(cfg.OUTPUT_DIR) if args.resume else None) or cfg.MODEL.WEIGHTS, strict=True)
-    return model, evaluate(fabric, cfg, model.to(fabric.device), test)
+    results = evaluate(fabric, cfg, model.to(fabric.device), test)
+    evaluate_augmented(fabric, cfg, model, test, results)
+    return model, results
 
 
 def _seed(cfg: CfgNode, resumed: dict[str, Any] | None) -> int:

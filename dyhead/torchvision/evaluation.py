@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +15,18 @@ from torch import Tensor, nn
 from dyhead.data import CocoSplit
 from dyhead.detection.roi.masks import paste_masks
 from dyhead.evaluation import coco_results
-from dyhead.evaluation.expected import configured_tasks
+from dyhead.evaluation.expected import WITH_TTA, configured_tasks
 from dyhead.evaluation.results import Evaluated, check_weights, evaluate_detections
 from dyhead.progress import bar
+from dyhead.torchvision.augmentation import WithAugmentation
 from dyhead.torchvision.data import evaluation_loader
 
+_log = logging.getLogger(__name__)
 
-def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[CocoSplit]) -> list[Evaluated]:
+
+def evaluate(
+    fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[CocoSplit], *, output_dir: str | None = None
+) -> list[Evaluated]:
     """Evaluate a detector, in float32 as Detectron2 does.
 
     Args:
@@ -27,6 +34,7 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
         cfg: the configuration.
         model: the detector, on its device.
         splits: the datasets.
+        output_dir: where the detections go; None: ``OUTPUT_DIR``.
 
     Returns:
         The result on each dataset, in the process of rank 0; nothing in the others.
@@ -61,7 +69,8 @@ def evaluate(fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[Co
             merged = _merged(fabric, share)
             if fabric.is_global_zero:
                 tasks, sigmas = configured_tasks(cfg), cfg.TEST.KEYPOINT_OKS_SIGMAS
-                results.append(evaluate_detections(split, merged, cfg.OUTPUT_DIR, tasks=tasks, sigmas=sigmas))
+                folder = cfg.OUTPUT_DIR if output_dir is None else output_dir
+                results.append(evaluate_detections(split, merged, folder, tasks=tasks, sigmas=sigmas))
     model.train(was_training)
     return results
 
@@ -88,6 +97,25 @@ def on_image(detections: dict[str, Tensor], seen: Sequence[int], size: Sequence[
     if "keypoints" in found:
         found["keypoints"] = found["keypoints"] * torch.tensor([*scale[:2], 1])
     return found
+
+
+def evaluate_augmented(
+    fabric: Fabric, cfg: CfgNode, model: nn.Module, splits: Sequence[CocoSplit], results: Sequence[Evaluated]
+) -> None:
+    """Evaluate once more with ``TEST.AUG``, if it is enabled, as tasks "bbox_TTA", ... of the same datasets.
+
+    Args:
+        fabric, cfg, model, splits: of :func:`evaluate`.
+        results: what it has returned; it is completed.
+    """
+    if not cfg.TEST.AUG.ENABLED or not splits:
+        return
+    _log.info("Evaluating with test-time augmentation")
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+    augmented = evaluate(fabric, cfg, WithAugmentation(cfg, model), splits, output_dir=folder)
+    for own, more in zip(results, augmented, strict=True):
+        tasks = {"bbox": more.metrics} | more.tasks
+        own.tasks.update({f"{task}{WITH_TTA}": metrics for task, metrics in tasks.items()})
 
 
 def _merged(fabric: Fabric, share: list[dict[str, Any]]) -> list[dict[str, Any]]:

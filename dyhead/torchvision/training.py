@@ -18,11 +18,12 @@ from dyhead.runs.averaging import TRAINED, weight_average
 from dyhead.runs.batches import parts
 from dyhead.runs.divergence import check_finite
 from dyhead.runs.interruption import Interrupted, Interruption
+from dyhead.runs.precise_bn import update_statistics, wants_statistics
 from dyhead.runs.processes import check_same_start
 from dyhead.runs.schedule import learning_rate_factor
 from dyhead.runs.seeds import seed_sampling
 from dyhead.torchvision.checkpoint import load_state, load_states, portable_state, save_checkpoint
-from dyhead.torchvision.data import train_loader
+from dyhead.torchvision.data import DetectionLoader, train_loader
 from dyhead.torchvision.evaluation import evaluate
 from dyhead.torchvision.logs import TrainingLog
 
@@ -85,6 +86,7 @@ def train(
         load_states(checkpoint, optimizer, precision)
     check_same_start(start, cfg.OUTPUT_DIR)
     average = weight_average(cfg, model)
+    precise = wants_statistics(cfg, model)
     if checkpoint is not None and TRAINED in checkpoint:
         load_state(model, checkpoint[TRAINED], checkpoint["path"])
 
@@ -101,6 +103,10 @@ def train(
         }
         save_checkpoint(cfg.OUTPUT_DIR, name, content)
 
+    def batches_from(start: int) -> DetectionLoader:
+        shares = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        return train_loader(cfg, records, seed, start, keypoints=keypoints, **shares)
+
     max_iter, count = cfg.SOLVER.MAX_ITER, cfg.SOLVER.ACCUMULATE
     results = None
     model.train()
@@ -109,10 +115,7 @@ def train(
         Interruption(announce=fabric.is_global_zero) as interruption,
     ):
         # After the handler of signals, which its workers inherit.
-        batches = train_loader(
-            cfg, records, seed, start, keypoints=keypoints, rank=fabric.global_rank, world_size=fabric.world_size
-        )
-        for iteration, batch in zip(range(start, max_iter), batches, strict=False):
+        for iteration, batch in zip(range(start, max_iter), batches_from(start), strict=False):
             seed_sampling(seed, iteration, fabric.global_rank)
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = base_lr * lr_factor(iteration)
@@ -136,6 +139,11 @@ def train(
             if average is not None:
                 average.update(iteration)
 
+            is_due = cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0
+            if precise and (is_due or iteration + 1 == max_iter):
+                following = batches_from(iteration + 1)
+                update_statistics(cfg, model, following, lambda batch: model(*fabric.to_device(batch)))
+
             if log is not None:
                 log.iteration(iteration, means, optimizer.param_groups[0]["lr"])
                 for name in _due_checkpoints(cfg, iteration):
@@ -144,7 +152,7 @@ def train(
             try:
                 # Several processes stop after the same iteration, the next one if need be.
                 interruption.raise_if(stop > 0 or (fabric.world_size == 1 and interruption.requested is not None))
-                if splits and cfg.TEST.EVAL_PERIOD > 0 and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0:
+                if splits and is_due:
                     with interruption.at_once(), average.applied() if average else nullcontext():
                         results = evaluate(fabric, cfg, model, splits)
                     if log is not None:

@@ -12,13 +12,15 @@ from dyhead.torchvision import build_model, get_cfg
 from dyhead.torchvision.config import check_values, ignore_not_honoured
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RESNETS = ["atss_dyhead_R101", "atss_dyhead_X101_DCN"]
+OTHERS = [
+    f"atss_dyhead_{name}" for name in ("R101", "X101_DCN", "hit_detector", "spinenet49", "pyconv50", "ps50", "psx101")
+]
 FILES = {path.stem: path.read_text() for path in CONFIGS.glob("atss_dyhead_*.yaml")}
 TIMM = sorted(name for name, text in FILES.items() if "base_atss_dyhead_timm.yaml" in text)
 NEEDS_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 
 
-@pytest.mark.parametrize("name", [*RESNETS, *(pytest.param(name, marks=NEEDS_TIMM) for name in TIMM)])
+@pytest.mark.parametrize("name", [*OTHERS, *(pytest.param(name, marks=NEEDS_TIMM) for name in TIMM)])
 def test_every_network_is_built_and_every_weight_of_it_can_learn(name, caplog):
     cfg = get_cfg()
     given = load_config(cfg, CONFIGS / f"{name}.yaml")

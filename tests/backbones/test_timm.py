@@ -164,7 +164,7 @@ def test_depths_are_dropped_in_training_where_asked_for():
         ({"MODEL.TIMM.NAME": "vit_tiny_patch16_224"}, "powers of 2, each twice the one before, got strides 16"),
         (
             {"MODEL.FPN.IN_FEATURES": ["res3", "res6"]},
-            r"MODEL.FPN.IN_FEATURES: expected some of the maps of MODEL.TIMM.OUT_INDICES, \['res2'.*got",
+            r"MODEL.FPN.IN_FEATURES: expected some of the maps of MODEL.TIMM, \['res2'.*got",
         ),
         ({"MODEL.FPN.IN_FEATURES": ["res3", "res4"]}, "the torchvision engine expects the last of the maps"),
         ({"MODEL.TIMM.DROP_PATH_RATE": 1.0}, "DROP_PATH_RATE: expected at least 0, below 1, got 1.0"),
@@ -186,7 +186,7 @@ def test_detectron2_refuses_maps_that_are_not_there():
     from dyhead.detectron2 import Trainer
 
     cfg = configured({"MODEL.FPN.IN_FEATURES": ["res3", "res6"]}, cfg=add_dyhead_config(config.get_cfg()))
-    with pytest.raises(ConfigError, match="IN_FEATURES: expected some of the maps of MODEL.TIMM.OUT_INDICES"):
+    with pytest.raises(ConfigError, match="IN_FEATURES: expected some of the maps of MODEL.TIMM"):
         Trainer.build_model(cfg)
 
 
@@ -214,10 +214,10 @@ def test_weights_come_from_timms_cache(monkeypatch, caplog):
     loaded, names = model.state_dict(), canonical_names(model.state_dict())
     assert any(name.endswith("timm.network.conv1.0.weight") or "timm.network" in name for name in names.values())
     theirs = {key.replace(".", "_"): x for key, x in cached.state_dict().items()}
-    network = model.backbone.body.network.state_dict()
+    network = model.backbone.body.timm.network.state_dict()
     assert network
     for key, x in network.items():
-        assert torch.equal(loaded[f"backbone.body.network.{key}"], x)
+        assert torch.equal(loaded[f"backbone.body.timm.network.{key}"], x)
         assert torch.equal(x, theirs[key.replace(".", "_")])
 
 

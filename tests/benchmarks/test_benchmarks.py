@@ -8,7 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import additions, block, border, composition, detector, kernels, measure, operator, program, scaling
+from benchmarks import (
+    additions,
+    block,
+    border,
+    composition,
+    detector,
+    kernels,
+    measure,
+    operator,
+    program,
+    regions,
+    scaling,
+)
 from dyhead.layers import DyHead
 from dyhead.ops import reference
 
@@ -74,6 +86,15 @@ def test_border_alignment_is_compared_with_the_same(tmp_path):
     case = border.Case("forward", "float32", (7, 9), channels=3)
     ours, composed = (border.build(case, peer, torch.device("cpu"))() for peer in ("ours, NCHW", "grid_sample"))
     torch.testing.assert_close(ours, composed, rtol=1e-4, atol=1e-4)
+
+
+def test_deformable_roi_pooling_is_compared_with_the_same(tmp_path):
+    file = tmp_path / "regions.json"
+    regions.main([*TINY, "--no-memory", "--output", str(file)])
+    result = read(file, ["ours, channels_last", "ours, NCHW", "definition"], cases=4)
+    assert [row["case"]["moved"] for row in result["cases"]] == [True, False] * 2
+    assert list(result["cases"][1]["ratios"]) == ["definition / ours NCHW", "torchvision / ours NCHW"]
+    assert result["skipped"] == {"torchvision": ["moves no cell"]}
 
 
 def test_block_compares_with_the_composition(tmp_path):

@@ -10,6 +10,8 @@ from tools.originals.rows import table
 
 FOLDER = Path(__file__).parent / "published"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+# Of which there is no record; test_swin.py has what is known of their weights.
+WITHOUT_RECORD = {"dyhead_swint_atss_fpn_2x_ms", "atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco"}
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def record(request, published, tmp_path):
 
 def test_every_recipe_has_a_configuration_and_the_other_way_round():
     configs = {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("base_")}
-    assert configs == set(RECIPES)
+    assert configs == WITHOUT_RECORD.union(RECIPES)
     assert len(RECIPES) == 5
 
 

@@ -318,7 +318,7 @@ def test_the_first_stage_of_a_pyramid_can_be_given():
 def test_towers_of_mmdetection(check_account):
     state = {"neck.lateral_convs.3.conv.weight": torch.rand(2), "neck.lateral_convs.0.gn.weight": torch.rand(2)}
     state |= {"neck.fpn_convs.3.bn.bias": torch.rand(2), "neck.fpn_convs.4.bn.bias": torch.rand(2)}
-    state |= {"neck.fpn_convs.4.conv.bias": torch.rand(2), "backbone.patch_embed.projection.weight": torch.rand(2)}
+    state |= {"neck.fpn_convs.4.conv.bias": torch.rand(2), "backbone.stem.embedding.weight": torch.rand(2)}
     for i in range(2):
         for kind in ("cls", "reg"):
             state[f"bbox_head.{kind}_convs.{i}.conv.weight"] = torch.rand(3, 3, 3, 3)
@@ -342,7 +342,7 @@ def test_towers_of_mmdetection(check_account):
         },
     )
     check_account(state, conversion)
-    assert list(conversion.left_over) == ["neck.fpn_convs.4.bn.bias", "backbone.patch_embed.projection.weight"]
+    assert list(conversion.left_over) == ["neck.fpn_convs.4.bn.bias", "backbone.stem.embedding.weight"]
     assert conversion.state["detector.head.box_tower.0.conv.bias"].tolist() == [0, 0, 0]
 
 

@@ -95,9 +95,12 @@ def test_boxes_and_sizes_are_those_of_the_image_that_is_asked_for(build, name):
     torch.testing.assert_close(larger.scores, one.scores)
 
 
-@pytest.mark.parametrize("name", [*DENSE, "faster_rcnn", "mask_rcnn"])
-def test_a_trace_by_its_adapter_finds_the_same_in_another_image(build, name):
-    model = build(name, ANYTHING).eval()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*DENSE, "faster_rcnn", "mask_rcnn", "d2det", "released"])
+def test_a_trace_by_its_adapter_finds_the_same_in_images_of_any_size(build, name):
+    settings = {"MODEL.DYHEAD.BLOCK": "released"} if name == "released" else {}
+    name = "atss" if name == "released" else name
+    model = build(name, ANYTHING | settings).eval()
 
     def infer(model, inputs):
         if name in DENSE:
@@ -107,11 +110,12 @@ def test_a_trace_by_its_adapter_finds_the_same_in_another_image(build, name):
     adapter = TracingAdapter(model, [{"image": picture(64, 80)["image"]}], infer)
     with torch.no_grad():
         traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
-        image = picture(64, 80)["image"].flip(2)
-        (expected,) = infer(model, [{"image": image}])
-        (found,) = adapter.outputs_schema(traced(image))
-    expected, found = expected["instances"], found["instances"]
-    assert len(expected) > 0
-    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
-    torch.testing.assert_close(found.scores, expected.scores)
-    assert torch.equal(found.pred_classes, expected.pred_classes)
+        for image in (picture(64, 80)["image"].flip(2), picture(200, 144)["image"], picture(40, 72)["image"]):
+            (expected,) = infer(model, [{"image": image}])
+            (found,) = adapter.outputs_schema(traced(image))
+            expected, found = expected["instances"], found["instances"]
+            assert len(expected) > 0
+            assert tuple(map(int, found.image_size)) == image.shape[1:]
+            torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+            torch.testing.assert_close(found.scores, expected.scores)
+            assert torch.equal(found.pred_classes, expected.pred_classes)

@@ -15,7 +15,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
 from dyhead.config import ConfigError
-from dyhead.detectron2 import Trainer, main, setup
+from dyhead.detectron2 import Trainer, evaluation, main, setup
 
 SMALL = {
     "MODEL.BACKBONE.NAME": "build_resnet_fpn_dyhead_backbone",
@@ -103,7 +103,9 @@ def test_mask_rcnn_is_evaluated_augmented_as_well(others, arguments, tmp_path):
     assert "others/bbox_TTA" in log
 
 
-def test_panoptic_fpn_has_its_semantic_segmentation_reported(others, arguments, tmp_path):
+def test_panoptic_fpn_has_its_semantic_segmentation_reported(others, arguments, tmp_path, monkeypatch):
+    find = evaluation.importlib.util.find_spec
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None if "panoptic" in name else find(name))
     others.__dict__["evaluator_type"] = "coco_panoptic_seg"
     others.set(stuff_classes=["things", "left", "right"], ignore_label=255, panoptic_json="", panoptic_root="")
     main(arguments(SMALL | {"MODEL.META_ARCHITECTURE": "PanopticFPN"}, "faster_rcnn"))
@@ -111,6 +113,27 @@ def test_panoptic_fpn_has_its_semantic_segmentation_reported(others, arguments, 
     assert tasks["sem_seg"]["mIoU"] == line["sem_seg/mIoU"]
     assert "segm" in tasks
     assert "others/sem_seg: mIoU" in log
+    assert log.count("Without panopticapi there is no panoptic quality on others; pip install git") == 1
+    assert log.index("Without panopticapi") < log.index("Starting training")
+
+
+@pytest.mark.parametrize(
+    ("installed", "settings", "message"),
+    [
+        (None, {"TEST.EXPECTED_RESULTS": [["panoptic_seg", "PQ", 40.0, 1.0]]}, "EXPECTED_RESULTS: expected no panopti"),
+        (True, {}, r"'others' has no panoptic segmentation to evaluate: its panoptic_root, 'nowhere', is not there"),
+    ],
+)
+def test_panoptic_quality_that_cannot_be_had_is_named_before_the_training(
+    others, arguments, tmp_path, monkeypatch, installed, settings, message
+):
+    others.__dict__["evaluator_type"] = "coco_panoptic_seg"
+    others.set(stuff_classes=["things", "left", "right"], ignore_label=255, panoptic_root="nowhere")
+    others.set(panoptic_json=others.json_file)
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: installed)
+    with pytest.raises(ConfigError, match=message):
+        main(arguments(SMALL | settings | {"MODEL.META_ARCHITECTURE": "PanopticFPN"}, "faster_rcnn"))
+    assert not (tmp_path / "run" / "log.txt").exists()
 
 
 def test_necks_that_nobody_reads_are_refused(tiny_cfg):

@@ -288,6 +288,12 @@ def test_precise_statistics_are_the_means_over_batches_and_are_saved(blocks, tin
     assert torch.equal(saved[f"{key}.running_mean"], norm.running_mean)
 
 
+def test_precise_statistics_of_a_model_without_any_are_named(blocks, tiny_cfg, caplog):
+    register_datasets(["blocks_train"], blocks)
+    Trainer(tiny_cfg("fcos", {"TEST.PRECISE_BN.ENABLED": True}))
+    assert caplog.text.count("TEST.PRECISE_BN.ENABLED True: the model learns no statistics") == 1
+
+
 def test_two_processes_share_a_batch(arguments, tmp_path):
     settings = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,)}
     assert set(main(arguments(settings, num_gpus=2))) == {"blocks_val"}

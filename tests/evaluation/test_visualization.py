@@ -164,3 +164,19 @@ def test_a_drawing_is_there_as_a_whole_or_not_at_all(split, tmp_path, monkeypatc
         draw_predictions(split, [detection(10)], tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes() == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("box", [(100, 100, 140, 130), (0, 0, 30, 30), (280, 290, 320, 320), (-9, 50, 640, 300)])
+def test_labels_of_objects_at_one_place_do_not_cover_each_other(box):
+    taken = []
+    for _ in range(6):
+        x, y = visualization._free_place(box, (60, 14), (320, 320), taken)
+        assert 0 <= x <= 320 - 60
+        assert 0 <= y <= 320 - 14
+        assert not any(x < right and left < x + 60 and y < low and top < y + 14 for left, top, right, low in taken)
+        taken.append((x, y, x + 60, y + 14))
+
+
+def test_a_label_that_has_no_room_covers_the_least_of_others():
+    crowd = [(0, 0, 50, 20), (0, 0, 50, 20), (0, 20, 50, 40)]
+    assert visualization._free_place((0, 0, 10, 40), (50, 20), (50, 40), crowd) == (0, 20)

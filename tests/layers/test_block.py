@@ -8,22 +8,23 @@ from dyhead.layers import DyHeadBlock
 SWITCHES = ("scale_aware", "spatial_aware", "task_aware")
 
 
-def block_with(full, **switches):
+def block_with(full, norm="GN", **switches):
     """A block with some attentions switched off and the parameters of ``full`` in the others."""
-    block = DyHeadBlock(8, norm_groups=2, **switches).double()
+    block = DyHeadBlock(8, norm=norm, norm_groups=2, **switches).double()
     block.load_state_dict({k: v for k, v in full.state_dict().items() if k in block.state_dict()})
     return block
 
 
 @pytest.mark.parametrize("on", [on for n in range(4) for on in itertools.combinations(SWITCHES, n)])
-def test_is_the_composition_of_the_attentions_that_are_on(make_pyramid, randomize, on):
-    full = randomize(DyHeadBlock(8, norm_groups=2).double())
+@pytest.mark.parametrize("norm", ["GN", "BN", None])
+def test_is_the_composition_of_the_attentions_that_are_on(make_pyramid, randomize, on, norm):
+    full = randomize(DyHeadBlock(8, norm=norm, norm_groups=2).double())
     levels = make_pyramid(13, 10)
-    result = block_with(full, **{switch: switch in on for switch in SWITCHES})(levels)
+    result = block_with(full, norm, **{switch: switch in on for switch in SWITCHES})(levels)
 
     expected = levels
     for single in on:  # scale, then space, then task
-        expected = block_with(full, **{switch: switch == single for switch in SWITCHES})(expected)
+        expected = block_with(full, norm, **{switch: switch == single for switch in SWITCHES})(expected)
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b)
 

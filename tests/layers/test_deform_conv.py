@@ -1,6 +1,9 @@
+import inspect
+
 import pytest
 import torch
 from torch import nn
+from torchvision import ops
 from torchvision.ops import deform_conv2d
 
 from dyhead.layers import DeformConv2d, DeformConv2dPack
@@ -17,6 +20,29 @@ def test_samples_as_torchvision_does(modulated):
     # torchvision takes the groups from the shapes, too
     expected = deform_conv2d(x, offset, layer.weight, layer.bias, (2, 2), (2, 2), (2, 2), mask)
     torch.testing.assert_close(layer(x, offset, mask), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_takes_the_place_of_torchvisions_layer():
+    theirs = ops.DeformConv2d(8, 12, (3, 1), 2, (2, 1), 2, 4, True)
+    ours = DeformConv2d(8, 12, (3, 1), 2, (2, 1), 2, 4, True)
+    assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(theirs.forward).parameters)
+    assert list(inspect.signature(DeformConv2d).parameters) == list(inspect.signature(ops.DeformConv2d).parameters)
+    ours.load_state_dict(theirs.state_dict())
+    x, offset = noise(1, 8, 9, 11), noise(1, 6, 5, 7)
+    torch.testing.assert_close(ours(input=x, offset=offset), theirs(input=x, offset=offset), rtol=1e-4, atol=1e-5)
+
+
+def test_names_a_padding_in_words():
+    with pytest.raises(ValueError, match="padding: expected an integer or two .*, got 'same'"):
+        DeformConv2d(8, 8, 3, padding="same")
+
+
+def test_takes_half_offsets_under_autocast():
+    layer, x, offset = DeformConv2d(8, 8, 3, padding=1), noise(1, 8, 6, 7), noise(1, 18, 6, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x, offset.bfloat16(), offset[:, :9].bfloat16())
+    expected = deform_conv2d(x, offset, layer.weight, layer.bias, padding=1, mask=offset[:, :9])
+    assert (out.float() - expected).square().mean().sqrt() < 0.05
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -1,8 +1,11 @@
+import copy
 import re
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
+from torch.nn.utils import prune
 
 from dyhead.layers import P6P7, DyHead, ScaleAwareAttention, TaskAwareAttention
 from dyhead.ops import library
@@ -156,6 +159,180 @@ def test_forward_mode(make_pyramid, randomize, block):
         torch.testing.assert_close(level, (a - b) / 2e-6, rtol=1e-5, atol=1e-5)
 
 
+def yolo_levels(batch=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    widths_and_sizes = ((8, 12, 9), (24, 6, 5), (48, 3, 3))
+    return [torch.randn(batch, *shape, generator=generator).to(dtype) for shape in widths_and_sizes]
+
+
+VARIANTS = [
+    {"norm": "GN"},
+    {"norm": "BN"},
+    {"norm": None},
+    {"block": "released"},
+    {"out_channels": [8, 24, 48]},
+    {"use_checkpoint": True},
+]
+
+
+def yolo_head(out_channels=32, **options):
+    torch.manual_seed(0)
+    return DyHead(32, 1, in_channels=[8, 24, 48], out_channels=out_channels, **options)
+
+
+def test_levels_of_any_widths_go_through_1x1_convolutions(randomize):
+    head = randomize(yolo_head(out_channels=[32, 24, 48]))
+    levels = yolo_levels()
+    narrow = [functional.conv2d(x, c.weight, c.bias) for x, c in zip(levels, head.adapt_in.convolutions, strict=True)]
+    plain = DyHead(32, 1)
+    plain.blocks.load_state_dict(head.blocks.state_dict())
+    first, *others = plain(narrow)
+    expected = (
+        [first]
+        + [  # as wide as the blocks: no convolution
+            functional.conv2d(x, c.weight, c.bias) for x, c in zip(others, head.adapt_out.convolutions[1:], strict=True)
+        ]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(head(levels), expected, strict=True))
+    assert (head.channels, head.in_channels, head.out_channels) == (32, [8, 24, 48], [32, 24, 48])
+
+
+def test_a_width_for_all_levels_is_one_convolution(make_pyramid):
+    head = DyHead(in_channels=8, out_channels=16, num_blocks=0)
+    (convolution,) = head.adapt_in.convolutions
+    levels = make_pyramid(6, 5, dtype=torch.float32)
+    assert all(torch.equal(a, convolution(b)) for a, b in zip(head(levels), levels, strict=True))
+    assert head.adapt_out is None
+
+
+def test_adapters_keep_the_variance():
+    head = DyHead(in_channels=[64, 256], out_channels=32, num_blocks=0)
+    for out in head([torch.randn(4, 64, 32, 32), torch.randn(4, 256, 16, 16)]):
+        assert 0.8 < out.std() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({"channels": 16}, (16, 16, 16)),
+        ({"in_channels": 16}, (16, 16, 16)),
+        ({"in_channels": [16, 16]}, (16, [16, 16], 16)),
+        ({"in_channels": [16, 32], "out_channels": 32}, (32, [16, 32], 32)),
+        ({"in_channels": (16, np.int64(32)), "channels": 16}, (16, [16, 32], 16)),
+        ({"in_channels": 16, "channels": 32, "out_channels": [16, 16]}, (32, 16, [16, 16])),
+    ],
+)
+def test_widths(options, widths):
+    head = DyHead(num_blocks=1, **options)
+    assert (head.channels, head.in_channels, head.out_channels) == widths
+    ins = widths[1] if isinstance(widths[1], list) else [widths[1]] * 2
+    outs = widths[2] if isinstance(widths[2], list) else [widths[2]] * 2
+    out = head([torch.randn(1, ins[0], 4, 4), torch.randn(1, ins[1], 2, 2)])
+    assert [level.shape[1] for level in out] == outs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "channels: expected the width of the blocks, .* got none beside in_channels=None and out_channels=None"),
+        ({"in_channels": [16, 32]}, r"channels: expected the width of the blocks.*in_channels=\[16, 32\]"),
+        ({"in_channels": 16, "out_channels": [16, 32]}, "channels: expected the width of the blocks"),
+        ({"in_channels": []}, "in_channels: expected a width for each level, got none"),
+        ({"in_channels": [16, 0]}, r"in_channels\[1\]: expected an integer from 1"),
+        ({"channels": 16, "out_channels": "32"}, "out_channels: expected an integer from 1"),
+        ({"channels": 16, "in_channels": [1, 2], "out_channels": [1]}, "out_channels: expected 2 widths"),
+        ({"channels": 16, "norm": "LN"}, "norm: expected one of 'GN', 'BN', None, got 'LN'"),
+        ({"channels": 16, "norm": "BN", "use_checkpoint": True}, "use_checkpoint: expected norm='GN' or None"),
+        ({"channels": 16, "norm": None, "block": "released"}, "expected no options, .*got norm=None"),
+    ],
+)
+def test_names_a_wrong_width_or_norm(options, message):
+    with pytest.raises(ValueError, match=message):
+        DyHead(**options)
+
+
+def test_names_a_level_of_another_width():
+    with pytest.raises(ValueError, match="level 1: expected 24 channels, got 8"):
+        yolo_head()([yolo_levels()[0]] * 2 + [yolo_levels()[2]])
+    with pytest.raises(ValueError, match="pyramid: expected 3 levels, got 2"):
+        yolo_head()(yolo_levels()[:2])
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_copies_compute_the_same(randomize, options, tmp_path):
+    head = randomize(yolo_head(**options)).eval()
+    expected = head(yolo_levels())
+    torch.save(head, tmp_path / "head.pth")  # pickled whole, as YOLO's checkpoints are
+    average = torch.optim.swa_utils.AveragedModel(head, use_buffers=True)
+    average.update_parameters(head)
+    copies = copy.deepcopy(head), torch.load(tmp_path / "head.pth", weights_only=False), average.eval()
+    for other in copies:
+        assert all(torch.equal(a, b) for a, b in zip(other(yolo_levels()), expected, strict=True))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_runs_in_half_precision(options):
+    head = yolo_head(**options).eval()
+    expected = head(yolo_levels())
+    for a, b in zip(head.half()(yolo_levels(dtype=torch.float16)), expected, strict=True):
+        assert a.dtype == torch.float16
+        assert (a.float() - b).square().mean().sqrt() < 0.02 * b.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_learns(options):
+    head = yolo_head(zero_init_offset=False, **options)
+    sum(x.square().sum() for x in head(yolo_levels())).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.ne(0).any() for p in head.parameters())
+    assert all(block.offset.weight.std() > 0.005 for block in head.modules() if hasattr(block, "offset"))
+
+
+def test_a_checkpoint_computes_blocks_again_in_the_backward_pass(make_pyramid, randomize):
+    plain, other = randomize(DyHead(16, 2)), DyHead(16, 2, use_checkpoint=True)
+    other.load_state_dict(plain.state_dict())
+    calls = []
+    for block in other.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    levels = [x.requires_grad_() for x in make_pyramid(9, 8, channels=16, dtype=torch.float32)]
+    named = dict(zip(("p3", "p4", "p5"), levels, strict=True))
+    grads = [
+        torch.autograd.grad(sum(x.square().sum() for x in head(named).values()), [*levels, *head.parameters()])
+        for head in (plain, other)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert len(calls) == 4
+    with torch.no_grad():
+        other(named)
+    assert len(calls) == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(library.PROBLEM is not None, reason="torch.jit.script takes the compiled operator")
+@pytest.mark.parametrize("options", [{"norm": "GN"}, {"norm": None}, {"out_channels": [8, 24, 48]}], ids=str)
+def test_torchscript_takes_adapters(randomize, options):
+    head = randomize(yolo_head(**options)).eval()
+    named = dict(zip(("p3", "p4", "p5"), yolo_levels(), strict=True))
+    expected, found = head(named), torch.jit.script(copy.deepcopy(head))(named)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], level) for name, level in expected.items())
+
+
+def test_parameters_that_are_pruned_stay_so_in_training():
+    """The masks of torch.nn.utils.prune are applied where a module is called."""
+    head = yolo_head(norm="BN")
+    attention = head.blocks[0].spatial_attention
+    for module in (attention, attention.offset, attention.norm):
+        prune.random_unstructured(module, "weight", 0.5)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(x.square().mean() for x in head(yolo_levels())).backward()
+        optimizer.step()
+    head(yolo_levels())
+    for module in (attention, attention.offset, attention.norm):
+        assert (module.weight == module.weight_orig * module.weight_mask).all()
+
+
 @pytest.mark.skipif(library.PROBLEM is not None, reason="the plain PyTorch operator has fixed sizes when exported")
 @pytest.mark.parametrize("block", ["paper", "released"])
 def test_exports_with_dynamic_sizes(make_pyramid, randomize, block):
@@ -211,18 +388,14 @@ def level(*shape, **options):
         (
             {"p5": level(1, 16, 7, 7), "p4": level(1, 16, 13, 13)},
             ValueError,
-            "level 'p4': expected half the size of level 'p5' (7 x 7), rounded up or down, got 13 x 13; "
-            "levels run from fine to coarse",
+            "level 'p4': expected no more than the size of level 'p5' (7 x 7), height and width in one ratio, got "
+            "13 x 13; levels run from fine to coarse",
         ),
         (
-            {"p3": level(1, 16, 25, 25), "p4": level(1, 16, 14, 13)},
+            {"p3": level(1, 16, 32, 32), "p4": level(1, 16, 16, 8)},
             ValueError,
-            "level 'p4': expected half the size of level 'p3' (25 x 25), rounded up or down, got 14 x 13",
-        ),
-        (
-            {"p3": level(1, 16, 32, 32), "p5": level(1, 16, 8, 8)},
-            ValueError,
-            "level 'p5': expected half the size of level 'p3' (32 x 32), rounded up or down, got 8 x 8",
+            "level 'p4': expected no more than the size of level 'p3' (32 x 32), height and width in one ratio, got "
+            "16 x 8",
         ),
     ],
 )

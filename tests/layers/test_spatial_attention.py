@@ -6,7 +6,7 @@ from torch.nn import functional
 from dyhead.layers import SpatialAwareAttention
 
 
-def equation_4(attention, levels, level_weight, window):
+def equation_4(attention, levels, level_weight, window, strides=(1, 2, 4, 8)):
     """Eq. 4 as the paper writes it, one place at a time, and GroupNorm from its definition."""
     num_levels, (batch, channels) = len(levels), levels[0].shape[:2]
     weight = attention.weight.detach().numpy()
@@ -23,7 +23,7 @@ def equation_4(attention, levels, level_weight, window):
             kernel = weight[1 + np.sign(source - m)]
             level = levels[source].numpy() * level_weight[:, source, None, None, None]
             rows, columns = np.arange(level.shape[2]), np.arange(level.shape[3])
-            scale = 2.0 ** (m - source)
+            scale = strides[m] / strides[source]
             for n, i, j, k, g in np.ndindex(batch, height, width, 9, groups):
                 # The centre of the pixel that the tap points at, in image coordinates of a unit of a level-m pixel.
                 centre_y = i + k // 3 - 1 + offset[n, 18 * g + 2 * k, i, j] + 0.5
@@ -50,6 +50,50 @@ def test_is_equation_4(make_pyramid, randomize, window, offset_groups):
     result = attention(levels, level_weight)
     for ours, theirs in zip(result, equation_4(attention, levels, level_weight.numpy(), window), strict=True):
         np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"),
+    [
+        (((12, 8), (3, 2)), (1, 4)),  # a level is left out
+        (((5, 4), (5, 4), (3, 2)), (1, 1, 2)),  # two of one stride, as of a dilated backbone
+        (((10, 12), (4, 5), (3, 3)), (1, 2, 4)),  # halves less or more a pixel, as convolutions without padding leave
+        (((9, 10), (6, 7)), (1, np.sqrt(9 / 6 * 10 / 7))),  # the same part of the image in other pixels
+        (((7, 5), (1, 1)), (1, 6)),
+    ],
+)
+def test_levels_that_are_no_halves_have_the_strides_of_their_sizes(randomize, sizes, strides):
+    attention = randomize(SpatialAwareAttention(4, window=None, norm_groups=2).double())
+    levels = [torch.randn(1, 4, *size, dtype=torch.float64) for size in sizes]
+    level_weight = torch.rand(1, len(sizes), dtype=torch.float64)
+    expected = equation_4(attention, levels, level_weight.numpy(), None, strides)
+    for ours, theirs in zip(attention(levels, level_weight), expected, strict=True):
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_batch_norm_has_the_statistics_of_all_levels_and_images(make_pyramid, randomize):
+    attention = randomize(SpatialAwareAttention(4, norm="BN").double())
+    levels = make_pyramid(7, 5, channels=4)
+    sums = attention(levels, norm=False)
+    pixels = torch.cat([x.movedim(1, 0).flatten(1) for x in sums], dim=1)  # (C, pixels)
+    mean, variance = pixels.mean(1), pixels.var(1, correction=0)
+
+    def normed(mean, variance):
+        scale = attention.norm.weight / (variance + 1e-5).sqrt()
+        return [(x - mean[:, None, None]) * scale[:, None, None] + attention.norm.bias[:, None, None] for x in sums]
+
+    torch.testing.assert_close(attention(levels), normed(mean, variance))
+    kept = 0.1 * mean, 0.9 + 0.1 * pixels.var(1)
+    torch.testing.assert_close((attention.norm.running_mean, attention.norm.running_var), kept)
+    torch.testing.assert_close(attention.eval()(levels), normed(*kept))
+    assert isinstance(torch.nn.SyncBatchNorm.convert_sync_batchnorm(attention).norm, torch.nn.SyncBatchNorm)
+
+
+def test_without_a_norm_sums_go_out(make_pyramid):
+    attention = SpatialAwareAttention(4, norm=None).double()
+    levels = make_pyramid(7, 5, channels=4)
+    assert all(torch.equal(a, b) for a, b in zip(attention(levels), attention(levels, norm=False), strict=True))
+    assert not any(name.startswith("norm") for name in attention.state_dict())
 
 
 def test_without_level_weights_levels_count_the_same(make_pyramid, randomize):

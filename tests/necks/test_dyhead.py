@@ -13,8 +13,14 @@ STRIDES = (8, 16, 32)
 def test_defaults_are_the_modules():
     parameters = inspect.signature(DyHead).parameters
     assert {leaf.key.lower(): leaf.default for leaf in leaves(DyHeadOptions)} == {
-        name: parameter.default for name, parameter in parameters.items() if name != "channels"
+        name: parameter.default for name, parameter in parameters.items() if not name.endswith("channels")
     }
+
+
+def test_passes_on_what_changes_no_result():
+    head = DyHeadOptions(num_blocks=1, zero_init_offset=False, use_checkpoint=True).build(16)
+    assert head.use_checkpoint
+    assert head.blocks[0].spatial_attention.offset.weight.std() > 0.005
 
 
 def test_builds_what_the_options_say():
@@ -59,6 +65,7 @@ def test_options_that_do_not_fit_the_channels_are_refused():
         ("BLOCK", ["paper", "released", "mmdetection", "mmdetection_main"], ["none"]),
         ("WINDOW", [None, 1, 3], [0, -1]),
         ("OFFSET_GROUPS", [1], [0]),
+        ("NORM", ["GN", "BN", "SyncBN", None], ["LN", ""]),
         ("NORM_GROUPS", [16], [0]),
     ],
 )

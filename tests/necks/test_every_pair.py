@@ -25,6 +25,9 @@ STACKS = {
     },
     "PConv": [("SEPC", {"num_blocks": 1, "conv": "plain", "task_convs": "plain", "norm": ""})],
     "SEPC as published": [("SEPC", {"num_blocks": 1, "task_padding": 0})],
+    "FPT": [("FPT", {})],
+    "FPT softmax, DyHead": [("FPT", {"similarity": "softmax"}), ("DyHead", {"num_blocks": 1})],
+    "FPT distance": [("FPT", {"similarity": "distance", "parts": 1})],
     "DyHead, SEPC": [("DyHead", {"num_blocks": 1}), ("SEPC", {"num_blocks": 1})],
     "SEPC, DyHead": [("SEPC", {"num_blocks": 1, "task_convs": "none"}), ("DyHead", {"num_blocks": 1})],
 }
@@ -82,7 +85,7 @@ def assert_a_step_reaches_every_parameter(necks, detector):
 def test_necks(name, stack):
     torch.manual_seed(0)
     options = {neck: NECKS[neck].options(**changed) for neck, changed in STACKS[stack]}
-    necks = Stack({neck.lower(): option.build(CHANNELS) for neck, option in options.items()})
+    necks = Stack({neck.lower(): option.build(CHANNELS, len(STRIDES)) for neck, option in options.items()})
     detector = build(name)
     splits = any(getattr(option, "task_levels", False) for option in options.values())
     if splits and not getattr(detector.head, "takes_task_levels", False):

@@ -9,9 +9,11 @@ import torch
 from dyhead.ops.border import define_border_align
 from dyhead.ops.channelwise import define_affine_maximum, define_channel_statistics
 from dyhead.ops.reference import pyramid_deform_conv
+from dyhead.ops.regions import define_deform_roi_pool
 from tests.ops.borders import BORDER_SHAPES, gradient_loop, make_borders, maxima_loop, put_far
 from tests.ops.machines import machine
 from tests.ops.maps import MAP_SHAPES, make_maps
+from tests.ops.regions import REGION_SHAPES, gradients_loop, make_regions, pooled_loop
 from tests.ops.shapes import CUDA_SHAPES, SHAPES
 
 PRECISIONS = {
@@ -509,3 +511,77 @@ class TestBorders:
             x = torch.tensor(row, dtype=dtype).repeat(4 * 8, 1).view(1, -1, 1, 5)
             index = self.align(place, x, boxes.view(1, 4, 1, 1), 4)[1].view(4, 8)
             assert [set(side.tolist()) for side in index] == [{first}, {0}, {back}, {0}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+class TestRegions:
+    def pool(self, place, *arguments):
+        return place.operators.deform_roi_pool(*self.moved(place, arguments)).cpu()
+
+    def gradients(self, place, *arguments, needs=(True, True), deterministic=False):
+        moved = self.moved(place, arguments)
+        return [grad.cpu() for grad in place.operators._deform_roi_pool_backward(*moved, list(needs), deterministic)]
+
+    def moved(self, place, arguments):
+        return [a.to(place.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "published"])
+    @pytest.mark.parametrize("options", REGION_SHAPES, ids=str)
+    def test_means_and_gradients_are_the_definitions(self, options, aligned, dtype, place):
+        x, rois, offset, *numbers = make_regions(**options, aligned=aligned, dtype=dtype)
+        leaves = [None if t is None else t.double().requires_grad_() for t in (x, offset)]
+        expected = define_deform_roi_pool(leaves[0], rois.double(), leaves[1], *numbers)
+        out = self.pool(place, x, rois, offset, *numbers)
+        assert out.dtype == dtype
+        rounding, sums = (1e-12, 1e-12) if dtype == torch.float64 else (0.51 * torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(out.double(), expected.detach(), rtol=rounding, atol=sums)
+        grad = torch.randn_like(out)
+        wanted = torch.autograd.grad(expected, [leaf for leaf in leaves if leaf is not None], grad.double())
+        runs = [
+            self.gradients(place, grad, x, rois, offset, *numbers, deterministic=deterministic)
+            for deterministic in (False, True, True)
+        ]
+        assert all(torch.equal(*pair) for pair in zip(*runs[1:], strict=True))
+        for run in runs[:2]:
+            torch.testing.assert_close(run[0].double(), wanted[0], rtol=rounding, atol=10 * sums)
+            if offset is None:
+                assert run[1].shape == (0,)
+            else:
+                torch.testing.assert_close(
+                    run[1].double(), wanted[1], rtol=1e-4 if sums > 1e-6 else 1e-10, atol=30 * sums
+                )
+
+    @pytest.mark.parametrize("channels", [5, 16], ids=["scalar", "vector"])
+    def test_far_regions_and_offsets_read_nothing(self, channels, dtype, place):
+        x, rois, offset, *numbers = make_regions(channels=channels, count=20, side=2, dtype=dtype)
+        rois, offset = put_far(rois), put_far(offset)
+        out = self.pool(place, x, rois, offset, *numbers)
+        torch.testing.assert_close(out.double(), pooled_loop(x, rois, offset, *numbers), rtol=1e-2, atol=1e-4)
+        grad = torch.randn_like(out)
+        expected = gradients_loop(grad, x, rois, offset, *numbers)
+        for deterministic in (False, True):
+            got = self.gradients(place, grad, x, rois, offset, *numbers, deterministic=deterministic)
+            for each, wanted in zip(got, expected, strict=True):
+                torch.testing.assert_close(each.double(), wanted, rtol=1e-2, atol=1e-3)
+
+    def test_layouts_and_needs(self, dtype, place):
+        x, rois, offset, *numbers = make_regions(channels=16, side=2, dtype=dtype)
+        rows = x.permute(0, 2, 3, 1)
+        off = torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(rows.shape).permute(0, 3, 1, 2)
+        assert off.data_ptr() % 16 != 0  # vectors off their boundary are read one by one
+        out = self.pool(place, x, rois, offset, *numbers)
+        grad = torch.randn_like(out)
+        grads = self.gradients(place, grad, x, rois, offset, *numbers, deterministic=True)
+        assert out.is_contiguous()
+        assert grads[0].is_contiguous()
+        for last in (x.contiguous(memory_format=torch.channels_last), off):
+            got = self.pool(place, last, rois, offset, *numbers)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(got, out)
+            got = self.gradients(place, grad, last, rois, offset, *numbers, deterministic=True)
+            assert got[0].is_contiguous(memory_format=torch.channels_last)
+            assert all(torch.equal(*pair) for pair in zip(got, grads, strict=True))
+        for needs in ([True, False], [False, True]):
+            got = self.gradients(place, grad, x, rois, offset, *numbers, needs=needs, deterministic=True)
+            for each, wanted, needed in zip(got, grads, needs, strict=True):
+                assert torch.equal(each, wanted if needed else wanted.new_empty(0))

@@ -5,7 +5,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dyhead.layers import SEPC, DyHead
-from dyhead.ops import backend, border_align, channelwise, deform_conv2d, flop_handlers, flops, pyramid_deform_conv2d
+from dyhead.ops import (
+    backend,
+    border_align,
+    channelwise,
+    deform_conv2d,
+    deform_roi_pool,
+    flop_handlers,
+    flops,
+    pyramid_deform_conv2d,
+)
 from dyhead.ops.reference import pyramid_deform_conv
 
 operator = torch.ops.dyhead.pyramid_deform_conv2d
@@ -103,6 +112,21 @@ def test_border_alignment_in_both():
     assert by_torch(border_align, x, boxes) == {"dyhead.border_align": forward}
     counted = by_torch(lambda: border_align(x, boxes).sum().backward())
     assert counted == {"dyhead.border_align": forward, "dyhead._border_align_backward": forward // 11}
+
+
+def test_deformable_roi_pooling_in_both():
+    x, offset = torch.rand(2, 6, 7, 6, requires_grad=True), torch.rand(5, 2, 3, 3, requires_grad=True)
+    rois = torch.rand(5, 5)
+
+    def pool(x, rois, offset):
+        return deform_roi_pool(x, rois, offset, 3, sampling_ratio=2)
+
+    forward = 5 * 6 * 3 * 3 * 4 * 4  # four samples of four pixels each
+    assert by_fvcore(pool, x, rois, offset) == {"deform_roi_pool": forward}
+    counted = by_torch(lambda: pool(x, rois, offset).sum().backward())
+    assert counted == {"dyhead.deform_roi_pool": forward, "dyhead._deform_roi_pool_backward": 2 * forward}
+    counted = by_torch(lambda: pool(x, rois, None).sum().backward())
+    assert counted == {"dyhead.deform_roi_pool": forward, "dyhead._deform_roi_pool_backward": forward}
 
 
 @pytest.mark.parametrize(

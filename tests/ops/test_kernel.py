@@ -212,7 +212,7 @@ def test_lesser_instruction_sets_give_the_same(path):
     names = (
         "(references and float32) or half or asked_for or compiled_is_the_definition or (first_of_equal and compiled)"
     )
-    files = [__file__, str(Path(__file__).with_name("test_border.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_border.py", "test_regions.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", names]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": path, "DYHEAD_EXPECTED_PATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -94,7 +94,7 @@ assert [warning.filename for warning in caught] == ["<string>"]
 print(caught[0].message)
 """
     text = run("-c", COPY + use, copy_package(tmp_path, {os.path.basename(_C.__file__): b""}))
-    assert "was built from older sources, without border_align. Build it again: pip install -e ." in text
+    assert "was built from older sources, without deform_roi_pool. Build it again: pip install -e ." in text
 
 
 @pytest.mark.parametrize(

@@ -1,82 +1,48 @@
-"""Deformable RoI pooling against torchvision's RoIAlign, slow loops and a case by hand."""
+"""Deformable RoI pooling: the compiled operator and the definition against torchvision's RoIAlign and slow loops."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.ops import roi_align
 
 from dyhead.ops import backend, deform_roi_pool
+from dyhead.ops.regions import define_deform_roi_pool
+from tests.ops.borders import put_far
+from tests.ops.regions import GAMMA, REGION_SHAPES, gradients_loop, make_regions, pooled_loop
 
+operator = torch.ops.dyhead.deform_roi_pool
+backward = torch.ops.dyhead._deform_roi_pool_backward
+both = pytest.mark.parametrize("function", [operator, define_deform_roi_pool], ids=["compiled", "definition"])
 BACKENDS = pytest.mark.parametrize("name", ["compiled", "reference"])
 CONVENTIONS = pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "published"])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_regions(*, channels=3, size=(9, 11), side=3, dtype=torch.float64, seed=0):
-    """A map of stride 8, regions of both images in and around it, some of them without a size, and offsets."""
-    torch.manual_seed(seed)
-    x = torch.randn(2, channels, *size).to(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rois = torch.tensor(
-        [[0, 1, 2, 30, 40], [1, -20, -9, 50.3, 100], [1, 3, 3, 4.5, 5], [0, 61, 62, 50, 50], [0, 12.5, 20, 12.5, 20]]
-    )
-    return x, rois.to(wide), torch.randn(len(rois), 2, side, side).to(wide)
+def last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def pooled_slowly(x, rois, offset, side, scale, samples, gamma, aligned):
-    """A cell, a sample and a channel at a time."""
-    out = torch.zeros(len(rois), x.shape[1], side, side, dtype=torch.float64)
-    height, width = x.shape[2:]
-    for q, i, j in product(range(len(rois)), range(side), range(side)):
-        n, *corners = rois[q].tolist()
-        if aligned:
-            left, top, right, bottom = (c * scale - 0.5 for c in corners)
-        else:
-            left, top, right, bottom = (math.copysign(math.floor(abs(c) + 0.5), c) for c in corners)
-            left, top, right, bottom = (c * scale - 0.5 for c in (left, top, right + 1, bottom + 1))
-        w, h = right - left, bottom - top
-        w, h = (w, h) if aligned else (max(w, 0.1), max(h, 0.1))
-        dx, dy = offset[q, :, i, j].tolist()
-        values = []
-        for r, s in product(range(samples), range(samples)):
-            r, s = (r + 0.5, s + 0.5) if aligned else (r, s)
-            y = top + h * ((i + r / samples) / side + gamma * dy)
-            x_ = left + w * ((j + s / samples) / side + gamma * dx)
-            margin = 1 if aligned else 0.5
-            if not (-margin <= y <= height - 1 + margin and -margin <= x_ <= width - 1 + margin):
-                values += [torch.zeros(x.shape[1], dtype=torch.float64)] if aligned else []
-                continue
-            y, x_ = min(max(y, 0), height - 1), min(max(x_, 0), width - 1)
-            value = torch.zeros(x.shape[1], dtype=torch.float64)
-            for row, column in product(range(height), range(width)):
-                share = max(0, 1 - abs(y - row)) * max(0, 1 - abs(x_ - column))
-                value += share * x[int(n), :, row, column].double()
-            values.append(value)
-        if values:
-            out[q, :, i, j] = sum(values) / len(values)
-    return out
-
-
-@BACKENDS
+@both
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_without_offsets_it_is_aligned_roi_align(name, samples):
-    x, rois, _ = make_regions()
-    with backend(name):
-        torch.testing.assert_close(
-            deform_roi_pool(x, rois, None, 4, 0.125, samples), roi_align(x, rois, 4, 0.125, samples, True)
-        )
+def test_without_offsets_it_is_aligned_roi_align(function, samples):
+    x, rois, *numbers = make_regions(side=4, samples=samples, moved=False)
+    expected = roi_align(x, rois, 4, 0.125, samples, True)
+    torch.testing.assert_close(function(x, rois, *numbers), expected)
 
 
-@BACKENDS
+@both
 @CONVENTIONS
-@pytest.mark.parametrize("samples", [1, 2])
-def test_equals_slow_loops(name, aligned, samples):
-    x, rois, offset = make_regions()
+@pytest.mark.parametrize("options", [{}, {"samples": 1}, {"samples": 5, "side": 1}, {"size": (1, 4)}], ids=str)
+def test_equals_slow_loops(function, options, aligned):
+    x, rois, offset, *numbers = make_regions(**options, aligned=aligned)
     for shift in (offset, 30 * offset):  # near the map and far from it
-        with backend(name):
-            out = deform_roi_pool(x, rois, shift, 3, 0.125, samples, 0.3, aligned=aligned)
-        torch.testing.assert_close(out, pooled_slowly(x, rois, shift, 3, 0.125, samples, 0.3, aligned))
+        out = function(x.requires_grad_(), rois, shift.requires_grad_(), *numbers)
+        torch.testing.assert_close(out, pooled_loop(x, rois, shift, *numbers))
+        grad = torch.randn_like(out)
+        got = torch.autograd.grad(out, (x, shift), grad)
+        torch.testing.assert_close(got, gradients_loop(grad, x, rois, shift, *numbers))
 
 
 def test_by_hand():
@@ -111,7 +77,7 @@ def test_published_corners_are_rounded_away_from_zero():
 
 
 def test_an_offset_of_all_cells_moves_the_region():
-    x, rois, offset = make_regions()
+    x, rois, offset, *_ = make_regions()
     moved = rois.clone()
     moved[:, 1:] += 0.2 * torch.tensor([1.0, -0.5]).repeat(2) * (rois[:, 3:] - rois[:, 1:3]).repeat(1, 2)
     offset[:, 0], offset[:, 1] = 1.0, -0.5
@@ -119,26 +85,61 @@ def test_an_offset_of_all_cells_moves_the_region():
     torch.testing.assert_close(got, want)
 
 
-@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @CONVENTIONS
-def test_gradients_are_those_of_finite_differences(name, aligned):
-    x, rois, offset = make_regions(channels=2, size=(4, 5), side=2)
+@pytest.mark.parametrize("options", REGION_SHAPES, ids=str)
+def test_compiled_is_the_definition(options, aligned, dtype):
+    """Half types are rounded once."""
+    x, rois, offset, *numbers = make_regions(**options, aligned=aligned, dtype=dtype)
+    tensors = [x.double(), rois.double(), None if offset is None else offset.double()]
+    leaves = [tensor.requires_grad_() for tensor in (tensors[0], tensors[2]) if tensor is not None]
+    expected = define_deform_roi_pool(*tensors, *numbers)
+    out = operator(x, rois, offset, *numbers)
+    assert out.dtype == dtype
+    rounding, sums = (1e-12, 1e-12) if dtype == torch.float64 else (0.51 * torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=sums)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(expected, leaves, grad.double())
+    got = backward(grad, x, rois, offset, *numbers, [True, True])
+    assert [each.dtype for each in got] == [dtype, rois.dtype]
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=rounding, atol=10 * sums)
+    if offset is None:
+        assert got[1].shape == (0,)
+    else:
+        torch.testing.assert_close(got[1].double(), expected[1], rtol=1e-4 if sums > 1e-6 else 1e-10, atol=30 * sums)
 
-    def run(x, offset):
-        with backend(name):
-            return deform_roi_pool(x, rois, offset, 2, 0.125, 2, 0.3, aligned=aligned)
 
-    assert torch.autograd.gradcheck(run, (x.requires_grad_(), offset.requires_grad_()))
+def test_positions_on_the_edge_of_what_is_read_count():
+    """Samples at -1/2 exactly, which steps of 1/7 or 2/7 that are rounded to float32 would miss."""
+    x = torch.rand(1, 2, 7, 9).add(1)
+    sides = [(-3, 7), (-3, 14)]
+    rois = torch.tensor([[0.0, left, 1, left + side - 1, 7] for left, side in sides])
+    numbers = 7, 1.0, 7, 0.1, False
+    expected = pooled_loop(x, rois, None, *numbers)
+    for function in (operator, define_deform_roi_pool):
+        out = function(x, rois, None, *numbers).double()
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
 @CONVENTIONS
-def test_the_reference_has_second_derivatives(aligned):
-    x, rois, offset = make_regions(channels=1, size=(4, 5), side=2)
-    with backend("reference"):
-        assert torch.autograd.gradgradcheck(
-            lambda x, offset: deform_roi_pool(x, rois, offset, 2, 0.125, 1, 0.3, aligned=aligned),
-            (x.requires_grad_(), offset.requires_grad_()),
-        )
+def test_gradcheck(aligned, device):
+    x, rois, offset, *numbers = make_regions(channels=2, size=(4, 5), side=2, aligned=aligned)
+    x, rois, offset = (tensor.to(device) for tensor in (x, rois, offset))
+    leaves = x.requires_grad_(), offset.requires_grad_()
+    nondeterminism = 1e-12 if device == "cuda" else 0.0
+    check = torch.autograd.gradcheck
+    assert check(lambda x, offset: operator(x, rois, offset, *numbers), leaves, nondet_tol=nondeterminism)
+
+
+def test_only_what_is_asked_for_is_computed():
+    x, rois, offset, *numbers = make_regions()
+    grad = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    full = backward(grad, x, rois, offset, *numbers, [True, True])
+    for needs in ([True, False], [False, True], [False, False]):
+        for got, wanted, needed in zip(backward(grad, x, rois, offset, *numbers, needs), full, needs, strict=True):
+            assert torch.equal(got, wanted if needed else wanted.new_empty(0))
+    result = operator(x, rois, offset.requires_grad_(), *numbers)
+    assert torch.equal(torch.autograd.grad(result, offset, grad)[0], full[1])
 
 
 @BACKENDS
@@ -169,60 +170,204 @@ def test_hostile_regions_and_offsets_read_nothing_and_have_no_gradient(name, ali
     assert clean.all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@both
 @CONVENTIONS
-def test_half_types_round_what_is_read_and_written(dtype, aligned):
-    x, rois, offset = make_regions(dtype=dtype)
-    out = deform_roi_pool(x, rois, offset, 3, 0.125, aligned=aligned)
-    assert out.dtype == dtype
-    want = deform_roi_pool(x.double(), rois.double(), offset.double(), 3, 0.125, aligned=aligned)
-    torch.testing.assert_close(out.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
-    narrow = deform_roi_pool(x, rois.half(), offset.half(), 3, 0.125, aligned=aligned)
-    assert torch.equal(
-        narrow, deform_roi_pool(x, rois.half().float(), offset.half().float(), 3, 0.125, aligned=aligned)
-    )
+@pytest.mark.parametrize("channels", [3, 20])
+def test_far_regions_and_offsets_are_the_definitions(function, channels, aligned):
+    x, rois, offset, *numbers = make_regions(channels=channels, count=40, aligned=aligned, dtype=torch.float32)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        far_rois, far_offset = put_far(rois), put_far(offset)
+        out = function(x.requires_grad_(), far_rois, far_offset.requires_grad_(), *numbers)
+        torch.testing.assert_close(out.double(), pooled_loop(x, far_rois, far_offset, *numbers), rtol=1e-4, atol=1e-4)
+        grad = torch.randn_like(out)
+        got = torch.autograd.grad(out, (x, far_offset), grad)
+        for each, expected in zip(got, gradients_loop(grad, x, far_rois, far_offset, *numbers), strict=True):
+            torch.testing.assert_close(each.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@both
+@CONVENTIONS
+def test_a_unit_of_the_offset_that_overflows_reads_nothing(function, aligned):
+    x, offset = torch.ones(1, 1, 3, 3, requires_grad=True), torch.zeros(2, 2, 1, 1, requires_grad=True)
+    rois = torch.tensor([[0.0, 0, 0, 1e30, 2], [0, 0, 0, 2, 2]])
+    out = function(x, rois, offset, 1, 1.0, 1, 1e20, aligned)
+    assert out.flatten().tolist() == [0.0, 1.0]
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (x, offset)))
+    # Without an offset there is no such unit.
+    assert function(x, rois[1:], None, 1, 1.0, 1, 1e300, aligned).item() == 1
+
+
+@both
+def test_what_counts_nothing_is_zero_even_next_to_infinities(function):
+    x = torch.full((1, 20, 2, 2), torch.inf, requires_grad=True)
+    rois = torch.tensor([[0.0, 9, 9, 12, 12], [1, 0, 0, 2, 2], [0, math.nan, 0, 2, 2]])
+    out = function(x, rois, None, 2, 1.0, 2, 0.1, True)
+    assert not out.any()
+    assert not torch.autograd.grad(out.sum(), x)[0].any()
+
+
+def test_a_side_beyond_a_floats_precision_is_read_to_its_end():
+    """2^24 + 4 pixels, the last of which is at 2^24 + 3: a float knows that as 2^24 + 4."""
+    x = torch.ones(1, 1, 1, 2**24 + 4, requires_grad=True)
+    rois = torch.tensor([[0.0, 2**24 + 2, 0, 2**24 + 6, 1]])
+    out = operator(x, rois, None, 1, 1.0, 1, 0.1, True)
+    assert out.item() == 1
+    assert torch.autograd.grad(out.sum(), x)[0][..., -1].item() == 1
+
+
+def test_positions_may_be_of_a_narrower_type():
+    x, rois, offset, side, *_ = make_regions(dtype=torch.bfloat16)
+    rois, offset = rois.half(), offset.bfloat16()
+    assert torch.equal(deform_roi_pool(x, rois, offset, side), deform_roi_pool(x, rois.float(), offset.float(), side))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"side": 1}, {"count": 0}], ids=str)
+@both
+def test_channels_last_in_channels_last_out(function, options, dtype):
+    x, rois, offset, *numbers = make_regions(channels=16, **options, dtype=dtype)
+    results = [function(leaf, rois, offset, *numbers) for leaf in (x, last(x))]
+    grad = torch.randn_like(results[0])
+    grads = [backward(grad, leaf, rois, offset, *numbers, [True, False])[0] for leaf in (x, last(x))]
+    for contiguous, channels_last in (results, grads):
+        assert contiguous.is_contiguous()
+        assert channels_last.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(contiguous, channels_last)
+
+
+def test_any_strides():
+    x, rois, offset, *numbers = make_regions(channels=8)
+    expected = operator(x, rois, offset, *numbers)
+    wide = torch.stack([x, x], 4)[..., 0]
+    turned = [rois.T.contiguous().T, offset.mT.contiguous().mT]
+    assert torch.equal(operator(wide, *turned, *numbers), expected)
+    grad = torch.randn((), dtype=expected.dtype).expand_as(expected)
+    results = [
+        backward(g, *tensors, *numbers, [True, True])
+        for g, tensors in [(grad.contiguous(), (x, rois, offset)), (grad, (wide, *turned))]
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @BACKENDS
-def test_layout_strides_and_no_regions(name):
-    x, rois, offset = make_regions(channels=4)
-    last = x.contiguous(memory_format=torch.channels_last)
+def test_no_regions_and_no_images(name):
+    x, rois, offset, *_ = make_regions(channels=4)
     with backend(name):
-        want, got = (deform_roi_pool(each, rois, offset, 3) for each in (x, last))
         empty = deform_roi_pool(x.requires_grad_(), rois[:0], offset[:0].requires_grad_(), 3)
-        strided = deform_roi_pool(x.mT.contiguous().mT, rois.T.contiguous().T, offset, 3)
-    assert want.is_contiguous()
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(strided, want)
+        none = deform_roi_pool(x[:0], rois, offset, 3)
     assert empty.shape == (0, 4, 3, 3)
-    empty.sum().backward()
-    assert not x.grad.any()
+    assert not torch.autograd.grad(empty.sum(), x)[0].any()
+    assert none.shape == (5, 4, 3, 3)
+    assert not none.any()
 
 
-def test_regions_are_constants_and_autocast_changes_no_type():
-    x, rois, offset = make_regions(dtype=torch.float32)
-    assert not deform_roi_pool(x, rois.requires_grad_(), offset, 3).requires_grad
-    with torch.autocast("cpu", torch.bfloat16):
-        out = deform_roi_pool(x, rois, offset, 3)
-    assert torch.equal(out, deform_roi_pool(x, rois, offset, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_any_number_of_threads(dtype):
+    x, rois, offset, *numbers = make_regions(channels=100, size=(40, 50), side=7, count=60, dtype=dtype)
+    grad = torch.randn(60, 100, 7, 7).to(dtype)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            gradients = backward(grad, x, rois, offset, *numbers, [True, True])
+            runs.append((operator(x, rois, offset, *numbers), *gradients))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_compiles_for_any_number_of_regions():
-    compiled = torch.compile(deform_roi_pool, backend="aot_eager", fullgraph=True, dynamic=True)
-    x, rois, offset = make_regions()
-    for count in (5, 4, 3):
-        arguments = x.requires_grad_(), rois[:count], offset[:count].requires_grad_(), 3, 0.125
-        results = [function(*arguments) for function in (compiled, deform_roi_pool)]
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"moved": False}, {"count": 0}], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck(options, layout, device):
+    x, rois, offset, *numbers = make_regions(**options)
+    x, rois = x.to(device).contiguous(memory_format=layout), rois.to(device)
+    offset = None if offset is None else offset.to(device)
+    leaves = [t if t is None else t.clone(memory_format=torch.preserve_format) for t in (x, rois, offset)]
+    for leaf in leaves[::2]:
+        if leaf is not None:
+            leaf.requires_grad_()
+    torch.library.opcheck(operator.default, (*leaves, *numbers))
+    grad = torch.randn_like(operator(x, rois, offset, *numbers))
+    for needs in ([True, True], [False, True]):
+        torch.library.opcheck(backward.default, (grad, x, rois, offset, *numbers, needs))
+
+
+def test_compiles_once_for_many_sizes(device):
+    def function(x, rois, offset):
+        return deform_roi_pool(x.relu(), rois * 0.5, offset, 3, 0.25).tanh()
+
+    torch._dynamo.reset()
+    counts = []
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for size, count in [((9, 11), 6), ((14, 23), 9), ((31, 5), 3)]:
+        x, rois, offset, *_ = make_regions(size=size, count=count, dtype=torch.float32)
+        x, rois, offset = x.to(device).requires_grad_(), rois.to(device), offset.to(device).requires_grad_()
+        results = [f(x, rois, offset) for f in (compiled, function)]
         torch.testing.assert_close(*results)
-        torch.testing.assert_close(*[torch.autograd.grad(each.square().sum(), x) for each in results])
+        counts.append(counter.frame_count)
+        torch.testing.assert_close(*[torch.autograd.grad(r.square().sum(), (x, offset)) for r in results])
+    assert counts == counts[:1] * 3  # at first twice: the defaults that are floats are tried as unknown numbers
 
 
-x, rois, offset = make_regions(dtype=torch.float32)
+def test_autocast_leaves_types_as_they_are(device):
+    x, rois, offset, *_ = (t.to(device) for t in make_regions(dtype=torch.float32)[:3])
+    with torch.autocast(device, torch.bfloat16):
+        for name in ("compiled", "reference"):
+            with backend(name):
+                assert deform_roi_pool(x, rois, offset, 3).dtype == torch.float32
+                assert deform_roi_pool(x.bfloat16(), rois, offset, 3).dtype == torch.bfloat16
+
+
+def test_vmap_over_maps_and_regions():
+    (x, rois, offset, *numbers), (y, others, moves, *_) = make_regions(), make_regions(seed=1)
+    others = others.flip(0)
+    maps, many, offsets = torch.stack([x, y], 1), torch.stack([rois, others], 2), torch.stack([offset, moves])
+    pool = torch.func.vmap(lambda *tensors: operator(*tensors, *numbers), in_dims=(1, 2, 0))
+    expected = [operator(x, rois, offset, *numbers), operator(y, others, moves, *numbers)]
+    torch.testing.assert_close(pool(maps, many, offsets), torch.stack(expected))
+    only = torch.func.vmap(lambda rois: operator(x, rois, None, *numbers), in_dims=2)(many)
+    torch.testing.assert_close(only[1], operator(x, others, None, *numbers))
+
+
+@BACKENDS
+def test_regions_are_constants(name):
+    x, rois, offset, *_ = make_regions()
+    with backend(name):
+        assert not deform_roi_pool(x, rois.clone().requires_grad_(), offset, 3).requires_grad
+        result = deform_roi_pool(x.clone().requires_grad_(), rois.clone().requires_grad_(), offset, 3)
+        assert result.requires_grad
+        tangent = torch.func.jvp(lambda rois: deform_roi_pool(x, rois, offset, 3), (rois,), (rois,))[1]
+        assert not tangent.any()
+
+
+@CONVENTIONS
+def test_second_derivatives_name_the_reference(aligned):
+    x, rois, offset, *_ = make_regions(channels=1, size=(4, 5), side=2)
+    leaves = x.requires_grad_(), offset.requires_grad_()
+
+    def pool(x, offset):
+        return deform_roi_pool(x, rois, offset, 2, 0.125, 1, GAMMA, aligned=aligned)
+
+    grads = torch.autograd.grad(pool(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivatives: expected the functions of dyhead\.ops\.reference"):
+        sum(grad.sum() for grad in grads).backward()
+    with backend("reference"):
+        assert torch.autograd.gradgradcheck(pool, leaves)
+
+
+def test_tells_shapes_without_data():
+    x, rois, offset, *_ = (tensor.to("meta") for tensor in make_regions()[:3])
+    assert deform_roi_pool(x, rois, offset, 3).shape == (5, 3, 3, 3)
+
+
+x, rois, offset, *_ = make_regions(dtype=torch.float32)
 WRONG = [
     ("x: expected a tensor, got 3", (3, rois, offset, 3)),
     ("rois: expected a tensor, got None", (x, None, offset, 3)),
-    ("x: expected float64, float32, bfloat16 or float16, got torch.int64", (x.long(), rois, offset, 3)),
+    ("x: expected float64, float32, bfloat16 or float16, got (torch.int64|Long)", (x.long(), rois, offset, 3)),
     (r"x: expected \(N, C, H, W\) with at least one channel and one pixel", (x[:, :, :0], rois, offset, 3)),
     (r"rois: expected \(Q, 5\), got \(5, 4\)", (x, rois[:, 1:], offset, 3)),
     ("rois: expected torch.float32 or a narrower floating type, got torch.float64", (x, rois.double(), offset, 3)),
@@ -238,7 +383,45 @@ WRONG = [
 ]
 
 
+@BACKENDS
 @pytest.mark.parametrize(("message", "arguments"), WRONG, ids=[message for message, _ in WRONG])
-def test_wrong_arguments_are_named(message, arguments):
-    with pytest.raises(RuntimeError, match=f"^{message}"):
+def test_wrong_arguments_are_named(name, message, arguments):
+    with backend(name), pytest.raises(RuntimeError, match=f"^{message}"):
         deform_roi_pool(*arguments)
+
+
+def test_convention_is_true_or_false():
+    with pytest.raises(RuntimeError, match="^aligned: expected True or False, got 'no'"):
+        deform_roi_pool(x, rois, offset, 3, aligned="no")
+
+
+RAW = [
+    ("output_size", 0, "an integer from 1 to 255, got 0"),
+    ("output_size", 256, "an integer from 1 to 255, got 256"),
+    ("sampling_ratio", -1, "an integer from 1 to 255, got -1"),
+    ("spatial_scale", 0.0, "a finite number above 0, got 0"),
+    ("spatial_scale", math.nan, "a finite number above 0, got nan"),
+    ("gamma", math.inf, "a finite number, got inf"),
+    ("rois", rois.double(), r"torch\.float32, got torch\.float64"),
+    ("offset", offset[1:], r"\(5, 2, 3, 3\), got \(4, 2, 3, 3\)"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("name", "value", "message"), RAW)
+def test_raw_operators_check_for_themselves(name, value, message, device):
+    names = "x", "rois", "offset", "output_size", "spatial_scale", "sampling_ratio", "gamma", "aligned"
+    arguments = dict(zip(names, make_regions(dtype=torch.float32), strict=True)) | {name: value}
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(RuntimeError, match=f"{name}: expected {message}"):
+        operator(**arguments)
+
+
+def test_raw_backward_checks_for_itself():
+    x, rois, offset, *numbers = make_regions()
+    grad = operator(x, rois, offset, *numbers)
+    for wrong in (grad[:1], grad.float()):
+        with pytest.raises(RuntimeError, match="^grad: expected "):
+            backward(wrong, x, rois, offset, *numbers, [True, True])
+    with pytest.raises(RuntimeError, match="^needs_grad: expected 2 values, got 1"):
+        backward(grad, x, rois, offset, *numbers, [True])

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from dyhead.layers import SEPC, DyHead
 from dyhead.necks import Stack
-from dyhead.ops import border_align, deform_conv2d, library, pyramid_deform_conv2d
+from dyhead.ops import border_align, deform_conv2d, deform_roi_pool, library, pyramid_deform_conv2d
 from tests.ops.borders import make_borders
+from tests.ops.regions import make_regions
 
 compiled = pytest.mark.skipif(library.PROBLEM is not None, reason="TorchScript needs the compiled operator")
 
@@ -38,6 +39,12 @@ class Pyramid(nn.Module):
 class Borders(nn.Module):
     def forward(self, x: Tensor, boxes: Tensor):
         return border_align(x, boxes, pool_size=4) + border_align(x, boxes)
+
+
+class Regions(nn.Module):
+    def forward(self, x: Tensor, rois: Tensor, offset: Tensor):
+        pooled = deform_roi_pool(x, rois, offset, 3, spatial_scale=0.125, aligned=False)
+        return pooled + deform_roi_pool(x, rois, output_size=3)
 
 
 def script(module):
@@ -82,6 +89,16 @@ def test_script_of_border_alignment():
     results = [function(x, boxes.bfloat16().requires_grad_()) for function in (script(Borders()), Borders())]
     assert torch.equal(*results)
     assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in results))
+
+
+@compiled
+def test_script_of_deformable_roi_pooling():
+    x, rois, offset, *_ = make_regions(dtype=torch.float16)
+    leaves = x.requires_grad_(), offset.bfloat16().requires_grad_()
+    results = [function(leaves[0], rois, leaves[1]) for function in (script(Regions()), Regions())]
+    assert torch.equal(*results)
+    grads = [torch.autograd.grad(result.sum(), leaves) for result in results]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 def test_script_without_the_library_says_so(monkeypatch):
@@ -142,11 +159,12 @@ def test_onnx_is_exported_by_pytorchs_own_operators(arguments, monkeypatch, expo
     levels = torch.randn(1, 16, 6, 6), torch.randn(1, 16, 3, 3)
     head = DyHead(16, 1)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: exporting)
-    borders = make_borders(dtype=torch.float32)[:2]
+    borders, regions = make_borders(dtype=torch.float32)[:2], make_regions(dtype=torch.float32)[:3]
     for module, inputs in [
         (Convolution(), arguments),
         (Pyramid(), arguments),
         (Borders(), borders),
+        (Regions(), regions),
         (head, (levels,)),
     ]:
         with warnings.catch_warnings():

@@ -7,9 +7,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyhead.ops import backend, border_align, channelwise, deform_conv2d, pyramid_deform_conv2d
+from dyhead.ops import backend, border_align, channelwise, deform_conv2d, deform_roi_pool, pyramid_deform_conv2d
 from tests.ops.borders import make_borders
 from tests.ops.maps import make_maps
+from tests.ops.regions import make_regions
 
 
 def convolution():
@@ -53,12 +54,17 @@ def borders():
     return lambda x: border_align(x, boxes, 4), (x,)
 
 
+def regions():
+    x, rois, offset, *_ = make_regions(channels=2, size=(6, 8), side=2)
+    return lambda x, offset: deform_roi_pool(x, rois, offset, 2, 0.125, aligned=False), (x, offset)
+
+
 def random(*shapes):
     torch.manual_seed(0)
     return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
 
 
-OPERATORS = [convolution, pyramid, raw, statistics, maximum, borders]
+OPERATORS = [convolution, pyramid, raw, statistics, maximum, borders, regions]
 
 
 @pytest.fixture(params=OPERATORS, ids=lambda make: make.__name__)

@@ -1,14 +1,13 @@
 """Folders of runs that have not learned anything, and pictures."""
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fvcore.common.config import CfgNode
 from PIL import Image
 
+from dyhead import load_detector
 from dyhead.checkpoints import save_checkpoint
 from dyhead.config import load_config
 from dyhead.data import Classes
@@ -35,32 +34,47 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@cache
-def _weights(text):
-    """Random ones for a configuration, as text."""
+_built = {}
+
+
+def _weights(cfg):
+    """Random ones, the same for the same configuration."""
+    text = cfg.dump()
+    if text not in _built:
+        torch.manual_seed(0)
+        _built[text] = portable_state(build_model(cfg))
+    return _built[text]
+
+
+def _run(folder, detector="fcos_dyhead", settings=(), engine="torchvision"):
+    node = "ROI_HEADS" if "rcnn" in detector else "FCOS"
+    settings = _SMALL | {f"MODEL.{node}.SCORE_THRESH_TEST": 0.0} | dict(settings)
     cfg = get_cfg()
-    cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
-    torch.manual_seed(0)
-    return portable_state(build_model(cfg))
+    opts = [str(word) for pair in settings.items() for word in pair]
+    load_config(cfg, _CONFIGS / f"{detector}_R18_shapes.yaml", opts)
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(folder, "model_final.pth", {"model": _weights(cfg)})
+    write_text(folder / "config.yaml", cfg.dump())
+    write_record(folder, Record(engine, Classes(["ant", "bee", "cow"], [7, 8, 11], ["nose"])))
+    return folder, cfg
 
 
 @pytest.fixture
 def make_run(tmp_path):
     """`make_run(detector, settings, engine)`: the OUTPUT_DIR of a run with random weights, and its configuration."""
+    return lambda *args: _run(tmp_path / "run", *args)
 
-    def make(detector="fcos_dyhead", settings=(), engine="torchvision"):
-        node = "ROI_HEADS" if "rcnn" in detector else "FCOS"
-        settings = _SMALL | {f"MODEL.{node}.SCORE_THRESH_TEST": 0.0} | dict(settings)
-        cfg, folder = get_cfg(), tmp_path / "run"
-        opts = [str(word) for pair in settings.items() for word in pair]
-        load_config(cfg, _CONFIGS / f"{detector}_R18_shapes.yaml", opts)
-        folder.mkdir(exist_ok=True)
-        save_checkpoint(folder, "model_final.pth", {"model": _weights(cfg.dump())})
-        write_text(folder / "config.yaml", cfg.dump())
-        write_record(folder, Record(engine, Classes(["ant", "bee", "cow"], [7, 8, 11], ["nose"])))
-        return folder, cfg
 
-    return make
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """One that nobody changes."""
+    return _run(tmp_path_factory.mktemp("runs") / "run")[0]
+
+
+@pytest.fixture(scope="session")
+def detector(run_folder):
+    """Loaded from there."""
+    return load_detector(run_folder)
 
 
 @pytest.fixture

@@ -16,12 +16,18 @@ from dyhead.prediction import command, videos
 
 
 @pytest.fixture
-def predict(tmp_path, make_run):
+def predict(tmp_path, run_folder, detector, monkeypatch):
     """`predict(*words)`: the exit code of the command on a small detector, and the folder it writes to."""
-    folder, _ = make_run()
 
-    def run(*words, out="out"):
-        return cli.main(["predict", str(folder), "--out", str(tmp_path / out), *map(str, words)]), tmp_path / out
+    def load(*args, **options):
+        changed = args[1:] != (None,) or options != {"opts": [], "device": None, "engine": "auto"}
+        return load_detector(*args, **options) if changed else detector
+
+    monkeypatch.setattr(command, "load_detector", load)
+
+    def run(*words):
+        out = tmp_path / "out"
+        return cli.main(["predict", str(run_folder), "--out", str(out), *map(str, words)]), out
 
     return run
 
@@ -30,14 +36,13 @@ def written(out):
     return [json.loads((out / f"{name}.json").read_text()) for name in ("images", "detections")]
 
 
-def test_a_folder_becomes_json_and_pictures(predict, pictures, tmp_path, capsys):
+def test_a_folder_becomes_json_and_pictures(predict, detector, pictures, capsys):
     code, out = predict(pictures, "--score-threshold", "0", "--batch-size", "2")
     assert code == 3  # for one is broken
     printed = capsys.readouterr()
     assert f"{pictures / 'broken.jpg'}: the image cannot be read" in printed.err
-    assert "3 pictures" in printed.out
-    assert "1 inputs could not be read" in printed.out
     images, detections = written(out)
+    assert printed.out == f"{out}: pictures 3, detections {len(detections)}, left out 1\n"
     names = ["a.png", "b.jpg", "below/a.png"]
     assert [image["file_name"] for image in images["images"]] == [str(pictures / name) for name in names]
     assert [(c["id"], c["name"]) for c in images["categories"]] == [(7, "ant"), (8, "bee"), (11, "cow")]
@@ -49,7 +54,7 @@ def test_a_folder_becomes_json_and_pictures(predict, pictures, tmp_path, capsys)
         assert Image.open(out / "pictures" / name).size == Image.open(pictures / name).size
         assert Image.open(out / "pictures" / name).format == {".png": "PNG", ".jpg": "JPEG"}[name[-4:]]
 
-    found = load_detector(tmp_path / "run")(pictures / "below/a.png")
+    found = detector(pictures / "below/a.png")
     (number,) = [image["id"] for image in images["images"] if "below" in image["file_name"]]
     own = [d for d in detections if d["image_id"] == number]
     assert len(own) == len(found) > 0

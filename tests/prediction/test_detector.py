@@ -73,8 +73,7 @@ def test_masks_and_keypoints_are_the_same_in_both_engines(make_run, pictures):
     torch.testing.assert_close(one.keypoints, other.keypoints, atol=1e-3, rtol=0)
 
 
-def test_files_pixels_and_images_of_pillow_give_the_same(make_run, pictures):
-    detector = load_detector(str(make_run()[0]))
+def test_files_pixels_and_images_of_pillow_give_the_same(detector, pictures):
     file = pictures / "a.png"
     image = Image.open(file)
     whole, *others = detector([str(file), file, image, np.asarray(image)])
@@ -84,8 +83,7 @@ def test_files_pixels_and_images_of_pillow_give_the_same(make_run, pictures):
     assert torch.equal(whole.boxes, detector(file).boxes)
 
 
-def test_scores_and_names_are_those_of_the_run(make_run, pictures):
-    detector = load_detector(make_run()[0])
+def test_scores_and_names_are_those_of_the_run(detector, pictures):
     whole = detector(pictures / "a.png")
     assert whole.names == [["ant", "bee", "cow"][k] for k in whole.labels]
     assert [d["category_id"] for d in whole.coco(1)] == [[7, 8, 11][k] for k in whole.labels]
@@ -95,18 +93,18 @@ def test_scores_and_names_are_those_of_the_run(make_run, pictures):
     assert 0 < len(some) < len(whole)
 
 
-def test_a_batch_is_cut_into_parts(make_run, pictures):
-    detector = load_detector(make_run()[0])
+def test_a_batch_is_cut_into_parts(detector, pictures):
     seen = []
-    detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    hook = detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     assert len(detector([pictures / "a.png"] * 5, batch_size=2)) == 5
+    hook.remove()
     assert seen == [2, 2, 1]
     assert detector([]) == []
 
 
-def test_a_config_file_and_weights_are_a_detector_too(make_run, pictures, tmp_path):
+def test_a_config_file_and_weights_are_a_detector_too(detector, make_run, pictures, tmp_path):
     folder, _ = make_run()
-    whole = load_detector(folder)(pictures / "a.png")
+    whole = detector(pictures / "a.png")
     apart = tmp_path / "apart"
     apart.mkdir()
     (folder / "config.yaml").rename(apart / "mine.yaml")
@@ -116,6 +114,18 @@ def test_a_config_file_and_weights_are_a_detector_too(make_run, pictures, tmp_pa
     (folder / "run.json").unlink()
     found = load_detector(apart / "mine.yaml", folder / "model_final.pth")(pictures / "a.png")
     assert set(found.names) <= {"circle", "triangle", "square"}  # of the sets that the file names
+
+
+def test_a_checkpoint_of_a_run_is_a_detector_too(detector, run_folder, pictures):
+    found = load_detector(run_folder / "model_final.pth")(pictures / "a.png")
+    assert torch.equal(found.boxes, detector(pictures / "a.png").boxes)
+    with pytest.raises(ConfigError, match="without other weights"):
+        load_detector(run_folder / "model_final.pth", run_folder / "model_final.pth")
+
+
+def test_an_unknown_engine_is_told(run_folder):
+    with pytest.raises(ConfigError, match="expected one of auto, detectron2, torchvision, got 'tensorflow'"):
+        load_detector(run_folder, engine="tensorflow")
 
 
 def test_classes_without_names_are_numbered(make_run, pictures, caplog):
@@ -156,22 +166,21 @@ def test_what_is_no_run_is_told(make_run, spoil, message):
         (3, TypeError, "expected a file"),
     ],
 )
-def test_what_is_no_image_is_told(make_run, image, error, message):
+def test_what_is_no_image_is_told(detector, image, error, message):
     with pytest.raises(error, match=message):
-        load_detector(make_run()[0])(image)
+        detector(image)
 
 
-def test_the_picture_has_the_size_of_the_image_and_boxes_on_it(make_run, pictures):
-    detector = load_detector(make_run()[0])
+def test_the_picture_has_the_size_of_the_image_and_boxes_on_it(detector, pictures):
     found = detector(pictures / "a.png")
     picture = np.asarray(found.draw())
     assert picture.shape == found.image.shape
     x0, y0, x1, y1 = found.boxes[0].round().int().tolist()
     changed = (picture != found.image).any(axis=2)
     assert changed[max(y0, 0) : y1, max(x0, 0) : x1].any()
-    assert (
-        load_detector(make_run()[0])(pictures / "a.png", score_threshold=1.0).draw().tobytes() == found.image.tobytes()
-    )
+    nothing = detector(pictures / "a.png", score_threshold=1.0)
+    assert len(nothing) == 0
+    assert nothing.draw().tobytes() == found.image.tobytes()
 
 
 def test_importing_the_package_loads_no_torch():

@@ -120,6 +120,18 @@ def test_necks_share_no_statistics_either(check):
         check(options, num_gpus=2)
 
 
+@pytest.mark.parametrize("key", ["NORM", "NECK_NORM"])
+def test_networks_share_no_statistics_either(check, key):
+    options = {f"MODEL.HIT_DETECTOR_PYRAMID.{name}": "BN" for name in ("NORM", "NECK_NORM")}
+    options |= {f"MODEL.HIT_DETECTOR_PYRAMID.{key}": "SyncBN", "MODEL.RESNETS.NORM": "SyncBN"}
+    with pytest.raises(ConfigError, match=r"^MODEL\.RESNETS\.NORM: expected one that several processes"):
+        check(options, num_gpus=2)
+    options |= {"MODEL.BACKBONE.NAME": "build_hit_detector_pyramid_backbone", "MODEL.BACKBONE.FREEZE_AT": 0}
+    check(options)
+    with pytest.raises(ConfigError, match=rf"^MODEL\.HIT_DETECTOR_PYRAMID\.{key}: expected one that several processes"):
+        check(options, num_gpus=2)
+
+
 def test_each_process_has_a_seed_that_numpy_takes(check):
     check({"SEED": 2**32 - 1})
     check({"SEED": 2**32 - 2}, num_gpus=2)

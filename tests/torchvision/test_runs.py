@@ -105,6 +105,52 @@ def test_a_run_leaves_what_it_promises_and_evaluating_its_checkpoint_reproduces_
         assert main(command(again, detector, eval_only=True, num_gpus=2)) == trained
 
 
+def test_augmented_evaluation_is_reported_beside_the_other(tiny, command, with_parts):
+    options = tiny | with_parts | {
+        "SOLVER.MAX_ITER": 1,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
+        "TEST.AUG.ENABLED": True,
+        "TEST.AUG.MIN_SIZES": (64, 80),
+    }  # fmt: skip
+    (name,) = options["DATASETS.TEST"]
+    folder = Path(options["OUTPUT_DIR"])
+    for flags in ({}, {"eval_only": True, "resume": True}):
+        main(command(options, "mask_rcnn", **flags))
+        (result,) = json.loads((folder / "results.json").read_text())["results"]
+        assert list(result["tasks"]) == ["segm", "bbox_TTA", "segm_TTA"]
+        (file,) = (folder / "inference_TTA" / "inference" / name).iterdir()
+        assert any("segmentation" in detection for detection in json.loads(file.read_text()))
+        file.unlink()
+
+
+def test_precise_statistics_are_those_of_whole_batches_and_are_saved(tiny, command, monkeypatch):
+    seen, norms = [], []
+    build = engine.build_model
+
+    def watched(cfg):
+        model = build(cfg)
+        norm = next(m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.BatchNorm2d))
+        norms.append(norm)
+        norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().transpose(0, 1).flatten(1)))
+        return model
+
+    monkeypatch.setattr(engine, "build_model", watched)
+    options = {"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 3, "MODEL.FPN.NORM": "BN"}
+    main(command(tiny | options | {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": ()}))
+    assert len(seen) == 2 + 3  # two iterations of training
+    pixels = torch.cat(seen[2:], dim=1).double()
+    torch.testing.assert_close(norms[0].running_mean.double(), pixels.mean(dim=1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(norms[0].running_var.double(), pixels.var(dim=1, correction=0), rtol=1e-3, atol=1e-6)
+    saved = torch.load(Path(tiny["OUTPUT_DIR"]) / "model_final.pth", weights_only=True)["model"]
+    means = [value for key, value in saved.items() if key.endswith("running_mean") and len(value) == len(pixels)]
+    assert any(torch.equal(mean, norms[0].running_mean) for mean in means)
+
+
+def test_precise_statistics_of_a_model_without_any_are_named(tiny, command, caplog):
+    main(command(tiny | {"TEST.PRECISE_BN.ENABLED": True, "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}))
+    assert caplog.text.count("TEST.PRECISE_BN.ENABLED True: the model learns no statistics") == 1
+
+
 def test_masks_and_keypoints_are_learned_and_reported(tiny, command, losses, with_parts):
     options = tiny | with_parts | {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01}
     (name,) = options["DATASETS.TEST"]

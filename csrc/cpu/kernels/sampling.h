@@ -76,6 +76,23 @@ DYHEAD_TARGET void sample(const Sample<Accumulator<T>>* samples, int64_t count, 
   }
 }
 
+template <typename T>
+DYHEAD_TARGET void pool(const Sample<Accumulator<T>>* samples, int64_t count, const Channels<T>& from, int64_t width,
+                        Accumulator<T>* sums) {
+  using A = Accumulator<T>;
+  Corners<T> some[kPooled];
+  for (int64_t p = 0; p < count; ++p) some[p] = corners(samples[p], from);
+  int64_t c = 0;
+  for (; c + kLanes<A> <= width; c += kLanes<A>) {
+    Vector<A> total = load(sums + c);
+    for (int64_t p = 0; p < count; ++p) total += interpolate(some[p], c);
+    store(sums + c, total);
+  }
+  for (; c < width; ++c) {
+    for (int64_t p = 0; p < count; ++p) sums[c] += interpolate_one(some[p], c);
+  }
+}
+
 #if defined(DYHEAD_PAIRS)
 
 // The even ones of channels c, c + 1, ... are the upper halves of words that have been shifted up, the odd ones those

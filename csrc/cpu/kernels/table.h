@@ -23,6 +23,7 @@ const Kernels<BFloat16, BFloat16>& kernels() {
                                                      2 * kLanes<float>,
                                                      locate<float>,
                                                      sample,
+                                                     pool<BFloat16>,
                                                      sample_units,
                                                      product<BFloat16, float>,
                                                      pack<BFloat16, BFloat16>,
@@ -37,7 +38,7 @@ const Kernels<BFloat16, BFloat16>& kernels() {
 template <typename T>
 const Kernels<T, Accumulator<T>>& kernels() {
   using A = Accumulator<T>;
-  static constexpr Kernels<T, A> table{kBlockRows,    2 * kLanes<A>, locate<A>, sample<T>,  sample<T>,
+  static constexpr Kernels<T, A> table{kBlockRows,    2 * kLanes<A>, locate<A>, sample<T>,  pool<T>,   sample<T>,
                                        product<A, A>, pack<T, A>,    unpack<A>, scatter<T>, maximum<A>};
   return table;
 }

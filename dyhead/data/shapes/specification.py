@@ -73,6 +73,7 @@ _STANDARD = Spec(
     suffix=".jpg",
 )
 _CROWD = CrowdSpec(**asdict(replace(_EASY, seed=7, objects=(5, 9), visible=0.3)))
+_MEDIUM = replace(_STANDARD, seed=9, side=(192, 192), objects=(2, 8), size=(12, 128))
 _HARD = replace(_STANDARD, seed=5, objects=(10, 30), size=(8, 128), visible=0.25, contrast=(30, 70), noise=12)
 
 SPECS: dict[str, Spec] = {
@@ -80,6 +81,8 @@ SPECS: dict[str, Spec] = {
     "shapes_easy_val": replace(_EASY, seed=2, images=100),
     "shapes_crowd_train": _CROWD,
     "shapes_crowd_val": replace(_CROWD, seed=8, images=100),
+    "shapes_medium_train": _MEDIUM,
+    "shapes_medium_val": replace(_MEDIUM, seed=10, images=500),
     "shapes_train": _STANDARD,
     "shapes_val": replace(_STANDARD, seed=4, images=500),
     "shapes_hard_train": _HARD,

@@ -126,8 +126,9 @@ def coarse_boxes(numbers: Tensor) -> Tensor:
     y, x = (torch.arange(n, dtype=numbers.dtype, device=numbers.device) for n in (height, width))
     y = y[:, None]
     left, top, right, bottom = numbers.relu().unbind(dim=1)
-    columns = [ends.clamp(0, width - 1) for ends in (x - left, x + right)]
-    rows = [ends.clamp(0, height - 1) for ends in (y - top, y + bottom)]
+    # By tensors: numbers would be constants of a traced detector.
+    columns = [ends.clamp(min=0).minimum(x[-1]) for ends in (x - left, x + right)]
+    rows = [ends.clamp(min=0).minimum(y[-1]) for ends in (y - top, y + bottom)]
     return torch.stack([columns[0], rows[0], columns[1], rows[1]], dim=1)
 
 
@@ -150,6 +151,11 @@ class _BorderModule(nn.Module):
     def _normalized(self, x: Tensor) -> Tensor:
         if not self.norm:
             return x
-        if x.shape[-2:] == (1, 1):  # PyTorch refuses to normalize one pixel, which differs from its mean by 0
+        if torch.jit.is_tracing():  # maps of other sizes are to come; this takes those of one pixel, too
+            return torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, torch.backends.cudnn.enabled)
+        if x.shape[-2:] == (
+            1,
+            1,
+        ):  # torch.nn.functional refuses to normalize one pixel, which differs from its mean by 0
             return x - x.mean(dim=(2, 3), keepdim=True)
         return F.instance_norm(x)

@@ -244,6 +244,7 @@ def jitter(boxes: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat([center - half, center + half], 1).clamp(min=0).minimum(limits)
 
 
+@torch.jit.script_if_tracing  # a trace would have as many steps as there were boxes
 def soft_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, least_score: float, most: int
 ) -> tuple[Tensor, Tensor]:
@@ -367,7 +368,7 @@ class D2DetHead(nn.Module):
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
         """What is found in each image: boxes are predicted of the regions that are left after NMS of their classes."""
-        scores = self.class_logits(features, boxes).softmax(1)[:, :-1].split([len(own) for own in boxes])
+        scores = self.class_logits(features, boxes).softmax(1)[:, :-1].split([own.shape[0] for own in boxes])
         kept = []
         for own, probabilities in zip(boxes, scores, strict=True):
             place, label = torch.nonzero(probabilities > self.score_thresh, as_tuple=True)
@@ -379,7 +380,9 @@ class D2DetHead(nn.Module):
             torch.cat(regions), *self.local(self.box_pool(features, regions)), as_published=self.as_published
         )
         found = []
-        for own, (_, score, label), size in zip(predicted.split([len(r) for r in regions]), kept, sizes, strict=True):
+        for own, (_, score, label), size in zip(
+            predicted.split([r.shape[0] for r in regions]), kept, sizes, strict=True
+        ):
             own = clip_boxes_to_image(own, size)
             there = (own[:, 2:] > own[:, :2]).all(1)
             own, score, label = own[there], score[there], label[there]

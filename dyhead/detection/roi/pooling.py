@@ -69,7 +69,7 @@ class PyramidPool(nn.Module):
 
 def numbered(boxes: Sequence[Tensor]) -> Tensor:
     """Boxes (Q, 4) of each image as regions (Q, 5) of all, with their image's number in front."""
-    index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
+    index = torch.cat([torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)])
     return torch.cat([index, torch.cat(list(boxes))], dim=1)
 
 
@@ -97,7 +97,7 @@ def pool_from(
         side: S.
         pool: from a level, its regions, its stride, and which regions they are, to (., C, S, S).
     """
-    pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], side, side)
+    pooled = levels[0].new_zeros(regions.shape[0], levels[0].shape[1], side, side)
     for level, stride in zip(levels, strides, strict=True):
         here = torch.where(wanted == stride.bit_length() - 1)[0]
         pooled[here] = pool(level, regions[here], stride, here).to(pooled.dtype)

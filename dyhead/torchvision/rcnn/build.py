@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
@@ -19,6 +21,7 @@ from dyhead.config_options import DUAL
 from dyhead.detection import Anchors
 from dyhead.detection.boxes import Deltas
 from dyhead.detection.roi import BOX_HEADS
+from dyhead.detection.roi.masks import mask_probabilities
 from dyhead.detection.roi.pooling import PyramidPool
 from dyhead.detection.roi.prediction import loss_weights
 from dyhead.torchvision.anchors import PyramidAnchors
@@ -42,6 +45,23 @@ class FasterRCNN(GeneralizedRCNN):
         if self.training:
             return super().forward(images, [t | {"labels": t["labels"] + 1} for t in targets])
         return [found | {"labels": found["labels"] - 1} for found in super().forward(images)]
+
+    def detect_boxes(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The boxes, scores and labels that evaluation gives, without masks and keypoints."""
+        batch, features = self._features(images)
+        proposals, _ = self.rpn(batch, features)
+        found = self.roi_heads.detect_boxes(features, proposals, batch.image_sizes)
+        return [own | {"labels": own["labels"] - 1} for own in found]
+
+    def find_masks(self, images: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
+        """The masks (D, S, S) that evaluation gives, of given boxes (D, 4) and labels (D,) of each image."""
+        batch, features = self._features(images)
+        logits = self.roi_heads.mask_logits(features, boxes, batch.image_sizes)
+        return list(mask_probabilities(logits, torch.cat(labels)).split([len(own) for own in boxes]))
+
+    def _features(self, images: list[Tensor]) -> tuple[ImageList, dict[str, Tensor]]:
+        batch, _ = self.transform(images)
+        return batch, self.backbone(batch.tensors)
 
 
 def build_faster_rcnn(cfg: CfgNode) -> FasterRCNN:

@@ -1,6 +1,7 @@
 """D2Det: slow loops, hand-computed cases, and what happens without regions."""
 
 import math
+import socket
 from itertools import product
 from pathlib import Path
 
@@ -369,3 +370,78 @@ def test_other_meta_architectures_take_it_with_its_roi_heads_or_refuse_it():
     with torch.no_grad():
         (found,) = model([{"image": torch.zeros(3, 64, 64), "height": 64, "width": 64}])
     assert set(found["instances"].get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_soft_nms_in_a_trace_takes_any_number_of_boxes():
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count):
+        corners = 60 * torch.rand(count, 2, generator=generator)
+        boxes = torch.cat([corners, corners + 10 + 30 * torch.rand(count, 2, generator=generator)], 1)
+        return boxes, torch.rand(count, generator=generator), torch.arange(count) % 2
+
+    traced = torch.jit.trace(lambda *found: soft_nms(*found, 0.3, 0.05, 8), some(5), check_trace=False)
+    for count in (0, 1, 5, 20):
+        found = some(count)
+        for got, expected in zip(traced(*found), soft_nms(*found, 0.3, 0.05, 8), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def head_and_losses():
+    """A small head, and a function from a number of its regions that are objects' to their losses."""
+    torch.manual_seed(0)
+    small = {"fc_dim": 8, "offset_dim": 8, "num_box_conv": 1, "box_conv_dim": 8, "box_conv_groups": 2, "jitter": 0.0}
+    options = BOX_HEADS["D2Det"].options(**small)
+    head = randomized(options.build(3, 4, STRIDES, 2), scale=0.2)
+
+    def losses(module, objects):
+        labels = [torch.tensor([0, 1][:objects] + [2] * (2 - objects))]
+        boxes = BOXES[:1]
+        of_level = {name: level[:1] for name, level in levels().items()}
+        return sum(module(of_level, boxes, labels, [boxes[0] + 2], [(64, 80)]).values())
+
+    return head, losses
+
+
+class _Losses(torch.nn.Module):
+    """What a training calls."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *args):
+        return self.head.losses(*args)
+
+
+def _gradients_of_part(rank, port, parts, results):
+    """One process of two: the gradients after its part, put together with the other's."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    head, losses = head_and_losses()
+    shared = torch.nn.parallel.DistributedDataParallel(_Losses(head))
+    losses(shared, parts[rank]).backward()
+    results[rank] = {name: parameter.grad.tolist() for name, parameter in head.named_parameters()}
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_the_mean_of_what_each_would():
+    parts = [2, 0]  # in one process nothing is an object's
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_gradients_of_part, (port, parts, results), nprocs=2)
+        together = [results[rank] for rank in range(2)]
+    alone = []
+    for part in parts:
+        head, losses = head_and_losses()
+        losses(_Losses(head), part).backward()
+        alone.append({name: parameter.grad for name, parameter in head.named_parameters()})
+    for name in alone[0]:
+        expected = (alone[0][name] + alone[1][name]) / 2
+        assert expected.isfinite().all()
+        for each in together:
+            torch.testing.assert_close(torch.tensor(each[name], dtype=torch.float64), expected)

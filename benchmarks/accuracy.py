@@ -1,0 +1,308 @@
+"""How accurate are detectors that were trained under one budget, and what do they cost?
+
+`python -m benchmarks.accuracy STUDY --runs FOLDER [KEY VALUE ...]` trains every entry of a study with every seed by
+`train_net.py`, each into a folder of its own, and gathers the results in one JSON file and one table. Interrupted, the
+same command goes on where it was.
+
+A study is a YAML file, see benchmarks/studies:
+
+    question: Does DyHead gain over the standard head?
+    seeds: [0, 1, 2]
+    common: {SOLVER.MAX_ITER: 900}                                  # keys of the configuration, for all entries
+    entries:
+      FCOS: {config: configs/quickstart/fcos_R18_shapes.yaml}
+      FCOS, DyHead: {config: configs/quickstart/fcos_dyhead_R18_shapes.yaml, against: FCOS, MODEL.DYHEAD.NUM_BLOCKS: 3}
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.program import RESULTS, machine_name, markdown, write
+from dyhead.config import load_config
+from dyhead.evaluation import count_flops, describe_machine
+from dyhead.files import write_text
+from dyhead.torchvision import get_cfg
+from dyhead.torchvision.backbone import build_pyramid
+
+_ROOT = Path(__file__).parents[1]
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_SHOWN = ("AP50", "APs", "APm", "APl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A detector of a study.
+
+    Attributes:
+        name: what the table calls it.
+        config: its configuration, from the root of the project.
+        keys: of the configuration, with their values.
+        against: the entry that its gain is over, or "".
+    """
+
+    name: str
+    config: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the detectors that answer it under one budget."""
+
+    name: str
+    question: str
+    seeds: tuple[int, ...]
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of an entry with a seed."""
+
+    entry: Entry
+    seed: int
+    folder: Path
+
+    def command(self, engine: str, more: Sequence[str]) -> list[str]:
+        """What trains and evaluates it, from the root of the project."""
+        keys = [text for key, value in self.entry.keys.items() for text in (key, str(value))]
+        command = [sys.executable, "train_net.py", "--config-file", self.entry.config, "--engine", engine]
+        return [*command, *keys, *more, "SEED", str(self.seed), "OUTPUT_DIR", str(self.folder)]
+
+
+def read_study(path: Path) -> Study:
+    """The study in a YAML file.
+
+    Raises:
+        ValueError: it is not as described above.
+    """
+    text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = {"question", "seeds", "common", "entries"}
+    if not isinstance(text, dict) or not {"question", "seeds", "entries"} <= set(text) <= names:
+        raise ValueError(f"{path}: expected question, seeds, common and entries, got {text!r:.80}")
+    entries = []
+    for name, keys in text["entries"].items():
+        keys = dict(keys)
+        config, against = keys.pop("config", ""), keys.pop("against", "")
+        if not (_ROOT / config).is_file():
+            raise ValueError(f"{path}: {name}: config: expected a file, got {config!r}")
+        if against and against not in text["entries"]:
+            raise ValueError(f"{path}: {name}: against: expected another entry, got {against!r}")
+        entries.append(Entry(name, config, text.get("common", {}) | keys, against))
+    return Study(path.stem, text["question"], tuple(text["seeds"]), tuple(entries))
+
+
+def runs(study: Study, folder: Path) -> list[Run]:
+    """All trainings, seed by seed, so that what is there after an interruption can be compared."""
+    return [
+        Run(entry, seed, folder / f"{re.sub(r'[^A-Za-z0-9.+]+', '_', entry.name)}-{seed}")
+        for seed in study.seeds
+        for entry in study.entries
+    ]
+
+
+def train(run: Run, engine: str, more: Sequence[str], threads: int) -> bool:
+    """Trains and evaluates what is not done yet; whether it is done now.
+
+    Raises:
+        ValueError: the folder holds a training by another command.
+    """
+    command = run.command(engine, more)
+    said, done = run.folder / "command.json", run.folder / "done"
+    before = json.loads(said.read_text(encoding="utf-8")) if said.exists() else None
+    if before is None:
+        run.folder.mkdir(parents=True)
+        write_text(said, json.dumps(command[1:], indent=1))
+    elif before != command[1:]:
+        changed = [text for text in command[1:] if text not in before] or before
+        raise ValueError(f"{run.folder}: expected no run or one by this command, got one that differs at {changed}")
+    if done.exists():
+        return True
+    resume = ["--resume"] if (run.folder / "config.yaml").exists() else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    with open(run.folder / "output.txt", "a", encoding="utf-8") as output:
+        at = command.index("--engine")
+        process = [*command[:at], *resume, *command[at:]]
+        code = subprocess.run(process, cwd=_ROOT, env=environment, stdout=output, stderr=output, check=False).returncode
+    if code == 0:
+        write_text(done, "")
+    return code == 0
+
+
+def gather(study: Study, folder: Path) -> dict[str, Any]:
+    """What is known so far: for each entry its cost and the results of the seeds that are done."""
+    entries = []
+    for entry in study.entries:
+        own = [run for run in runs(study, folder) if run.entry == entry and (run.folder / "done").exists()]
+        results = [json.loads((run.folder / "results.json").read_text(encoding="utf-8"))["results"][0] for run in own]
+        if not own:
+            continue
+        first = results[0]
+        entries.append(
+            {
+                "name": entry.name,
+                "config": entry.config,
+                "keys": entry.keys,
+                "against": entry.against,
+                "parameters": first["parameters"],
+                "gflops": first["gflops"],
+                "head_gflops": first["gflops"] - _pyramid_gflops(entry, first["input_size"]),
+                "input_size": first["input_size"],
+                "engine": first["engine"],
+                "runs": [
+                    {
+                        "seed": run.seed,
+                        **{key: result["metrics"][key] for key in _METRICS},
+                        "training_minutes": sum(seconds for *_, seconds in _times(run.folder)) / 60,
+                        "latency_ms": result["timing"]["latency_ms"],
+                    }
+                    for run, result in zip(own, results, strict=True)
+                ],
+            }
+        )
+    return {"study": study.name, "question": study.question, "seeds": study.seeds, "entries": entries}
+
+
+def _times(folder: Path) -> Iterator[tuple[int, float]]:
+    """The iterations up to which a training's log has lines, and the seconds that led there."""
+    last, seen = -1, {}
+    for line in (folder / "metrics.json").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if "time" in entry:
+            seen[entry["iteration"]] = entry["time"]  # a resumed run repeats what came after its checkpoint
+    for iteration, seconds in sorted(seen.items()):
+        yield iteration, seconds * (iteration - last)
+        last = iteration
+
+
+def _pyramid_gflops(entry: Entry, size: Sequence[int]) -> float:
+    """Multiply-adds, in billions, of what is before the head: the network and its feature pyramid."""
+    cfg = get_cfg()
+    keys = entry.keys | {"MODEL.NECKS": []}
+    load_config(cfg, _ROOT / entry.config, [text for key, value in keys.items() for text in (key, str(value))])
+    with torch.device("meta"):
+        pyramid = build_pyramid(cfg).eval()
+    divisor = pyramid.size_divisibility
+    padded = [-(-side // divisor) * divisor for side in size]
+    return count_flops(pyramid, torch.empty(1, 3, *padded, device="meta"))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Means and standard deviations over seeds, gains seed by seed, and costs."""
+    head = ["", "AP", "gain", *_SHOWN, "head, G", "all, G", "M", "training, min", "ms", "seeds"]
+    by_name = {entry["name"]: entry for entry in result["entries"]}
+    lines = [head]
+    for entry in result["entries"]:
+        own = entry["runs"]
+        lines.append(
+            [
+                entry["name"],
+                _spread([run["AP"] for run in own]),
+                _spread(gains(by_name[entry["against"]], entry), "+") if entry["against"] in by_name else "",
+                *(_mean([run[key] for run in own]) for key in _SHOWN),
+                f"{entry['head_gflops']:.2f}",
+                f"{entry['gflops']:.2f}",
+                f"{entry['parameters'] / 1e6:.2f}",
+                f"{median(run['training_minutes'] for run in own):.1f}",
+                f"{median(run['latency_ms'] for run in own):.0f}",
+                str(len(own)),
+            ]
+        )
+    return markdown(lines, left=1)
+
+
+def gains(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
+    """Differences in AP of two entries, for each seed that both have."""
+    of = {run["seed"]: run["AP"] for run in before["runs"]}
+    return [run["AP"] - of[run["seed"]] for run in after["runs"] if run["seed"] in of]
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.1f}{spread}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return f"{mean(known):.1f}" if known else "-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the study; 1 if a training failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="YAML file")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for what the trainings write")
+    parser.add_argument("--engine", choices=["detectron2", "torchvision"], default="torchvision")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="entries to train; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the study's")
+    parser.add_argument("--processes", type=int, default=1, help="trainings at once")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results)")
+    options = parser.parse_args(argv)
+    try:
+        study = read_study(options.study)
+        wanted = options.only or [entry.name for entry in study.entries]
+        if unknown := sorted(set(wanted) - {entry.name for entry in study.entries}):
+            raise ValueError(f"--only: expected entries of {options.study}, got {', '.join(unknown)}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    folder = options.runs.absolute()
+    output = options.output or RESULTS / f"accuracy-{study.name}-{machine_name(options)}.json"
+    seeds = study.seeds if options.seeds is None else options.seeds
+    chosen = [run for run in runs(study, folder) if run.entry.name in wanted and run.seed in seeds]
+    failed: list[Path] = []
+    words = sys.argv[1:] if argv is None else argv
+
+    def work(run: Run) -> None:
+        print(f"{run.entry.name}, seed {run.seed}", file=sys.stderr, flush=True)
+        if not train(run, options.engine, ["MODEL.DEVICE", options.device], options.threads):
+            failed.append(run.folder / "output.txt")
+
+    try:
+        with ThreadPoolExecutor(options.processes) as pool:
+            for _ in pool.map(work, chosen):
+                write(
+                    {
+                        "benchmark": "accuracy",
+                        "command": shlex.join(["python", "-m", "benchmarks.accuracy", *words]),
+                        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+                        "machine": describe_machine(options.device) | {"threads": options.threads},
+                        **gather(study, folder),
+                    },
+                    output,
+                )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(json.loads(output.read_text(encoding="utf-8"))))
+    print(f"Written to {output}")
+    for path in failed:
+        print(f"error: a training failed, see {path}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Studies: what they may say, that they go on where they were, and the table."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import accuracy
+from dyhead.config import load_config
+from dyhead.torchvision import get_cfg
+
+STUDIES = sorted((Path(accuracy.__file__).parent / "studies").glob("*.yaml"))
+FCOS = "configs/quickstart/fcos_R18_shapes.yaml"
+DYHEAD = "configs/quickstart/fcos_dyhead_R18_shapes.yaml"
+STUDY = f"""
+question: Does it gain?
+seeds: [0, 1]
+common: {{SOLVER.MAX_ITER: 3}}
+entries:
+  plain: {{config: {FCOS}}}
+  with it: {{config: {DYHEAD}, against: plain, MODEL.DYHEAD.NUM_BLOCKS: 1}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "gain.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The commands of trainings that take no time, end with code 0 and leave the results of a run."""
+    started = []
+
+    def run(command, **_):
+        value = dict(itertools.pairwise(command))
+        started.append(command)
+        folder = Path(value["OUTPUT_DIR"])
+        (folder / "config.yaml").write_text("")
+        with_it, seed = "with_it" in folder.name, int(value["SEED"])
+        metrics = dict.fromkeys(("AP50", "AP75", "APs", "APm"), 40.0)
+        metrics |= {"AP": 20.0 + seed + with_it * (1 + seed), "APl": None}
+        result = {"metrics": metrics, "parameters": 2_000_000, "gflops": 2.0, "input_size": [64, 96], "engine": "x"}
+        (folder / "results.json").write_text(json.dumps({"results": [result | {"timing": {"latency_ms": 7.0}}]}))
+        lines = [{"iteration": 19, "time": 3.0}, {"iteration": 39, "time": 6.0}, {"iteration": 19, "time": 3.0}]
+        (folder / "metrics.json").write_text("\n".join(map(json.dumps, [*lines, {"iteration": 39, "bbox/AP": 1.0}])))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=run))
+    return started
+
+
+def test_every_entry_is_trained_with_every_seed_and_its_results_are_compared(study, trainings, tmp_path, capsys):
+    arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
+    assert accuracy.main(arguments) == 0
+    assert [command[command.index("SEED") + 1] for command in trainings] == ["0", "0", "1", "1"]
+    assert all(command[command.index("SOLVER.MAX_ITER") + 1] == "3" for command in trainings)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:4]]
+    # AP 20 and 21, and 21 and 23: gains of 1 and 2, whose standard deviation is the root of 1/2.
+    assert rows[2][:4] == ["plain", "20.5 ± 0.7", "", "40.0"]
+    assert rows[3][:4] == ["with it", "22.0 ± 1.4", "+1.5 ± 0.7", "40.0"]
+    assert rows[2][6] == "-"  # no large objects
+    result = json.loads((tmp_path / "out.json").read_text())
+    plain, with_it = result["entries"]
+    assert plain["runs"][0]["training_minutes"] == pytest.approx((20 * 3 + 20 * 6) / 60)
+    assert plain["head_gflops"] == pytest.approx(with_it["head_gflops"])  # both are "2" without the same pyramid
+    assert 0 < plain["head_gflops"] < 2
+
+
+def test_what_is_done_is_not_repeated_and_what_is_not_is_resumed(study, trainings, tmp_path):
+    arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
+    accuracy.main([*arguments, "--only", "plain"])
+    assert len(trainings) == 2
+    (tmp_path / "runs" / "plain-1" / "done").unlink()
+    accuracy.main([*arguments, "--seeds", "1"])
+    assert ["--resume" in command for command in trainings[2:]] == [True, False]
+
+
+def test_a_failed_training_is_named_and_the_others_go_on(study, trainings, tmp_path, monkeypatch, capsys):
+    good = accuracy.subprocess.run
+    monkeypatch.setattr(
+        accuracy.subprocess,
+        "run",
+        lambda command, **more: SimpleNamespace(returncode=1) if FCOS in command else good(command, **more),
+    )
+    arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
+    assert accuracy.main(arguments) == 1
+    said = capsys.readouterr()
+    assert str(Path("plain-0") / "output.txt") in said.err
+    assert "with it" in said.out
+
+
+def test_a_folder_of_another_command_is_refused(study, trainings, tmp_path, capsys):
+    arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
+    accuracy.main(arguments)
+    study.write_text(STUDY.replace("MAX_ITER: 3", "MAX_ITER: 4"))
+    assert accuracy.main(arguments) == 1
+    assert "plain-0: expected no run or one by this command, got one that differs at ['4']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (FCOS, "configs/none.yaml", "plain: config: expected a file"),
+        ("against: plain", "against: nothing", "with it: against: expected another entry"),
+        ("question", "Question", "expected question, seeds, common and entries"),
+    ],
+)
+def test_a_study_that_is_none_is_refused(study, before, after, message, tmp_path, capsys):
+    study.write_text(STUDY.replace(before, after))
+    with pytest.raises(SystemExit):
+        accuracy.main([str(study), "--runs", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_sets_keys_that_there_are(path):
+    study = accuracy.read_study(path)
+    for run in accuracy.runs(study, Path("runs")):
+        command = run.command("torchvision", [])
+        load_config(get_cfg(), run.entry.config, command[command.index("--engine") + 2 :])
+    assert len({run.folder for run in accuracy.runs(study, Path("runs"))}) == len(study.entries) * len(study.seeds)
