@@ -67,7 +67,7 @@ def calls(tmp_path_factory):
         bare = {"masked": False, "weighted": False}
         return [
             call({"scales": SCALES}, b=bias),
-            call({"dilation": (3, 1)}, slice(0, 6, 4), masked=False),  # scales by the sizes, of each axis
+            call({"dilation": (3, 1)}, slice(0, 6, 4), masked=False),  # scales by the heights
             call({"scales": (1.0, 7.0, 0.3, 0.3, 9.0, 2.5), "dilation": 2}, weighted=False),
             call({"scales": SCALES[2::3], "dilation": (2, 3)}, slice(2, 6, 3), narrow, channels=4, **bare),
             lambda *t: convolution(t[1], t[6][:, :24], small, bias, (3, 2), (2, 0), (1, 2), t[7][:, :12]),
