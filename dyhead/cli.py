@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dyhead.exit_codes import MEANINGS
+from dyhead.exit_codes import MEANINGS, telling
 
 #: Subcommands by name: the module, and a line of help.
 SUBCOMMANDS = {
@@ -40,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the arguments are wrong (2), or help was asked for (0).
     """
+    return telling(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _run(argv: list[str]) -> int:
     codes = "\n".join(f"  {code:<8}  {meaning}" for code, meaning in MEANINGS.items())
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="dyhead",
         usage="dyhead [-h] SUBCOMMAND ...",

@@ -20,13 +20,21 @@ MEANINGS = {
 
 def telling(action: Callable[[], int]) -> int:
     """Do something, and tell errors that a user can put right without a traceback; returns the exit code."""
-    from dyhead.checkpoints import CheckpointError
-    from dyhead.config import ConfigError
-    from dyhead.data import DataError
-
     try:
         return action()
-    except (CheckpointError, ConfigError, DataError) as error:
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "dyhead"):
+            raise
+        print(f"error: {package} is not installed: pip install 'dyhead[train]' has what commands need", file=sys.stderr)
+        return FAILED
+    except ValueError as error:
+        from dyhead.checkpoints import CheckpointError  # not before: dyhead --help loads no PyTorch
+        from dyhead.config_files import ConfigError
+        from dyhead.data import DataError
+
+        if not isinstance(error, (CheckpointError, ConfigError, DataError)):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as interrupted:

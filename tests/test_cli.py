@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from dyhead import cli, info
+from dyhead.checkpoints import CheckpointError
+from dyhead.config import ConfigError
+from dyhead.data import DataError
+from dyhead.exit_codes import MEANINGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,10 +56,50 @@ def test_help_names_the_subcommands_and_loads_no_torch():
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     for name, (_, summary) in cli.SUBCOMMANDS.items():
-        assert re.search(rf"{name} +{summary}", run.stdout)
+        assert re.search(rf"{name}\s+{summary}", run.stdout)
     assert run.stdout.splitlines()[-1] == "False"
 
 
 def test_the_console_script_is_the_command_line():
     module, function = re.search(r'^dyhead = "([\w.]+):(\w+)"$', (ROOT / "pyproject.toml").read_text(), re.M).groups()
     assert getattr(importlib.import_module(module), function) is cli.main
+
+
+@pytest.mark.parametrize("name", ["train", "predict"])
+def test_a_package_that_is_not_installed_is_named(name):
+    code = "import sys; sys.modules['fvcore'] = None; from dyhead import cli; sys.exit(cli.main(sys.argv[1:]))"
+    run = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: fvcore is not installed: pip install 'dyhead[train]'")
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConfigError("a key"), 1, "error: a key\n"),
+        (DataError("a file"), 1, "error: a file\n"),
+        (CheckpointError("weights"), 1, "error: weights\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_errors_of_subcommands_are_told(monkeypatch, capsys, error, code, told):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert cli.main(["info"]) == code
+    assert capsys.readouterr().err == told
+
+
+def test_an_error_of_the_program_has_its_traceback(monkeypatch):
+    monkeypatch.setattr(info, "run", lambda args: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["info"])
+
+
+def test_help_lists_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    listed = re.findall(r"^  ([\d, ]+?)  ", capsys.readouterr().out.split("exit codes:")[1], re.M)
+    assert [code.strip() for code in listed] == list(MEANINGS)

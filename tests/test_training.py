@@ -51,9 +51,9 @@ def train(tmp_path, five_pictures):
             "OUTPUT_DIR": tmp_path / folder,
             **settings,
         }
-        file = ROOT / "configs/quickstart/fcos_dyhead_R18_shapes.yaml"
+        file = "fcos_dyhead_R18_shapes.yaml"  # of those that come with the package
         opts = [str(word) for pair in settings.items() for word in pair]
-        return train_net.main(["--engine", engine, *flags, "--config-file", str(file), *opts])
+        return train_net.main(["--engine", engine, *flags, "--config-file", file, *opts])
 
     return run
 

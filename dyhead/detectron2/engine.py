@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from dyhead.config import ConfigError, add_dyhead_config, load_config
-from dyhead.config_files import Scalar, resolve
+from dyhead.config_files import Scalar, find_file, resolve
 from dyhead.detectron2.checkpoint import Checkpointer
 from dyhead.detectron2.config import check_annotations, check_values, ignore_not_honoured
 from dyhead.detectron2.datasets import (
@@ -165,7 +165,8 @@ def _setup_process(cfg: CfgNode, args: argparse.Namespace) -> None:
     if is_quiet():  # before default_setup, which says much, and does not set up again what is there
         for named in ({"name": "fvcore"}, {}):
             _hush(setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), **named))
-    default_setup(cfg, args)
+    # It reads the config file again, to log it.
+    default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": find_file(args.config_file)}))
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dyhead", abbrev_name="dyhead")
     if is_quiet():
         _hush(logger)

@@ -11,8 +11,8 @@ from dyhead.exit_codes import DONE, telling
 from dyhead.export.files import FORMATS, OPSETS, check_path, export
 from dyhead.export.graph import OUTPUTS
 from dyhead.prediction import load_detector
+from dyhead.prediction.arguments import add_detector_arguments, add_overrides
 from dyhead.progress import quiet
-from dyhead.runs.engines import ENGINES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{ending} ({kind})" for ending, (kind, _) in FORMATS.items())
         + "; see docs/export.md."
     )
-    parser.add_argument("detector", metavar="DETECTOR", help="OUTPUT_DIR of a training, or a config file")
+    add_detector_arguments(parser, device=False)
     parser.add_argument("out", metavar="OUT", help="the file to write; it must not be there yet")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="default: OUTPUT_DIR's last checkpoint, or the config file's MODEL.WEIGHTS"
-    )
-    parser.add_argument(
-        "--engine", choices=["auto", *ENGINES], default="auto", help="default: the one that trained, if it is installed"
-    )
     parser.add_argument(
         "--output",
         choices=list(OUTPUTS),
@@ -48,10 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain", action="store_true", help=".pt2: PyTorch's own operators alone, slower, without dyhead's library"
     )
-    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="overrides of config keys, last"
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from dyhead.config import ConfigError, detector_node, get
 from dyhead.data import DataError, read_image
 from dyhead.evaluation.report import write_json
-from dyhead.exit_codes import DONE, INCOMPLETE, telling
+from dyhead.exit_codes import DONE, INCOMPLETE
 from dyhead.files import replacing
+from dyhead.prediction.arguments import add_detector_arguments, add_overrides
 from dyhead.prediction.detector import Detections, Detector, load_detector
 from dyhead.prediction.inputs import Input, find_inputs
 from dyhead.prediction.videos import Video, VideoWriter
 from dyhead.progress import bar, quiet
-from dyhead.runs.engines import ENGINES
 
 _log = logging.getLogger(__name__)
 _DRAWN_AS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
@@ -36,15 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pictures (or frames) and classes that their ids stand for, both as pycocotools reads them; in OUT/pictures "
         "are the pictures with what was found. A picture that cannot be read is named and left out."
     )
-    parser.add_argument("detector", metavar="DETECTOR", help="OUTPUT_DIR of a training, or a config file")
+    add_detector_arguments(parser)
     parser.add_argument(
         "inputs",
         metavar="INPUT",
         nargs="+",
         help="a picture, a video, a folder, or a pattern such as 'photos/**/*.jpg'",
-    )
-    parser.add_argument(
-        "--weights", metavar="FILE", help="default: OUTPUT_DIR's last checkpoint, or the config file's MODEL.WEIGHTS"
     )
     parser.add_argument("--out", metavar="OUT", default="predictions", help="a new folder (default: %(default)s)")
     parser.add_argument(
@@ -57,21 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="pictures at a time (default: %(default)s)"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:NUMBER (default: MODEL.DEVICE)")
-    parser.add_argument(
-        "--engine", choices=["auto", *ENGINES], default="auto", help="default: the one that trained, if it is installed"
-    )
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON files only")
-    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only, and no bar")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="overrides of config keys, last"
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     with quiet(args.quiet):
-        return telling(lambda: _predict(args))
+        return _predict(args)
 
 
 @dataclass
@@ -115,8 +105,8 @@ def _predict(args: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{detector.cfg.MODEL.DEVICE} is out of memory; lower --batch-size: {error}") from error
     if not args.quiet:
-        count = f"{len(results.images)} pictures, {len(results.detections)} detections in {args.out}"
-        print(count + (f"; {results.broken} inputs could not be read" if results.broken else ""))
+        counts = {"pictures": len(results.images), "detections": len(results.detections), "left out": results.broken}
+        print(f"{args.out}: {', '.join(f'{what} {count}' for what, count in counts.items())}")
     return INCOMPLETE if results.broken else DONE
 
 

@@ -25,7 +25,7 @@ from dyhead.data import Classes, classes_by_name, read_image
 from dyhead.evaluation.coco import coco_results
 from dyhead.evaluation.results import check_weights
 from dyhead.evaluation.visualization import draw_detections
-from dyhead.runs.engines import check_installed, choose_engine, is_installed
+from dyhead.runs.engines import ENGINES, check_installed, choose_engine, is_installed
 from dyhead.runs.record import Record, read_record
 
 _log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def load_detector(
     """A trained detector: ``load_detector("output/run")("photo.jpg")``.
 
     Args:
-        source: ``OUTPUT_DIR`` of a training, or a config file.
+        source: ``OUTPUT_DIR`` of a training, a checkpoint in it, or a config file.
         weights: a checkpoint that MODEL.WEIGHTS may name, of either engine or another project. By default, the folder's
             last checkpoint, or the file's MODEL.WEIGHTS.
         opts: overrides of the configuration, ``["TEST.DETECTIONS_PER_IMAGE", "20", ...]``.
@@ -164,27 +164,17 @@ def load_detector(
     Raises:
         ConfigError: there is no run, or the configuration or the weights cannot be used.
     """
-    source = os.path.expanduser(os.fspath(source))
+    file, weights = _files(os.path.expanduser(os.fspath(source)), weights)
     opts = [str(word) for word in opts]
     if device is not None:
         opts += ["MODEL.DEVICE", str(device)]
-    folder = source if os.path.isdir(source) else os.path.dirname(source)
-    file = source
-    if os.path.isdir(source):
-        file = os.path.join(source, "config.yaml")
-        if not os.path.isfile(file):
-            raise ConfigError(f"{source}: expected the folder of a training, got one without config.yaml")
-        if weights is None:
-            with as_config_errors():
-                weights = last_checkpoint(source)
-            if weights is None:
-                raise ConfigError(f"{source}: expected the folder of a training, got one without a checkpoint")
-    record = read_record(os.path.dirname(os.path.expanduser(weights)) if weights else folder) or read_record(folder)
+    folders = dict.fromkeys(os.path.dirname(path) for path in (weights, file) if path)
+    record = next(filter(None, map(read_record, folders)), None)
     name = _engine_for(engine, record)
     check_installed(name)
     module = importlib.import_module(f"dyhead.{name}.prediction")
     cfg = module.configuration(file, opts)
-    weights = os.path.expanduser(os.fspath(weights or cfg.MODEL.WEIGHTS))
+    weights = weights or cfg.MODEL.WEIGHTS
     if not weights:
         raise ConfigError(f"{file}: MODEL.WEIGHTS is empty; say which weights the detector has")
     model = module.trained_model(cfg, weights)
@@ -192,7 +182,30 @@ def load_detector(
     return Detector(module, cfg, model, _classes(cfg, record))
 
 
+def _files(source: str, weights: str | os.PathLike | None) -> tuple[str, str | None]:
+    """The config file, and the weights if they are not the file's."""
+    weights = None if weights is None else os.path.expanduser(os.fspath(weights))
+    folder = source
+    if os.path.isfile(source) and os.path.splitext(source)[1].lower() not in (".yaml", ".yml", ""):
+        if weights is not None:
+            raise ConfigError(f"{source}: expected a config file, or a checkpoint without other weights")
+        folder, weights = os.path.dirname(source), source
+    elif not os.path.isdir(source):
+        return source, weights
+    file = os.path.join(folder, "config.yaml")
+    if not os.path.isfile(file):
+        raise ConfigError(f"{source}: expected a training's, got a folder without config.yaml")
+    if weights is None:
+        with as_config_errors():
+            weights = last_checkpoint(folder)
+    if weights is None:
+        raise ConfigError(f"{source}: expected a training's, got a folder without a checkpoint")
+    return file, weights
+
+
 def _engine_for(engine: str, record: Record | None) -> str:
+    if engine not in ("auto", *ENGINES):
+        raise ConfigError(f"engine: expected one of auto, {', '.join(ENGINES)}, got {engine!r}")
     if engine == "auto" and record is not None and is_installed(record.engine):
         return record.engine
     return choose_engine(engine)

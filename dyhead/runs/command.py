@@ -44,19 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code. Errors are for :func:`dyhead.exit_codes.telling`."""
     if args.config_file is None:
         args.refuse("--config-file is required" + (", before the first KEY VALUE" if args.opts else ""))
     logging.raiseExceptions = False  # a log.txt that a full disk does not take neither ends a run nor buries its words
     with quiet(args.quiet):
-        return telling(lambda: _run(args))
+        return _run(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line of train_net.py; returns the exit code."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return telling(lambda: run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -20,11 +20,11 @@ from dyhead.data import CocoSplit, get, load, read_image, register_from_config
 from dyhead.evaluation import draw_predictions
 from dyhead.exit_codes import DONE, telling
 from dyhead.files import replacing, write_text
+from dyhead.prediction.arguments import add_detector_arguments, add_overrides
 from dyhead.prediction.command import check_out
 from dyhead.prediction.detector import Detections, Detector, load_detector
 from dyhead.prediction.inputs import find_inputs
 from dyhead.progress import bar, quiet
-from dyhead.runs.engines import ENGINES
 from dyhead.torchvision.data import resized
 from dyhead.visualize.page import Section, page
 from dyhead.visualize.pictures import draw_maps, draw_sampling, draw_weights, level_for
@@ -57,10 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw what a trained DyHead does: maps after each attention, where it samples, how it weighs levels, and "
         "predictions beside the ground truth. OUT has the pictures, and index.html with all of them."
     )
-    parser.add_argument("detector", metavar="DETECTOR", help="OUTPUT_DIR of a training, or a config file")
+    add_detector_arguments(parser)
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help="pictures, folders or patterns; default: --dataset")
     parser.add_argument("--dataset", metavar="NAME", help="whose images to take (default: the first of DATASETS.TEST)")
-    parser.add_argument("--weights", metavar="FILE", help="default: as in dyhead predict")
     parser.add_argument("--out", metavar="OUT", default="visualization", help="a new folder (default: %(default)s)")
     parser.add_argument("--count", type=int, default=50, metavar="N", help="images, at most (default: %(default)s)")
     parser.add_argument(
@@ -77,12 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--score-threshold", type=float, default=0.3, metavar="SCORE", help="of objects (default: %(default)s)"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:NUMBER (default: MODEL.DEVICE)")
-    parser.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="as in dyhead predict")
-    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only, and no bar")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="overrides of config keys, last"
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

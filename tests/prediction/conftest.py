@@ -1,12 +1,10 @@
 """Folders of runs that have not learned anything, and pictures."""
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fvcore.common.config import CfgNode
 from PIL import Image
 
 from dyhead import load_detector
@@ -36,13 +34,16 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@cache
-def _weights(text):
-    """Random ones for a configuration, as text."""
-    cfg = get_cfg()
-    cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
-    torch.manual_seed(0)
-    return portable_state(build_model(cfg))
+_built = {}
+
+
+def _weights(cfg):
+    """Random ones, the same for the same configuration."""
+    text = cfg.dump()
+    if text not in _built:
+        torch.manual_seed(0)
+        _built[text] = portable_state(build_model(cfg))
+    return _built[text]
 
 
 def _run(folder, detector="fcos_dyhead", settings=(), engine="torchvision"):
@@ -52,7 +53,7 @@ def _run(folder, detector="fcos_dyhead", settings=(), engine="torchvision"):
     opts = [str(word) for pair in settings.items() for word in pair]
     load_config(cfg, _CONFIGS / f"{detector}_R18_shapes.yaml", opts)
     folder.mkdir(exist_ok=True)
-    save_checkpoint(folder, "model_final.pth", {"model": _weights(cfg.dump())})
+    save_checkpoint(folder, "model_final.pth", {"model": _weights(cfg)})
     write_text(folder / "config.yaml", cfg.dump())
     write_record(folder, Record(engine, Classes(["ant", "bee", "cow"], [7, 8, 11], ["nose"])))
     return folder, cfg

@@ -116,6 +116,18 @@ def test_a_config_file_and_weights_are_a_detector_too(detector, make_run, pictur
     assert set(found.names) <= {"circle", "triangle", "square"}  # of the sets that the file names
 
 
+def test_a_checkpoint_of_a_run_is_a_detector_too(detector, run_folder, pictures):
+    found = load_detector(run_folder / "model_final.pth")(pictures / "a.png")
+    assert torch.equal(found.boxes, detector(pictures / "a.png").boxes)
+    with pytest.raises(ConfigError, match="without other weights"):
+        load_detector(run_folder / "model_final.pth", run_folder / "model_final.pth")
+
+
+def test_an_unknown_engine_is_told(run_folder):
+    with pytest.raises(ConfigError, match="expected one of auto, detectron2, torchvision, got 'tensorflow'"):
+        load_detector(run_folder, engine="tensorflow")
+
+
 def test_classes_without_names_are_numbered(make_run, pictures, caplog):
     folder, _ = make_run()
     (folder / "run.json").unlink()
