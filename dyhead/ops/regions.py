@@ -59,7 +59,8 @@ def deform_roi_pool(
     rounded once; half types round what is read and written. The result and the gradients do not depend on the number of
     threads; on a CUDA device the map's gradient is summed in an unspecified order, unless
     `torch.use_deterministic_algorithms` is set. Autocast leaves the types as they are. Derivatives of other kinds,
-    `torch.func`, torch.jit.script and torch.onnx are as for `dyhead.ops.pyramid_deform_conv2d`; vmap runs a loop.
+    `torch.func` and torch.jit.script are as for `dyhead.ops.pyramid_deform_conv2d`, but that vmap runs a loop;
+    torch.onnx exports the definition.
 
     Raises:
         RuntimeError: a wrong type, shape, dtype or device; the message names the argument, what was expected and what

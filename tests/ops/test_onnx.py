@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 from dyhead.layers import DyHead
-from dyhead.ops import border_align, deform_conv2d, library, onnx, pyramid_deform_conv2d, reference
+from dyhead.ops import border_align, deform_conv2d, deform_roi_pool, library, onnx, pyramid_deform_conv2d, reference
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 from tests.export.runtimes import RUNTIMES, operators, runner
 
@@ -132,13 +132,15 @@ def test_a_program_that_was_exported_before_has_its_operators_translated(tmp_pat
     torch.manual_seed(0)
     x, boxes, weight = torch.randn(1, 16, 6, 8), 4 * torch.rand(1, 4, 3, 2), torch.randn(1, 4, 16, 3, 3)
     slopes = torch.randn(1, 2, 1, 16)
+    rois, offset = torch.tensor([[0.0, 1, 1, 5, 4], [0, -2, 3, 3, 9]]), torch.randn(2, 2, 3, 3)
     module = Calls([
         lambda x, boxes: border_align(x, boxes, 3),
         lambda x, boxes: pyramid_deform_conv2d([x], x.repeat(1, 2, 1, 1)[:, :18], weight),
         lambda x, boxes: affine_maximum([x], slopes, channel_statistics(x)),
+        lambda x, boxes: deform_roi_pool(x, rois, offset, 3, aligned=False),
     ])  # fmt: skip
     program = torch.export.export(module.eval(), (x, boxes))
-    names = ("border_align", "pyramid_deform_conv2d", "affine_maximum", "channel_statistics")
+    names = ("border_align", "pyramid_deform_conv2d", "affine_maximum", "channel_statistics", "deform_roi_pool")
     targets = {str(node.target) for node in program.graph.nodes}
     assert {f"dyhead.{name}.default" for name in names} <= targets
     path = tmp_path / "program.onnx"
