@@ -15,6 +15,7 @@ pytest.importorskip("onnxscript", reason="needs onnxscript (pip install 'dyhead[
 # Far finer, far coarser, in between; and sizes of levels that are no multiples of the output's.
 SCALES = (4.0, 2.0, 1.5, 1.0, 0.5, 0.25)
 SIZE = (5, 7)
+ALL = slice(0, 6)
 SIDES = [(17, 25), (11, 15), (9, 11), (5, 7), (3, 5), (1, 2)]
 
 
@@ -47,24 +48,31 @@ def calls(tmp_path_factory):
     narrow = torch.randn(len(SIDES), 6, 4, 1, 2)
     small = torch.randn(6, 2, 3, 2)
 
-    def of_pyramid(operator, *arguments, **options):
-        return lambda *t: operator(list(t[: len(SIDES)]), *(a(t) for a in arguments), **options)
-
-    def o(t):
-        return t[len(SIDES)]
-
     def variants(pyramid, convolution):
+        def call(options, levels=ALL, w=weight, b=None, masked=True, weighted=True, channels=36):
+            def function(*tensors):
+                *features, offset, mask, level_weight = tensors
+                return pyramid(
+                    features[levels],
+                    offset[:, :channels],
+                    w[levels],
+                    b,
+                    mask if masked else None,
+                    level_weight[:, levels] if weighted else None,
+                    **options,
+                )
+
+            return function
+
+        bare = {"masked": False, "weighted": False}
         return [
-            of_pyramid(
-                pyramid, o, lambda t: weight, lambda t: bias, lambda t: t[-2], lambda t: t[-1], scales=SCALES
-            ),
-            of_pyramid(pyramid, o, lambda t: weight, lambda t: None, lambda t: None, lambda t: t[-1], scales=SCALES),
-            of_pyramid(pyramid, o, lambda t: weight, dilation=(3, 1)),  # scales by the sizes, of each axis
-            of_pyramid(pyramid, o, lambda t: weight, scales=(1.0, 7.0, 0.3, 0.3, 9.0, 2.5), dilation=2),
-            of_pyramid(pyramid, lambda t: o(t)[:, :4], lambda t: narrow, scales=SCALES, dilation=(2, 3)),
-            lambda *t: convolution(t[1], o(t)[:, :24], small, bias, (3, 2), (2, 0), (1, 2), t[-2][:, :12]),
-            lambda *t: convolution(t[1], o(t)[:, :24], small, None, (3, 2), (2, 0), (1, 2)),
-        ]  # fmt: skip
+            call({"scales": SCALES}, b=bias),
+            call({"dilation": (3, 1)}, slice(0, 6, 4), masked=False),  # scales by the heights
+            call({"scales": (1.0, 7.0, 0.3, 0.3, 9.0, 2.5), "dilation": 2}, weighted=False),
+            call({"scales": SCALES[2::3], "dilation": (2, 3)}, slice(2, 6, 3), narrow, channels=4, **bare),
+            lambda *t: convolution(t[1], t[6][:, :24], small, bias, (3, 2), (2, 0), (1, 2), t[7][:, :12]),
+            lambda *t: convolution(t[1], t[6][:, :24], small, None, (3, 2), (2, 0), (1, 2)),
+        ]
 
     tensors += [offset, mask, level_weight]
     with torch.no_grad():
@@ -81,7 +89,7 @@ def test_levels_are_read_where_the_definition_reads_them(runtime, calls):
 
 
 def test_the_operator_is_deform_conv_and_nothing_is_gathered(calls):
-    assert operators(calls[0])["DeformConv"] == 5 * len(SIDES) + 2
+    assert operators(calls[0])["DeformConv"] == 6 + 2 + 6 + 2 + 1 + 1
     assert not operators(calls[0]).keys() & {"GatherElements", "GatherND", "GridSample"}
 
 
@@ -99,16 +107,19 @@ def head(**options):
     return head
 
 
-@pytest.mark.parametrize("options", [{}, {"block": "released"}], ids=str)
-def test_a_head_exports_with_any_batch_and_size(options, tmp_path):
-    """The sizes of levels, and with them the padding of the coarser ones, are not known before."""
+@pytest.mark.parametrize("block", ["paper", "released"])
+def test_a_head_exports(block, tmp_path):
+    """The paper's with any batch and size: what a coarser level is padded by is not known before."""
     module = Calls([lambda *levels: torch.cat([x.flatten(1) for x in module.head(levels)], dim=1)])
-    module.head = head(**options)
-    batch, height, width = Dim("batch"), Dim("height"), Dim("width")
-    sizes = [{0: batch, 2: 2 // 2**i * height, 3: 2 // 2**i * width} for i in range(2)]
-    path = export(module, pyramid(2, 12, 20), tmp_path / "head.onnx", 22, dynamic_shapes=(tuple(sizes),))
+    module.head = head(block=block)
+    shapes, options = [(2, 12, 20)], {}
+    if block == "paper":
+        batch, height, width = Dim("batch"), Dim("height"), Dim("width")
+        sizes = [{0: batch, 2: 2 // 2**i * height, 3: 2 // 2**i * width} for i in range(2)]
+        shapes, options = [(2, 12, 20), (1, 16, 8)], {"dynamic_shapes": (tuple(sizes),)}
+    path = export(module, pyramid(*shapes[0]), tmp_path / "head.onnx", 22, **options)
     runs = [runner(runtime, path) for runtime in RUNTIMES if runtime.installed]
-    for shape in ((2, 12, 20), (1, 16, 8)):
+    for shape in shapes:
         levels = pyramid(*shape)
         with torch.no_grad():
             expected = module(*levels)[0]
