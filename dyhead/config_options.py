@@ -111,7 +111,7 @@ class BenchmarkOptions:
 OPTIONS: dict[str, type] = {
     "MODEL": ModelOptions,
     "MODEL.BACKBONE": BackboneOptions,
-    **{network.node: network.options for network in NETWORKS.values()},
+    **{NETWORKS[name].node: NETWORKS[name].options for name in sorted(NETWORKS)},  # whatever was imported first
     "MODEL.FPN": FPNOptions,
     "MODEL.ANCHOR_GENERATOR": AnchorOptions,
     **{neck.node: neck.options for neck in NECKS.values()},
