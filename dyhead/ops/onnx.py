@@ -25,6 +25,7 @@ from .border import define_border_align
 from .channelwise import define_affine_maximum, define_channel_statistics
 from .checks import accumulation_dtype, check_arguments
 from .reference import AxisMap, aligned_axis, convolution_axis, pyramid_deform_conv
+from .regions import define_deform_roi_pool
 
 
 def exporting() -> bool:
@@ -181,6 +182,7 @@ def register() -> None:
         "channel_statistics": define_channel_statistics,
         "affine_maximum": define_affine_maximum,
         "border_align": define_border_align,
+        "deform_roi_pool": define_deform_roi_pool,
     }
     for name, function in decompositions.items():
         operator = getattr(torch.ops.dyhead, name).default
