@@ -46,7 +46,6 @@ INFINITY, NAN = float("inf"), float("nan")
 JUNK = (None, NAN, INFINITY, "no such value", -2, [[[]]])
 LEGAL = [
     ("MODEL.DYHEAD.WINDOW", None),
-    ("MODEL.DYHEAD.NORM", None),
     ("SOLVER.WEIGHT_DECAY_BIAS", None),
     ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", INFINITY),
     ("SEED", -2),

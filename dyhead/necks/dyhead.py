@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from dyhead.layers import DyHead
 from dyhead.layers.head import BLOCKS
 from dyhead.necks.registry import register_neck
-from dyhead.options import at_least, one_of, option, or_null
+from dyhead.options import at_least, one_of, option
 
 
 @register_neck("DyHead")
@@ -35,11 +35,11 @@ class DyHeadOptions:
     spatial_aware: bool = option(True, "apply Eq. 4, the spatial-aware attention")
     task_aware: bool = option(True, "apply Eq. 5, the task-aware attention")
     offset_groups: int = option(1, "groups of channels with offsets of their own in Eq. 4", at_least(1))
-    norm: str | None = option(
+    norm: str = option(
         "GN",
         "after Eq. 4: GN; BN has one set of statistics for all levels together, and wants several images on a device; "
-        "SyncBN also for all devices; null none",
-        or_null(one_of("GN", "BN", "SyncBN")),
+        "SyncBN also for all devices; empty: none",
+        one_of("GN", "BN", "SyncBN", ""),
     )
     norm_groups: int = option(16, "groups of the spatial-aware attention's GroupNorm", at_least(1))
     zero_init_offset: bool = option(
@@ -57,7 +57,7 @@ class DyHeadOptions:
         Raises:
             ValueError: options that do not fit each other or the channels.
         """
-        return DyHead(channels, **asdict(self))
+        return DyHead(channels, **asdict(self) | {"norm": self.norm or None})
 
     def size_divisibility(self, strides: Sequence[int]) -> int:
         """What it asks of the image's height and width, in pixels."""

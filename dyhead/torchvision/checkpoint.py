@@ -31,6 +31,7 @@ from dyhead.checkpoints import canonical_names, convert_for, find_state, load_in
 from dyhead.checkpoints.errors import as_config_errors
 from dyhead.checkpoints.resuming import check_written_by, entry, iteration
 from dyhead.config import ConfigError
+from dyhead.progress import is_quiet
 
 _IMAGENET = re.compile(r"detectron2://ImageNetPretrained/torchvision/R-(18|34|50|101|152)\.pkl")
 
@@ -131,7 +132,8 @@ def _read_weights(weights: str) -> dict[str, Any]:
     if imagenet:
         name = f"ResNet{imagenet[1]}_Weights"
         try:
-            return getattr(torchvision.models, name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+            weights_of = getattr(torchvision.models, name).IMAGENET1K_V1
+            return weights_of.get_state_dict(progress=not is_quiet(), check_hash=True)
         except Exception as error:  # of the network, or of a damaged file that is there
             folder = os.path.join(torch.hub.get_dir(), "checkpoints")
             raise _not_fetched(weights, f"torchvision's {name}.IMAGENET1K_V1", folder, error) from error
@@ -156,7 +158,7 @@ def _fetched(address: str) -> str:
         path = os.path.join(folder, os.path.basename(urlparse(address).path) or "weights")
         if not os.path.isfile(path):
             os.makedirs(folder, exist_ok=True)
-            torch.hub.download_url_to_file(address, path)
+            torch.hub.download_url_to_file(address, path, progress=not is_quiet())
     except Exception as error:  # libraries below raise their own kinds for a bad address or answer
         with suppress(OSError):
             os.rmdir(folder)

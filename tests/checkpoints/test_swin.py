@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dyhead.backbones import TimmOptions
+from dyhead.backbones import TimmNetwork, TimmOptions
 from dyhead.checkpoints import convert
 from dyhead.config import load_config
 from dyhead.torchvision import build_model, get_cfg
@@ -108,8 +108,9 @@ def test_the_published_recipes_are_built(name, widths):
     load_config(cfg, RELEASED / f"{name}.yaml")
     with torch.device("meta"):
         model = build_model(cfg)
-    assert [model.backbone.body.channels[stage] for stage in STAGES] == widths
-    assert list(model.backbone.body.norms) == STAGES
+    (network,) = (module for module in model.modules() if isinstance(module, TimmNetwork))
+    assert [network.channels[stage] for stage in STAGES] == widths
+    assert list(network.norms) == STAGES
     assert type(model.backbone.dyhead.blocks[0]).__name__ == "ReleasedDyHeadBlock"
     assert model.backbone.size_divisibility == 128
     assert model.detector.head.logits.kernel_size == (1, 1)

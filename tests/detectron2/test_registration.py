@@ -226,3 +226,5 @@ def test_shapes_are_in_the_catalogs_and_drawn_when_they_are_asked_for(monkeypatc
     assert len(records) == 2
     assert all(Path(record["file_name"]).is_file() for record in records)
     assert MetadataCatalog.get("shapes_tiny").thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
+    DatasetCatalog.remove("shapes_tiny")
+    MetadataCatalog.remove("shapes_tiny")

@@ -241,7 +241,7 @@ def test_widths(options, widths):
         ({"in_channels": [16, 0]}, r"in_channels\[1\]: expected an integer from 1"),
         ({"channels": 16, "out_channels": "32"}, "out_channels: expected an integer from 1"),
         ({"channels": 16, "in_channels": [1, 2], "out_channels": [1]}, "out_channels: expected 2 widths"),
-        ({"channels": 16, "norm": "LN"}, "norm: expected one of 'GN', 'BN', None, got 'LN'"),
+        ({"channels": 16, "norm": "LN"}, "norm: expected one of 'GN', 'BN', 'SyncBN', None, got 'LN'"),
         ({"channels": 16, "norm": "BN", "use_checkpoint": True}, "use_checkpoint: expected norm='GN' or None"),
         ({"channels": 16, "norm": None, "block": "released"}, "expected no options, .*got norm=None"),
     ],

@@ -17,6 +17,10 @@ def test_defaults_are_the_modules():
     }
 
 
+def test_an_empty_norm_is_none():
+    assert DyHeadOptions(num_blocks=1, norm="").build(16).blocks[0].spatial_attention.norm is None
+
+
 def test_passes_on_what_changes_no_result():
     head = DyHeadOptions(num_blocks=1, zero_init_offset=False, use_checkpoint=True).build(16)
     assert head.use_checkpoint
@@ -65,7 +69,7 @@ def test_options_that_do_not_fit_the_channels_are_refused():
         ("BLOCK", ["paper", "released", "mmdetection", "mmdetection_main"], ["none"]),
         ("WINDOW", [None, 1, 3], [0, -1]),
         ("OFFSET_GROUPS", [1], [0]),
-        ("NORM", ["GN", "BN", "SyncBN", None], ["LN", ""]),
+        ("NORM", ["GN", "BN", "SyncBN", ""], ["LN", None]),
         ("NORM_GROUPS", [16], [0]),
     ],
 )

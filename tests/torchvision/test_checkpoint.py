@@ -124,7 +124,7 @@ def test_addresses_that_cannot_be_fetched_are_named_with_the_ways_out(model, fet
 
 def test_a_page_in_place_of_a_file_is_named(model, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: Path(path).write_text("<html>"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_text("<html>"))
     with pytest.raises(ConfigError, match=r"w\.pth: not a file of tensors"):
         load_weights(model, "https://a.org/w.pth", strict=False)
 
