@@ -1,5 +1,6 @@
 """Files of a small detector, run by what they are for, against PyTorch."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_pytorchs_files_run_without_the_package(plain, model, detected, tmp_path
     path, out = tmp_path / "detector.pt2", tmp_path / "out.pt"
     graph = export(model, path, output="levels" if plain else "detections", batch=None, size=SIZE, plain=plain)
     torch.save([batch for batch, _ in detected], tmp_path / "images.pt")
-    built = "" if plain else __import__("dyhead._C")._C.__file__
+    built = "" if plain else importlib.import_module("dyhead._C").__file__
     command = [sys.executable, "-c", LOADED, built, path, tmp_path / "images.pt", out]
     subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
     for outputs, (batch, expected) in zip(torch.load(out), detected, strict=True):
