@@ -160,7 +160,7 @@ def test_every_key_that_is_said_to_be_honoured_is_read_somewhere(configured, tin
     """A key that is said to be honoured and that nothing reads would be ignored in silence."""
     engine = Path(package.__file__).parent
     parts = (engine, engine.parent / "runs", engine.parent / "evaluation")  # the last two are of both engines
-    source = "\n".join(path.read_text() for part in parts for path in part.glob("*.py"))
+    source = "\n".join(path.read_text() for part in parts for path in part.rglob("*.py"))
     cfg = get_cfg()
     # Options are read as a whole, by the dataclasses that declare them.
     options = {f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in option_leaves(options)}
