@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,13 @@ def test_help_lists_the_exit_codes(capsys):
         cli.main(["--help"])
     listed = re.findall(r"^  ([\d, ]+?)  ", capsys.readouterr().out.split("exit codes:")[1], re.M)
     assert [code.strip() for code in listed] == list(MEANINGS)
+
+
+@pytest.mark.parametrize("words", [["info"], ["config"]])
+def test_a_reader_that_has_had_enough_is_no_error(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-W", "ignore", "-m", "dyhead", *words]
+    run = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
