@@ -18,6 +18,15 @@ def compile_cache_fixture(tmp_path_factory):
 
 
 @pytest.fixture
+def one_thread():
+    """PyTorch computes on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def five_pictures(tmp_path):
     """The entry of DATASETS.REGISTER of five pictures with a box each."""
     rng = np.random.default_rng(0)

@@ -15,14 +15,7 @@ ROOT = Path(__file__).parent.parent
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 DENSE = [detector.name.lower() for detector in DETECTORS.values()]
 TWO_STAGE = [f"{kind}_rcnn" for kind in ("faster", "mask", "keypoint", "cascade")]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

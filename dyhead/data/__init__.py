@@ -4,7 +4,7 @@ from dyhead.data.catalog import DatasetInfo, get, names, register_coco_json, reg
 from dyhead.data.classes import classes_by_name
 from dyhead.data.coco import Classes, CocoSplit, flip_pairs, keypoint_names, load, read_json, train_records
 from dyhead.data.errors import DataError
-from dyhead.data.images import read_image
+from dyhead.data.images import read_image, resized
 
 __all__ = [
     "Classes",
@@ -21,5 +21,6 @@ __all__ = [
     "read_json",
     "register_coco_json",
     "register_from_config",
+    "resized",
     "train_records",
 ]

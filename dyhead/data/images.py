@@ -192,3 +192,19 @@ def _warn_of_dark(name: str, brightest: int) -> None:
             "reach 65535, or store 8 bits",
             name.encode(errors="backslashreplace").decode(), brightest,
         )  # fmt: skip
+
+
+def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """Height and width of an image whose shorter edge becomes ``shortest``, or its longer one ``longest``, if less.
+
+    In pixels, rounded as Detectron2 does, but at least 1. ``shortest`` 0 leaves the size as it is.
+    """
+    if shortest == 0:
+        return height, width
+    # In Detectron2's order, because halves are rounded, and whether it is one may hang on the last bit.
+    scale = shortest / min(height, width)
+    height, width = (shortest, scale * width) if height < width else (scale * height, shortest)
+    if max(height, width) > longest:
+        scale = longest / max(height, width)
+        height, width = height * scale, width * scale
+    return max(1, int(height + 0.5)), max(1, int(width + 0.5))

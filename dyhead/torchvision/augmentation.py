@@ -10,8 +10,9 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from dyhead.config import TWO_STAGE, detector_node, get
+from dyhead.data import resized
 from dyhead.detection.merging import merge
-from dyhead.torchvision.data import Change, resized
+from dyhead.torchvision.data import Change
 
 
 class WithAugmentation(nn.Module):

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional
 
 from dyhead import data
 from dyhead.config import ConfigError, reads_visible_boxes
-from dyhead.data import CocoSplit, DataError
+from dyhead.data import CocoSplit, DataError, resized
 from dyhead.data.coco import flip_pairs
 from dyhead.evaluation.coco import as_rle
 from dyhead.runs.batches import grouped
@@ -34,24 +34,8 @@ from dyhead.runs.seeds import augmentation_rng, order_rng
 Target = dict[str, Tensor]
 
 
-def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Height and width of an image whose shorter edge becomes ``shortest``, or its longer one ``longest``, if less.
-
-    In pixels, rounded as Detectron2 does, but at least 1. ``shortest`` 0 leaves the size as it is.
-    """
-    if shortest == 0:
-        return height, width
-    # In Detectron2's order, because halves are rounded, and whether it is one may hang on the last bit.
-    scale = shortest / min(height, width)
-    height, width = (shortest, scale * width) if height < width else (scale * height, shortest)
-    if max(height, width) > longest:
-        scale = longest / max(height, width)
-        height, width = height * scale, width * scale
-    return max(1, int(height + 0.5)), max(1, int(width + 0.5))
-
-
 def prepared(image: Tensor, shortest: int, longest: int) -> Tensor:
-    """An image uint8 (3, H, W) in the size of :func:`resized`, as the detector sees it in an evaluation."""
+    """An image uint8 (3, H, W) in the size of :func:`dyhead.data.resized`, as the detector sees it in an evaluation."""
     return functional.resize(image, list(resized(*image.shape[-2:], shortest, longest)), antialias=True)
 
 
@@ -317,7 +301,7 @@ class EvaluationImages(Dataset):
 
     Args:
         split: the dataset.
-        shortest, longest: of an image's edges, see :func:`resized`.
+        shortest, longest: of an image's edges, see :func:`dyhead.data.resized`.
         image_format: "RGB" or "BGR".
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dyhead.config import ConfigError
-from dyhead.data import CocoSplit, get, load, read_image, register_from_config
+from dyhead.data import CocoSplit, get, load, read_image, register_from_config, resized
 from dyhead.evaluation import draw_predictions
 from dyhead.exit_codes import DONE, telling
 from dyhead.files import replacing, write_text
@@ -25,7 +25,6 @@ from dyhead.prediction.command import check_out
 from dyhead.prediction.detector import Detections, Detector, load_detector
 from dyhead.prediction.inputs import find_inputs
 from dyhead.progress import bar, quiet
-from dyhead.torchvision.data import resized
 from dyhead.visualize.page import Section, page
 from dyhead.visualize.pictures import draw_maps, draw_sampling, draw_weights, level_for
 from dyhead.visualize.tracing import Trace, traced
@@ -150,10 +149,10 @@ def _split(name: str | None, detector: Detector) -> CocoSplit:
     return load(get(name), clip_boxes=datasets.CLIP_BOXES)
 
 
-def _look(detector: Detector, files: Sequence[str], threshold: float):
+def _look(detector: Detector, files: Sequence[str], threshold: float) -> Iterator[Seen]:
     """What the head does with each image."""
     options = detector.cfg.INPUT
-    for file in bar_over(files):
+    for file in _with_bar(files):
         pixels = read_image(file)
         try:
             with traced(detector.model) as traces:
@@ -165,8 +164,7 @@ def _look(detector: Detector, files: Sequence[str], threshold: float):
         yield Seen(os.path.basename(file), np.asarray(smaller), size[1] / pixels.shape[1], traces[0], found)
 
 
-def bar_over(files: Sequence[str]):
-    """The files, with a bar."""
+def _with_bar(files: Sequence[str]) -> Iterator[str]:
     with bar("visualize", len(files)) as progress:
         for file in files:
             yield file

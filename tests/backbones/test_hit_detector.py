@@ -14,7 +14,8 @@ from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.torchvision import build_model, get_cfg
 from dyhead.torchvision.checkpoint import load_weights
 from dyhead.torchvision.config import check_values
-from tests.test_contract import OPTIONS, Detectron2, Torchvision
+from tests.backbones.exchange import assert_engines_agree
+from tests.test_contract import OPTIONS
 from tools.originals import hit_detector as originals
 from tools.originals.rows import table
 
@@ -98,21 +99,7 @@ def configured(name, cfg, **options):
 def test_both_engines_give_the_same_losses_and_read_each_others_checkpoints(name, tmp_path):
     file = CONFIGS / f"{name}.yaml"
     torch.manual_seed(0)
-    ours, theirs = Torchvision(file, SMALL), Detectron2(file, SMALL)
-    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    targets = [(torch.tensor([[5.0, 6, 60, 50]]), torch.tensor([1]))]
-    for source, other in ((ours, theirs), (theirs, ours)):
-        with torch.no_grad():
-            for parameter in source.model.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
-        source.save(tmp_path / "w.pth")
-        other.load(tmp_path / "w.pth")
-        expected, got = source.losses([image], targets), other.losses([image], targets)
-        assert set(got) == set(expected)
-        for loss, value in expected.items():
-            torch.testing.assert_close(got[loss], value, rtol=1e-4, atol=1e-5)
-    sum(expected.values()).backward()
-    assert [key for key, p in theirs.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert_engines_agree(file, SMALL, tmp_path / "w.pth")
 
 
 def published():

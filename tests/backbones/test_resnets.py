@@ -13,6 +13,7 @@ from dyhead.config import ConfigError, load_config
 from dyhead.torchvision import build_model, get_cfg
 from dyhead.torchvision.checkpoint import load_weights
 from dyhead.torchvision.config import check_values, ignore_not_honoured
+from tests.backbones.exchange import assert_engines_agree
 from tests.test_contract import CONFIGS, OPTIONS, Detectron2, Torchvision
 from tools.originals import resnets
 from tools.originals.rows import table
@@ -163,19 +164,7 @@ def test_held_weights_start_at_0_in_a_dense_network():
 )
 def test_both_engines_give_the_same_losses_and_read_each_others_checkpoints(name, options, tmp_path):
     file = CONFIGS / f"{name}_dyhead_R18_shapes.yaml"
-    ours, theirs = Torchvision(file, options), Detectron2(file, options)
-    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    targets = [(torch.tensor([[5.0, 6, 60, 50]]), torch.tensor([1]))]
-    for source, other in ((ours, theirs), (theirs, ours)):
-        with torch.no_grad():
-            for parameter in source.model.parameters():
-                parameter.add_(0.001 * torch.randn_like(parameter))
-        source.save(tmp_path / "w.pth")
-        other.load(tmp_path / "w.pth")
-        expected, got = source.losses([image], targets), other.losses([image], targets)
-        assert set(got) == set(expected)
-        for loss, value in expected.items():
-            torch.testing.assert_close(got[loss], value, rtol=1e-4, atol=1e-5)
+    assert_engines_agree(file, options, tmp_path / "w.pth", noise=0.001, all_learn=False)
 
 
 def test_weights_of_the_authors_are_loaded_by_a_detector(tmp_path):

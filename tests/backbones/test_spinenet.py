@@ -14,7 +14,8 @@ from dyhead.config import ConfigError, add_dyhead_config, load_config
 from dyhead.evaluation import count_flops, count_parameters
 from dyhead.torchvision import build_model, get_cfg
 from dyhead.torchvision.config import check_values, ignore_not_honoured
-from tests.test_contract import CONFIGS, OPTIONS, Detectron2, Torchvision
+from tests.backbones.exchange import assert_engines_agree
+from tests.test_contract import CONFIGS, OPTIONS
 from tools.originals import spinenet as originals
 from tools.originals.rows import table
 
@@ -148,21 +149,7 @@ def test_both_engines_give_the_same_losses_and_read_each_others_checkpoints(name
     options = NETWORK | LEVELS | {"MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]]}
     options |= {"MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 2}
     file = CONFIGS / f"{name}_dyhead_R18_shapes.yaml"
-    ours, theirs = Torchvision(file, options), Detectron2(file, options)
-    image = torch.randint(0, 256, (3, 100, 150), dtype=torch.uint8)
-    targets = [(torch.tensor([[5.0, 6, 60, 50]]), torch.tensor([1]))]
-    for source, other in ((ours, theirs), (theirs, ours)):
-        with torch.no_grad():
-            for parameter in source.model.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
-        source.save(tmp_path / "w.pth")
-        other.load(tmp_path / "w.pth")
-        expected, got = source.losses([image], targets), other.losses([image], targets)
-        assert set(got) == set(expected)
-        for loss, value in expected.items():
-            torch.testing.assert_close(got[loss], value, rtol=1e-4, atol=1e-5)
-    sum(expected.values()).backward()
-    assert [key for key, p in theirs.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert_engines_agree(file, options, tmp_path / "w.pth", size=(100, 150))
     keys = torch.load(tmp_path / "w.pth", weights_only=True)["model"]
     assert "backbone.backbone.bottom_up.spinenet.blocks.16.0.conv3.norm.weight" in keys
 

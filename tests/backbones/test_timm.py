@@ -13,7 +13,8 @@ from dyhead.torchvision import build_model, get_cfg
 from dyhead.torchvision.backbone import build_pyramid
 from dyhead.torchvision.checkpoint import load_weights
 from dyhead.torchvision.config import check_values, ignore_not_honoured
-from tests.test_contract import CONFIGS, OPTIONS, Detectron2, Torchvision
+from tests.backbones.exchange import assert_engines_agree
+from tests.test_contract import CONFIGS, OPTIONS
 from tools.originals.values import tensors
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -110,21 +111,7 @@ def test_both_engines_give_the_same_losses_and_read_each_others_checkpoints(name
     builder = "build_timm_fpn_p6p7_backbone" if name == "atss" else "build_timm_fpn_backbone"
     options = NETWORK | {"MODEL.TIMM.OUT_NORM": "LN", "MODEL.BACKBONE.NAME": builder}
     file = CONFIGS / f"{name}_dyhead_R18_shapes.yaml"
-    ours, theirs = Torchvision(file, options), Detectron2(file, options)
-    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    targets = [(torch.tensor([[5.0, 6, 60, 50]]), torch.tensor([1]))]
-    for source, other in ((ours, theirs), (theirs, ours)):
-        with torch.no_grad():
-            for parameter in source.model.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
-        source.save(tmp_path / "w.pth")
-        other.load(tmp_path / "w.pth")
-        expected, got = source.losses([image], targets), other.losses([image], targets)
-        assert set(got) == set(expected)
-        for loss, value in expected.items():
-            torch.testing.assert_close(got[loss], value, rtol=1e-4, atol=1e-5)
-    sum(expected.values()).backward()
-    assert [key for key, p in theirs.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert_engines_agree(file, options, tmp_path / "w.pth")
 
 
 def test_stages_are_chosen_and_batch_norm_kept_as_configured():

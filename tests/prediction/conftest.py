@@ -27,11 +27,8 @@ _SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _small_work_on_one_thread(one_thread):
+    """Threads cost these tests more than they gain."""
 
 
 _built = {}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dyhead.config import load_config
@@ -19,11 +18,8 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "blue": (40, 40, 220)}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _small_work_on_one_thread(one_thread):
+    """Threads cost these tests more than they gain."""
 
 
 def draw_rectangles(folder, pictures=10, seed=0, size=(64, 80)):
