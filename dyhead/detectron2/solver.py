@@ -18,7 +18,7 @@ from detectron2.solver import build
 
 from dyhead.config import expect, get
 from dyhead.necks import NECKS
-from dyhead.runs.optimizer import clip_gradients
+from dyhead.runs.optimizer import adamw, clip_gradients
 
 # What trainers that are not of this package would ignore.
 _OF_OUR_TRAINER = {"SOLVER.ACCUMULATE": 1, "SOLVER.AMP.DTYPE": "", "SOLVER.EMA.ENABLED": False}
@@ -49,7 +49,7 @@ def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: _Optimizer) -> _Optimiz
         expect(cfg, "SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER in ("SGD", "ADAMW"), "'SGD' or 'ADAMW'")
         if cfg.SOLVER.OPTIMIZER == "ADAMW":
             groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
-            optimizer = torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR)
+            optimizer = adamw(cfg, groups)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
         return _detectron2s(cfg, optimizer)
