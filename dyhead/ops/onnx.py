@@ -1,7 +1,7 @@
 """The operators in ONNX: Eq. 4 as its standard operator DeformConv (opset 19), the others as they are defined.
 
 `torch.onnx.export(..., dynamo=True)` finds them without being told: under it the public functions run what is here, and
-where an exported program already has the compiled operators, PyTorch's table of decompositions leads here.
+where an exported program already has the compiled operators, tracing them leads here.
 
 A level is one DeformConv and outputs are added. It reads tap (r, s) of output pixel (i, j) at
 
@@ -14,10 +14,12 @@ whole numbers near it and offsets that make up for the rest: exactly, up to roun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import functional as F
 
 from . import library
@@ -47,14 +49,15 @@ def deform_conv(
     dilation: Sequence[int],
     allow_tf32: bool = False,
 ) -> Tensor:
-    """The raw operator `dyhead::pyramid_deform_conv2d` as DeformConv, while ONNX is exported; else by its definition.
+    """The raw operator `dyhead::pyramid_deform_conv2d` as DeformConv, where ONNX is exported.
 
     Positions that are no numbers are read as the runtime reads them.
     """
     arguments = features, offset, weight, bias, mask, level_weight, aligned, scales, stride, padding, dilation
     sizes = [side for tensor in (offset, *features) for side in tensor.shape[2:]]
-    if not exporting() or (aligned and scales is None and not all(isinstance(side, int) for side in sizes)):
-        # The stride of DeformConv is a constant, and the ratio of two sizes that are not known yet is none.
+    if aligned and scales is None and not all(isinstance(side, int) for side in sizes):
+        # The stride of DeformConv is a constant, and the ratio of two sizes that are not known yet is none: by its
+        # definition.
         return pyramid_deform_conv(*arguments)
     check_arguments(*arguments)
     dtype, wide = features[0].dtype, accumulation_dtype(features[0].dtype)
@@ -176,19 +179,37 @@ def _deform_conv_of_level(
 
 
 def register() -> None:
-    """Tells PyTorch's exporter what the compiled operators are, for programs that were exported before."""
-    decompositions = {
+    """Tells PyTorch's exporter what the compiled operators are, for programs that were exported before.
+
+    Not by PyTorch's table of decompositions, which is everybody's: Inductor would be told of one that it must not use.
+    """
+    definitions = {
         "pyramid_deform_conv2d": deform_conv,
         "channel_statistics": define_channel_statistics,
         "affine_maximum": define_affine_maximum,
         "border_align": define_border_align,
         "deform_roi_pool": define_deform_roi_pool,
     }
-    for name, function in decompositions.items():
-        operator = getattr(torch.ops.dyhead, name).default
-        torch._decomp.register_decomposition(operator)(function)
-        # For shapes that are not known PyTorch would prefer what is registered there to the operator's fake.
-        torch._decomp.meta_table[operator] = function
+    for name, function in definitions.items():
+        torch.library.register_torch_dispatch(f"dyhead::{name}", ProxyTorchDispatchMode, _tracing(function))
+
+
+def _tracing(definition: Callable[..., Tensor]) -> Callable[..., Any]:
+    """How an operator is traced: as its definition while ONNX is exported, else as itself."""
+
+    def trace(
+        mode: ProxyTorchDispatchMode,
+        operator: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if not exporting():
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode:
+            return definition(*args, **(kwargs or {}))
+
+    return trace
 
 
 if library.PROBLEM is None:

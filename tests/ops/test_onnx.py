@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 from dyhead.layers import DyHead
-from dyhead.ops import border_align, deform_conv2d, deform_roi_pool, library, onnx, pyramid_deform_conv2d, reference
+from dyhead.ops import border_align, deform_conv2d, deform_roi_pool, library, pyramid_deform_conv2d, reference
 from dyhead.ops.channelwise import affine_maximum, channel_statistics
 from tests.export.runtimes import RUNTIMES, operators, runner
 
@@ -149,11 +149,3 @@ def test_a_program_that_was_exported_before_has_its_operators_translated(tmp_pat
     run, *_ = [runner(runtime, path) for runtime in RUNTIMES if runtime.installed]
     for got, expected in zip(run([x, boxes]), module(x, boxes), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_outside_of_an_export_the_definition_runs():
-    """PyTorch's table of decompositions has it for whoever else asks."""
-    x, offset, weight = torch.randn(1, 2, 4, 4), torch.randn(1, 18, 4, 4), torch.randn(1, 3, 2, 3, 3)
-    geometry = True, None, [1, 1], [0, 0], [1, 1]
-    got = onnx.deform_conv([x], offset, weight, None, None, None, *geometry)
-    assert torch.equal(got, reference.pyramid_deform_conv2d([x], offset, weight))

@@ -89,7 +89,8 @@ def test_compiled_autograd(make_case):
     torch.testing.assert_close([tensor.grad for tensor in case.tensors()], expected[1])
 
 
-def test_compiles_the_drop_in_with_inductor():
+def test_compiles_the_drop_in_with_inductor(monkeypatch):
+    monkeypatch.setenv("CI", "true")  # where Inductor refuses operators that have a decomposition as well
     torch.manual_seed(0)
     input, weight = torch.randn(1, 4, 9, 8, requires_grad=True), torch.randn(4, 4, 3, 3)
     offset = torch.randn(1, 18, 9, 8)
