@@ -1,8 +1,8 @@
 """How accurate are detectors that were trained under one budget, and what do they cost?
 
-`python -m benchmarks.accuracy STUDY --runs FOLDER [KEY VALUE ...]` trains every entry of a study with every seed by
-`train_net.py`, each into a folder of its own, and gathers the results in one JSON file and one table. Interrupted, the
-same command goes on where it was.
+`python -m benchmarks.accuracy STUDY --runs FOLDER` trains every entry of a study with every seed by `train_net.py`,
+each into a folder of its own, and gathers the results in one JSON file and one table. Interrupted, the same command
+goes on where it was.
 
 A study is a YAML file, see benchmarks/studies:
 
@@ -12,12 +12,16 @@ A study is a YAML file, see benchmarks/studies:
     entries:
       FCOS: {config: configs/quickstart/fcos_R18_shapes.yaml}
       FCOS, DyHead: {config: configs/quickstart/fcos_dyhead_R18_shapes.yaml, against: FCOS, MODEL.DYHEAD.NUM_BLOCKS: 3}
+
+An entry with `module: benchmarks.variants` is trained by `python -m benchmarks.variants`, which registers more necks,
+instead of by train_net.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import math
 import os
@@ -56,12 +60,14 @@ class Entry:
         config: its configuration, from the root of the project.
         keys: of the configuration, with their values.
         against: the entry that its gain is over, or "".
+        module: what trains it, with the arguments of train_net.py, or "" for that.
     """
 
     name: str
     config: str
     keys: dict[str, Any] = field(default_factory=dict)
     against: str = ""
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class Run:
     def command(self, engine: str, more: Sequence[str]) -> list[str]:
         """What trains and evaluates it, from the root of the project."""
         keys = [text for key, value in self.entry.keys.items() for text in (key, str(value))]
-        command = [sys.executable, "train_net.py", "--config-file", self.entry.config, "--engine", engine]
+        program = ["-m", self.entry.module] if self.entry.module else ["train_net.py"]
+        command = [sys.executable, *program, "--config-file", self.entry.config, "--engine", engine]
         return [*command, *keys, *more, "SEED", str(self.seed), "OUTPUT_DIR", str(self.folder)]
 
 
@@ -102,12 +109,14 @@ def read_study(path: Path) -> Study:
     entries = []
     for name, keys in text["entries"].items():
         keys = dict(keys)
-        config, against = keys.pop("config", ""), keys.pop("against", "")
+        config, against, module = (keys.pop(name, "") for name in ("config", "against", "module"))
         if not (_ROOT / config).is_file():
             raise ValueError(f"{path}: {name}: config: expected a file, got {config!r}")
         if against and against not in text["entries"]:
             raise ValueError(f"{path}: {name}: against: expected another entry, got {against!r}")
-        entries.append(Entry(name, config, text.get("common", {}) | keys, against))
+        if module:
+            importlib.import_module(module)  # with its keys, a configuration is read here as well
+        entries.append(Entry(name, config, text.get("common", {}) | keys, against, module))
     return Study(path.stem, text["question"], tuple(text["seeds"]), tuple(entries))
 
 

@@ -36,7 +36,7 @@ from dyhead.config_checks import (
     TWO_STAGE_NODES,
 )
 from dyhead.config_files import ConfigError, Section, Setting, read_file, read_overrides, resolve, shown
-from dyhead.config_options import DUAL, OPTIONS, TWO_STAGE
+from dyhead.config_options import DUAL, TWO_STAGE, option_nodes
 from dyhead.data.coco import COCO_KEYPOINTS
 from dyhead.detection import DETECTORS
 from dyhead.detection.assigners import MaxIoUAssigner
@@ -57,7 +57,7 @@ def add_dyhead_config(cfg: CfgNode) -> CfgNode:
     ``cfg`` is a tree that already holds Detectron2's keys (``detectron2.config.get_cfg()`` or
     ``dyhead.torchvision.get_cfg()``). docs/config.md lists the keys.
     """
-    for name, options in OPTIONS.items():
+    for name, options in option_nodes().items():
         node = cfg
         for part in name.split("."):
             if part not in node:
@@ -83,7 +83,7 @@ def check_config(cfg: CfgNode, others: Sequence[str] = ()) -> None:
     known = list(dict.fromkeys([*meta_architectures(), *others]))
     expect(cfg, "MODEL.META_ARCHITECTURE", name in known, f"one of {', '.join(known)}")
     unread = {detector.node for other, detector in DETECTORS.items() if other != name}
-    for node in OPTIONS:
+    for node in option_nodes():
         if node not in unread:
             options_of(cfg, node)
     for key, check in detectron2_checks(cfg).items():
@@ -308,7 +308,7 @@ def options_of(cfg: CfgNode, node: str) -> Any:
         ConfigError: a value out of its range, or values that do not fit each other.
     """
     check_options(cfg, node)
-    return _read(cfg, node, OPTIONS[node])
+    return _read(cfg, node, option_nodes()[node])
 
 
 def _read(cfg: CfgNode, node: str, options: type) -> Any:
@@ -320,7 +320,7 @@ def _read(cfg: CfgNode, node: str, options: type) -> Any:
 
 def check_options(cfg: CfgNode, node: str) -> None:
     """Raise :class:`ConfigError`, naming the key, if a value of a node's options is out of its range."""
-    for leaf in leaves(OPTIONS[node]):
+    for leaf in leaves(option_nodes()[node]):
         key = f"{node}.{leaf.key}"
         expected = leaf.expected(get(cfg, key))
         expect(cfg, key, expected is None, expected)
@@ -466,10 +466,14 @@ def _sections(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _sections(value, f"{prefix}{name}.")
 
 
-@cache
 def _types() -> dict[str, Check]:
     """Which values have a key's type, for each key that is checked."""
-    options = {f"{node}.{leaf.key}": leaf.type for node, options in OPTIONS.items() for leaf in leaves(options)}
+    return _types_of(tuple(option_nodes().items()))
+
+
+@cache
+def _types_of(nodes: tuple[tuple[str, type], ...]) -> dict[str, Check]:
+    options = {f"{node}.{leaf.key}": leaf.type for node, options in nodes for leaf in leaves(options)}
     two_stage = TWO_STAGE_CHECKS | CASCADE_CHECKS | MASK_CHECKS | KEYPOINT_CHECKS
     return options | CHECKS | AUGMENTATION_CHECKS | RESNET_CHECKS | FPN_CHECKS | two_stage
 

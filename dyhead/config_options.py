@@ -9,7 +9,7 @@ from dyhead.detection import DETECTORS
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.roi import BOX_HEADS, DuallySupervisedOptions
 from dyhead.necks import NECKS
-from dyhead.options import Check, at_least, between, each, one_of, option
+from dyhead.options import Check, at_least, between, each, name_in, one_of, option
 
 #: The meta-architecture of two-stage detectors, which are those of the engine.
 TWO_STAGE = "DyHeadRCNN"
@@ -25,7 +25,7 @@ class ModelOptions:
     necks: tuple[str, ...] = option(
         (),
         "what follows the backbone's pyramid, in this order",
-        each(one_of(*NECKS)) & Check("each at most once", lambda names: len(set(names)) == len(names)),
+        each(name_in(NECKS)) & Check("each at most once", lambda names: len(set(names)) == len(names)),
     )
 
 
@@ -107,20 +107,24 @@ class BenchmarkOptions:
     batch_size: int = option(1, "images at a time", at_least(1))
 
 
-#: The options that stand in the configuration, by node; where Detectron2 has a key of the name, it is Detectron2's.
-OPTIONS: dict[str, type] = {
-    "MODEL": ModelOptions,
-    "MODEL.BACKBONE": BackboneOptions,
-    **{NETWORKS[name].node: NETWORKS[name].options for name in sorted(NETWORKS)},  # whatever was imported first
-    "MODEL.FPN": FPNOptions,
-    "MODEL.ANCHOR_GENERATOR": AnchorOptions,
-    **{neck.node: neck.options for neck in NECKS.values()},
-    **{detector.node: detector.options for detector in DETECTORS.values()},
-    **{head.node: head.options for head in BOX_HEADS.values()},
-    DUAL: DuallySupervisedOptions,
-    "DATASETS": DatasetOptions,
-    "SOLVER": SolverOptions,
-    "SOLVER.AMP": AMPOptions,
-    "SOLVER.EMA": EMAOptions,
-    "TEST.BENCHMARK": BenchmarkOptions,
-}
+def option_nodes() -> dict[str, type]:
+    """The options that stand in the configuration, by node; where Detectron2 has a key of the name, it is Detectron2's.
+
+    Parts that are registered later are among them from then on.
+    """
+    return {
+        "MODEL": ModelOptions,
+        "MODEL.BACKBONE": BackboneOptions,
+        **{NETWORKS[name].node: NETWORKS[name].options for name in sorted(NETWORKS)},  # whatever was imported first
+        "MODEL.FPN": FPNOptions,
+        "MODEL.ANCHOR_GENERATOR": AnchorOptions,
+        **{neck.node: neck.options for neck in NECKS.values()},
+        **{detector.node: detector.options for detector in DETECTORS.values()},
+        **{head.node: head.options for head in BOX_HEADS.values()},
+        DUAL: DuallySupervisedOptions,
+        "DATASETS": DatasetOptions,
+        "SOLVER": SolverOptions,
+        "SOLVER.AMP": AMPOptions,
+        "SOLVER.EMA": EMAOptions,
+        "TEST.BENCHMARK": BenchmarkOptions,
+    }

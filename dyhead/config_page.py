@@ -23,7 +23,7 @@ from dyhead.config_checks import (
     TWO_STAGE_CHECKS,
 )
 from dyhead.config_files import packaged_configs
-from dyhead.config_options import OPTIONS, TWO_STAGE
+from dyhead.config_options import TWO_STAGE, option_nodes
 from dyhead.detection import DETECTORS
 from dyhead.detection.dense_options import DenseOptions
 from dyhead.options import Leaf, leaves
@@ -84,7 +84,7 @@ def page() -> str:
     detectron2 = _detectron2_keys()
     names = ", ".join(f"`{name}` (`{detector.node}`)" for name, detector in DETECTORS.items())
     sections = [_INTRODUCTION.format(detectors=f"{names}, or `{TWO_STAGE}`, the engine's own R-CNN")]
-    for node, options in OPTIONS.items():
+    for node, options in option_nodes().items():
         if node == next(iter(_DENSE)):
             sections.append(_shared_section(detectron2))
         # A detector may mean something else by a key of all of them.

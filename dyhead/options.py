@@ -26,15 +26,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """Which values are legal: the ``text`` that says so, the test, and whether they are strings or lists of strings."""
+    """Which values are legal: the words that say so, the test, and whether they are strings or lists of strings."""
 
-    text: str
+    words: str | Callable[[], str]
     fits: Callable[[Any], bool]
     strings: bool = False
 
+    @property
+    def text(self) -> str:
+        """The words that say which values are legal, now: what is registered may become more."""
+        return self.words if isinstance(self.words, str) else self.words()
+
     def __and__(self, other: Check) -> Check:
         """Values that both find legal; ``other`` is asked only about those that are legal here."""
-        return Check(f"{self.text}, {other.text}", lambda value: self.fits(value) and other.fits(value), self.strings)
+        return Check(
+            lambda: f"{self.text}, {other.text}", lambda value: self.fits(value) and other.fits(value), self.strings
+        )
 
 
 def of_type(annotation: Any) -> Check:
@@ -51,7 +58,7 @@ def of_type(annotation: Any) -> Check:
 
 def each(check: Check) -> Check:
     """Sequences of which every member is legal."""
-    return Check(f"each {check.text}", lambda values: all(map(check.fits, values)))
+    return Check(lambda: f"each {check.text}", lambda values: all(map(check.fits, values)))
 
 
 def at_least(low: float) -> Check:
@@ -89,9 +96,14 @@ def one_of(*values: Any) -> Check:
     return Check(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
 
 
+def name_in(registry: Mapping[str, Any]) -> Check:
+    """The names in a registry, also those that are registered later."""
+    return Check(lambda: one_of(*registry).text, lambda value: value in registry)
+
+
 def or_null(check: Check) -> Check:
     """None, and what is legal otherwise."""
-    return Check(f"{check.text}, or null", lambda value: value is None or check.fits(value))
+    return Check(lambda: f"{check.text}, or null", lambda value: value is None or check.fits(value))
 
 
 def odd() -> Check:

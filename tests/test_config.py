@@ -7,13 +7,13 @@ import pytest
 from fvcore.common.config import CfgNode
 
 from dyhead.config import (
-    OPTIONS,
     ConfigError,
     add_dyhead_config,
     check_num_classes,
     get,
     load_config,
     num_classes,
+    option_nodes,
 )
 from dyhead.config_checks import CHECKS, FPN_CHECKS, RESNET_CHECKS, TWO_STAGE_CHECKS
 from dyhead.detection import DETECTORS
@@ -154,7 +154,7 @@ ENGINES = ["dyhead.torchvision", pytest.param("detectron2.config", marks=pytest.
 def test_each_engine_has_every_key_with_the_default_of_its_option(package):
     """Where Detectron2 has a key, what stands in the configuration is Detectron2's default: it must be the option's."""
     cfg = add_dyhead_config(importlib.import_module(package).get_cfg())
-    for node, options in OPTIONS.items():
+    for node, options in option_nodes().items():
         for leaf in leaves(options):
             value = get(cfg, f"{node}.{leaf.key}")
             default = leaf.default
@@ -172,8 +172,8 @@ def test_each_engine_has_every_key_that_is_checked_and_a_legal_default(package):
 
 
 def test_every_detector_and_neck_has_a_node_and_no_key_is_checked_twice():
-    assert {d.node for d in DETECTORS.values()} | {n.node for n in NECKS.values()} < set(OPTIONS)
-    options = [f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in leaves(options)]
+    assert {d.node for d in DETECTORS.values()} | {n.node for n in NECKS.values()} < set(option_nodes())
+    options = [f"{node}.{leaf.key}" for node, options in option_nodes().items() for leaf in leaves(options)]
     keys = [*options, *CHECKS, *RESNET_CHECKS, *FPN_CHECKS, *TWO_STAGE_CHECKS]
     assert sorted(set(keys)) == sorted(keys)
 

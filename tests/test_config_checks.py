@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dyhead.config import OPTIONS, TWO_STAGE, ConfigError, check_config, get, load_config, meta_architectures
+from dyhead.config import TWO_STAGE, ConfigError, check_config, get, load_config, meta_architectures, option_nodes
 from dyhead.config_checks import (
     CASCADE_CHECKS,
     CHECKS,
@@ -80,7 +80,7 @@ def refusal(name, **values):
 def checked_keys():
     """Each checked key with a detector that reads it."""
     unlike = {detector.node: name for name, detector in DETECTORS.items()}
-    for node, options in OPTIONS.items():
+    for node, options in option_nodes().items():
         for leaf in leaves(options):
             yield f"{node}.{leaf.key}", unlike.get(node, "DyHeadRetinaNet")
     for key in CHECKS | RESNET_CHECKS | FPN_CHECKS:

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from dyhead import cli
-from dyhead.config import OPTIONS
 from dyhead.config_checks import (
     CASCADE_CHECKS,
     CHECKS,
@@ -14,6 +13,7 @@ from dyhead.config_checks import (
     RESNET_CHECKS,
     TWO_STAGE_CHECKS,
 )
+from dyhead.config_options import option_nodes
 from dyhead.config_page import page
 from dyhead.options import leaves
 
@@ -39,7 +39,7 @@ def test_the_committed_page_is_what_the_code_says(capsys):
 
 def test_the_page_lists_every_key_with_its_meaning():
     sections = rows_by_section()
-    for node, options in OPTIONS.items():
+    for node, options in option_nodes().items():
         for leaf in leaves(options):
             row = sections[node].get(leaf.key) or sections["One-stage detectors"][leaf.key]
             assert leaf.doc in row

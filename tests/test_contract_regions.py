@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from dyhead.config import OPTIONS
 from dyhead.detection.roi import BOX_HEADS, Registered
 from dyhead.detection.roi.masks import paste_masks
 from dyhead.options import option
@@ -190,7 +189,6 @@ def test_a_box_head_may_see_several_views_and_predict_boxes_from_features_of_the
     from dyhead.detectron2 import rcnn
 
     monkeypatch.setitem(BOX_HEADS, "TwoViews", Registered("TwoViews", "MODEL.TWO_VIEWS", TwoViewsOptions))
-    monkeypatch.setitem(OPTIONS, "MODEL.TWO_VIEWS", TwoViewsOptions)
     monkeypatch.setitem(config._TWO_STAGE_CHOICES, "MODEL.ROI_BOX_HEAD.NAME", ("TwoViews",))
     monkeypatch.setattr(ROI_BOX_HEAD_REGISTRY, "_obj_map", dict(ROI_BOX_HEAD_REGISTRY._obj_map))
     rcnn._register_box_head("TwoViews")

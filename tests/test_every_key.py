@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from dyhead.config import OPTIONS, ConfigError, add_dyhead_config, get, load_config
+from dyhead.config import ConfigError, add_dyhead_config, get, load_config, option_nodes
 from dyhead.data import DataError
 from dyhead.options import leaves as options_of
 
@@ -64,7 +64,7 @@ def keys(tree, prefix=""):
 def keys_of_detectron2():
     """But for those that are options, which test_config_checks.py tests."""
     file = resources.files("dyhead") / "torchvision" / "detectron2_defaults.yaml"
-    options = {f"{node}.{leaf.key}" for node, options in OPTIONS.items() for leaf in options_of(options)}
+    options = {f"{node}.{leaf.key}" for node, options in option_nodes().items() for leaf in options_of(options)}
     return [key for key in keys(next(yaml.safe_load_all(file.read_text()))) if key not in options]
 
 

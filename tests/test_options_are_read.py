@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dyhead
-from dyhead.config import OPTIONS
+from dyhead.config_options import option_nodes
 from dyhead.detection import DETECTORS, Targets
 from dyhead.detection.anchors import AnchorOptions
 from dyhead.detection.roi import BOX_HEADS
@@ -174,8 +174,8 @@ def test_each_engine_reads_each_option_that_belongs_to_no_part(engine):
         tree = ast.parse(path.read_text())
         read_names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     elsewhere = {"MODEL.ANCHOR_GENERATOR", "MODEL.DSFPN"}  # above, and in test_dually_supervised.py
-    for node in set(OPTIONS) - parts - elsewhere:
-        for field in dataclasses.fields(OPTIONS[node]):
+    for node in set(option_nodes()) - parts - elsewhere:
+        for field in dataclasses.fields(option_nodes()[node]):
             assert {field.name, field.name.upper()} & read_names, f"{node}.{field.name.upper()}"
 
 

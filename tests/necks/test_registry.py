@@ -1,8 +1,13 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
+from dyhead.config import ConfigError, check_options, load_config, options_of
 from dyhead.necks import NECKS, DyHeadOptions, Stack, register_neck
+from dyhead.options import at_least, option
+from dyhead.torchvision import get_cfg
 
 
 class Add(nn.Module):
@@ -61,3 +66,25 @@ def test_a_neck_of_ones_own(monkeypatch):
 def test_dyhead_is_registered():
     assert NECKS["DyHead"].node == "MODEL.DYHEAD"
     assert NECKS["DyHead"].options is DyHeadOptions
+
+
+def test_a_neck_that_is_registered_late_has_its_keys_in_the_configuration(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("VERSION: 2")
+    load_config(get_cfg(), file)
+
+    @register_neck("Late")
+    @dataclass(frozen=True)
+    class Options(DyHeadOptions):
+        factor: float = option(2.0, "what for", at_least(1))
+
+    try:
+        cfg = get_cfg()
+        load_config(cfg, file, ["MODEL.NECKS", "['Late']", "MODEL.LATE.FACTOR", "3", "MODEL.LATE.NUM_BLOCKS", "4"])
+        assert (cfg.MODEL.LATE.FACTOR, options_of(cfg, "MODEL.LATE")) == (3.0, Options(factor=3.0, num_blocks=4))
+        check_options(cfg, "MODEL")
+        cfg.MODEL.NECKS = ["Later"]
+        with pytest.raises(ConfigError, match=r"MODEL.NECKS: expected .*one of .*'DyHead'.*'Late'.*, got"):
+            check_options(cfg, "MODEL")
+    finally:
+        del NECKS["Late"]

@@ -1,0 +1,87 @@
+"""`python -m benchmarks.variants ...` is train_net.py with one more neck: DyHead with what was tried in its blocks.
+
+`MODEL.NECKS ["DyHeadVariant"]` and `MODEL.DYHEADVARIANT`, which has the keys of `MODEL.DYHEAD` and those below. What
+wins becomes an option of `dyhead.layers.DyHead`, or its default; see docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dyhead.layers import DyHead
+from dyhead.layers.levels import relative_strides
+from dyhead.layers.spatial_attention import SpatialAwareAttention
+from dyhead.necks import DyHeadOptions, register_neck
+from dyhead.ops import pyramid_deform_conv2d
+from dyhead.options import one_of, option
+from dyhead.runs.command import main
+
+
+class NormOfBranches(SpatialAwareAttention):
+    """Eq. 4 with a GroupNorm for what each level adds to the sum, one for finer levels, the same and coarser ones.
+
+    That is where the published block has its norms. The scale-aware weights come after them.
+    """
+
+    def __init__(self, channels: int, *, norm_groups: int = 16, **options) -> None:
+        super().__init__(channels, norm=None, **options)
+        self.norms = nn.ModuleList(nn.GroupNorm(norm_groups, channels) for _ in range(3))
+
+    def forward(self, levels: list[Tensor], level_weight: Tensor | None = None, norm: bool = True) -> list[Tensor]:
+        strides = relative_strides(levels)
+        if level_weight is None:
+            level_weight = levels[0].new_ones(levels[0].shape[0], len(levels))
+        out = []
+        for m, level in enumerate(levels):
+            first, last = self.window_of(m, len(levels))
+            offset, mask = self.offset_and_mask(level, level_weight[:, m])
+            parts = []
+            for source in range(first, last + 1):
+                side = 0 if source < m else 1 if source == m else 2
+                scale = [strides[m] / strides[source]]
+                kernel = self.weight[side : side + 1]
+                part = self.norms[side](
+                    pyramid_deform_conv2d([levels[source]], offset, kernel, mask=mask, scales=scale)
+                )
+                parts.append(part * level_weight[:, source, None, None, None])
+            out.append(sum(parts) / len(parts))
+        return out
+
+
+@register_neck("DyHeadVariant")
+@dataclass(frozen=True)
+class VariantOptions(DyHeadOptions):
+    """DyHead with another initialization or norm, to compare it with."""
+
+    initialization: str = option(
+        "identity",
+        "of the kernels of Eq. 4: identity, as in DyHead; he: all three by He et al., nothing passes unchanged",
+        one_of("identity", "he"),
+    )
+    norm_place: str = option(
+        "sum", "sum: GN after the sum over levels, as in DyHead; branches: before it", one_of("sum", "branches")
+    )
+
+    def build(self, channels: int, num_levels: int | None = None) -> DyHead:
+        """The module, with random weights."""
+        ours = asdict(self)
+        initialization, norm_place = ours.pop("initialization"), ours.pop("norm_place")
+        head = DyHeadOptions(**ours).build(channels, num_levels)
+        for block in head.blocks:
+            if norm_place == "branches":
+                options = {key: ours[key] for key in ("window", "offset_groups", "norm_groups", "zero_init_offset")}
+                block.spatial_attention = NormOfBranches(channels, **options)
+                block.merges_norm = False
+            if initialization == "he":
+                with torch.no_grad():
+                    for kernel in block.spatial_attention.weight:
+                        nn.init.kaiming_normal_(kernel, nonlinearity="relu")
+        return head
+
+
+if __name__ == "__main__":
+    sys.exit(main())
