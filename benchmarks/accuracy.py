@@ -13,6 +13,10 @@ A study is a YAML file, see benchmarks/studies:
       FCOS: {config: configs/quickstart/fcos_R18_shapes.yaml}
       FCOS, DyHead: {config: configs/quickstart/fcos_dyhead_R18_shapes.yaml, against: FCOS, MODEL.DYHEAD.NUM_BLOCKS: 3}
 
+With `pretraining: {config: ..., KEY: VALUE}` beside the entries, that is trained first, once, with a seed of its own,
+and every run starts from its network's weights, as detectors are used to start from ImageNet's; pyramid, necks, towers
+and predictors are new.
+
 An entry with `module: benchmarks.variants` is trained by `python -m benchmarks.variants`, which registers more necks,
 instead of by train_net.py.
 """
@@ -29,7 +33,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,13 +46,18 @@ import yaml
 from benchmarks.program import RESULTS, machine_name, markdown, write
 from dyhead.config import load_config
 from dyhead.evaluation import count_flops, describe_machine
-from dyhead.files import write_text
+from dyhead.files import replacing, write_text
 from dyhead.torchvision import get_cfg
 from dyhead.torchvision.backbone import build_pyramid
 
 _ROOT = Path(__file__).parents[1]
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_NETWORK = "backbone.backbone.bottom_up."
 _SHOWN = ("AP50", "APs", "APm", "APl")
+
+
+#: Not one that a study would compare.
+PRETRAINING_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class Study:
     question: str
     seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
+    pretraining: Entry | None = None
 
 
 @dataclass(frozen=True)
@@ -103,21 +113,26 @@ def read_study(path: Path) -> Study:
         ValueError: it is not as described above.
     """
     text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = {"question", "seeds", "common", "entries"}
+    names = {"question", "seeds", "common", "entries", "pretraining"}
     if not isinstance(text, dict) or not {"question", "seeds", "entries"} <= set(text) <= names:
-        raise ValueError(f"{path}: expected question, seeds, common and entries, got {text!r:.80}")
-    entries = []
-    for name, keys in text["entries"].items():
-        keys = dict(keys)
-        config, against, module = (keys.pop(name, "") for name in ("config", "against", "module"))
-        if not (_ROOT / config).is_file():
-            raise ValueError(f"{path}: {name}: config: expected a file, got {config!r}")
-        if against and against not in text["entries"]:
-            raise ValueError(f"{path}: {name}: against: expected another entry, got {against!r}")
-        if module:
-            importlib.import_module(module)  # with its keys, a configuration is read here as well
-        entries.append(Entry(name, config, text.get("common", {}) | keys, against, module))
-    return Study(path.stem, text["question"], tuple(text["seeds"]), tuple(entries))
+        raise ValueError(f"{path}: expected question, seeds, common, entries and pretraining, got {text!r:.80}")
+    entries = [
+        _entry(path, name, text.get("common", {}) | keys, text["entries"]) for name, keys in text["entries"].items()
+    ]
+    pretraining = _entry(path, "pretraining", text["pretraining"]) if "pretraining" in text else None
+    return Study(path.stem, text["question"], tuple(text["seeds"]), tuple(entries), pretraining)
+
+
+def _entry(path: Path, name: str, keys: dict[str, Any], others: Container[str] = ()) -> Entry:
+    config, against, module = (keys.get(key, "") for key in ("config", "against", "module"))
+    if not (_ROOT / config).is_file():
+        raise ValueError(f"{path}: {name}: config: expected a file, got {config!r}")
+    if against and against not in others:
+        raise ValueError(f"{path}: {name}: against: expected another entry, got {against!r}")
+    if module:
+        importlib.import_module(module)  # with its keys, a configuration is read here as well
+    keys = {key: value for key, value in keys.items() if key not in ("config", "against", "module")}
+    return Entry(name, config, keys, against, module)
 
 
 def runs(study: Study, folder: Path) -> list[Run]:
@@ -155,6 +170,20 @@ def train(run: Run, engine: str, more: Sequence[str], threads: int) -> bool:
     if code == 0:
         write_text(done, "")
     return code == 0
+
+
+def pretrain(study: Study, folder: Path, engine: str, more: Sequence[str], threads: int) -> Path | None:
+    """The weights of the network that all runs start from, in a file; None if that training failed."""
+    run = Run(study.pretraining, PRETRAINING_SEED, folder / "pretraining")
+    weights = run.folder / "network.pth"
+    if not weights.exists():
+        if not train(run, engine, more, threads):
+            return None
+        state = torch.load(run.folder / "model_final.pth", weights_only=True)["model"]
+        network = {name: tensor for name, tensor in state.items() if name.startswith(_NETWORK)}
+        with replacing(weights) as file:
+            torch.save({"model": network}, file)
+    return weights
 
 
 def gather(study: Study, folder: Path) -> dict[str, Any]:
@@ -245,6 +274,31 @@ def gains(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
     return [run["AP"] - of[run["seed"]] for run in after["runs"] if run["seed"] in of]
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draws AP as a PNG file: a row for each entry, a dot for each seed, a line at the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = result["entries"]
+    figure, axis = pyplot.subplots(figsize=(7, 0.9 + 0.3 * len(entries)))
+    for row, entry in enumerate(entries):
+        values = [run["AP"] for run in entry["runs"] if run["AP"] is not None]
+        color = "C0" if entry["against"] else "0.45"
+        axis.plot(values, [row] * len(values), "o", color=color, ms=5, alpha=0.6, mew=0)
+        if values:
+            axis.plot([mean(values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
+    axis.set_yticks(range(len(entries)), [f"{entry['name']}  ({entry['head_gflops']:.2f} G)" for entry in entries])
+    axis.set_ylim(len(entries) - 0.4, -0.6)
+    axis.set_xlabel("AP; dots are seeds, lines their means; multiply-adds of the head for an image")
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def _spread(values: Sequence[float], sign: str = "") -> str:
     values = [value for value in values if value is not None]
     if not values:
@@ -285,12 +339,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[Path] = []
     words = sys.argv[1:] if argv is None else argv
 
+    more = ["MODEL.DEVICE", options.device]
+
     def work(run: Run) -> None:
         print(f"{run.entry.name}, seed {run.seed}", file=sys.stderr, flush=True)
-        if not train(run, options.engine, ["MODEL.DEVICE", options.device], options.threads):
+        if not train(run, options.engine, more, options.threads):
             failed.append(run.folder / "output.txt")
 
     try:
+        if study.pretraining:
+            print("pretraining", file=sys.stderr, flush=True)
+            weights = pretrain(study, folder, options.engine, more, options.threads * options.processes)
+            if weights is None:
+                print(f"error: the pretraining failed, see {folder / 'pretraining' / 'output.txt'}", file=sys.stderr)
+                return 1
+            more += ["MODEL.WEIGHTS", str(weights)]
         with ThreadPoolExecutor(options.processes) as pool:
             for _ in pool.map(work, chosen):
                 write(
@@ -306,8 +369,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(json.loads(output.read_text(encoding="utf-8"))))
-    print(f"Written to {output}")
+    result = json.loads(output.read_text(encoding="utf-8"))
+    print(table(result))
+    plot(result, output.with_suffix(".png"))
+    print(f"Written to {output} and {output.with_suffix('.png')}")
     for path in failed:
         print(f"error: a training failed, see {path}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""How fast are the torchvision engine's detectors, with DyHead on our operator and on torchvision's?"""
+"""How fast are the torchvision engine's detectors, with their standard heads and with DyHead?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.block import COMPILED, EAGER, RATIOS, choose_peers
+from benchmarks.block import COMPILED, RATIOS
 from benchmarks.composition import composition
 from benchmarks.program import Benchmark, parser, run, size
 from dyhead.config import load_config, num_classes
@@ -20,8 +20,18 @@ from dyhead.detection import DETECTORS
 from dyhead.torchvision import build_model, get_cfg
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = {"R18": "quickstart/{}_dyhead_R18_shapes.yaml", "R50": "{}_dyhead_R50.yaml"}
+FILES = {"R18": "quickstart/{}_R18_shapes.yaml", "R50": "{}_R50.yaml"}
 SIZES = {"R18": (192, 256), "R50": (800, 1333)}
+
+# What each eager peer's head is: the end of the detector's name in its file, and keys.
+_HEADS = {
+    "standard": ("", ()),
+    "3 blocks": ("_dyhead", ("MODEL.DYHEAD.NUM_BLOCKS", "3")),
+    "4 blocks": ("_dyhead", ("MODEL.DYHEAD.NUM_BLOCKS", "4")),
+    "ours": ("_dyhead", ()),
+    "released": ("_dyhead", ("MODEL.DYHEAD.BLOCK", "released")),
+    "composition": ("_dyhead", ()),
+}
 NAMES = [*(detector.name.lower() for detector in DETECTORS.values()), "faster_rcnn"]
 
 
@@ -50,15 +60,16 @@ class Case:
 
 def build(case: Case, peer: str, device: torch.device) -> Callable[[], Any]:
     """One inference or training step on random images with random weights."""
+    kind, _, compiled = peer.partition(", ")
+    end, keys = _HEADS[kind]
     cfg = get_cfg()
-    load_config(cfg, CONFIGS / FILES[case.backbone].format(case.detector))
+    load_config(cfg, CONFIGS / FILES[case.backbone].format(case.detector + end), keys)
     torch.manual_seed(0)
     model = build_model(cfg).to(device)
     # Zero-initialised offsets would read at whole pixels. Set by the bias, since random weights give levels any scale.
     for name, module in model.named_modules():
         if name.endswith("offset"):
             nn.init.normal_(module.bias, std=2)
-    kind, _, compiled = peer.partition(", ")
     if compiled:
         model.backbone = torch.compile(model.backbone)
     height, width = case.size
@@ -107,15 +118,20 @@ BENCHMARK = Benchmark(
     question="How fast are the detectors of the torchvision engine, in inference and in a training step?",
     build=build,
     peers={
-        "ours": "as train_net.py --engine torchvision runs them",
-        "composition": "the same detectors with DyHead on torchvision.ops.deform_conv2d",
+        "standard": "the detector without DyHead; dense ones have two towers of four convolutions",
+        "3 blocks": "with three DyHead blocks, 0.88 of the multiply-adds of those towers at 256 channels",
+        "4 blocks": "with four, 1.18 of them",
+        "ours": "with DyHead as its file has it: six blocks (R50), two (R18)",
+        "released": "with as many of the published block",
+        "composition": "ours, but on torchvision.ops.deform_conv2d",
         "ours, compiled": "ours, backbone, pyramid and DyHead under torch.compile",
         "composition, compiled": "the composition in the same way",
     },
-    columns=EAGER | COMPILED,
-    ratios=RATIOS,
+    columns={kind: (kind,) for kind in _HEADS} | COMPILED,
+    ratios=(*((kind, "standard") for kind in ("3 blocks", "4 blocks", "ours", "released")), *RATIOS),
     warm=warm,
 )
+_DEFAULT = ["standard", "3 blocks", "ours", "released", "composition"]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -130,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options_of.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     options_of.add_argument("--sizes", nargs="+", type=size, help="of images; default: 192x256 (R18), 800x1333 (R50)")
     options_of.add_argument("--batch", type=int, default=1)
-    options_of.add_argument("--compile", action="store_true", help="under torch.compile as well")
+    options_of.add_argument("--peers", nargs="+", choices=list(BENCHMARK.peers), default=_DEFAULT)
     options = options_of.parse_args(argv)
     if options.quick:
         options.repeats, options.backbones, options.sizes = 3, ["R18"], options.sizes or [(64, 64)]
@@ -141,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         for place in options.sizes or [SIZES[backbone]]
     ]
-    return run(choose_peers(BENCHMARK, options.compile), cases, options, argv)
+    chosen = {peer: BENCHMARK.peers[peer] for peer in BENCHMARK.peers if peer in options.peers}
+    return run(replace(BENCHMARK, peers=chosen), cases, options, argv)
 
 
 if __name__ == "__main__":

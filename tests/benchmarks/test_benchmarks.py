@@ -109,14 +109,20 @@ def test_block_compares_with_the_composition(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "options", [["--modes", "inference"], ["--modes", "training", "--detectors", "faster_rcnn"]], ids=lambda o: o[1]
-)
-def test_detector_compares_with_the_composition(tmp_path, options):
+def test_detector_compares_with_the_composition(tmp_path):
     file = tmp_path / "detector.json"
-    detector.main([*TINY, *options, "--no-memory", "--output", str(file)])
-    result = read(file, ["ours", "composition"], cases=len(detector.NAMES) if options[1] == "inference" else 1)
-    assert {row["case"]["mode"] for row in result["cases"]} == {options[1]}
+    options = ["--modes", "inference", "--peers", "ours", "composition", "--no-memory"]
+    detector.main([*TINY, *options, "--output", str(file)])
+    read(file, ["ours", "composition"], cases=len(detector.NAMES))
+
+
+def test_detector_compares_heads(tmp_path):
+    file = tmp_path / "detector.json"
+    options = ["--modes", "training", "--detectors", "fcos", "faster_rcnn", "--no-memory"]
+    detector.main([*TINY, *options, "--output", str(file)])
+    result = read(file, ["standard", "3 blocks", "ours", "released", "composition"], cases=2)
+    for row in result["cases"]:
+        assert {"3 blocks / standard", "ours / standard", "released / standard"} <= row["ratios"].keys()
 
 
 def test_scaling_draws_a_plot(tmp_path):
