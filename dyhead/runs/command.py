@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code. Errors are for :func:`dyhead.exit_codes.telling`."""
     if args.config_file is None:
         args.refuse("--config-file is required" + (", before the first KEY VALUE" if args.opts else ""))
+    # On CPUs oneDNN compiles a kernel for every shape of every convolution and keeps 1024 of them, too few for a
+    # detector whose images come in many sizes: then it compiles in every iteration.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     logging.raiseExceptions = False  # a log.txt that a full disk does not take neither ends a run nor buries its words
     with quiet(args.quiet):
         return _run(args)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_overrides_follow_the_flags(parsed):
     assert (args.config_file, args.resume, args.opts) == ("a.yaml", True, ["SOLVER.MAX_ITER", "1"])
     assert (args.eval_only, args.num_gpus, args.num_machines, args.machine_rank) == (False, 1, 1, 0)
     assert args.dist_url.startswith("tcp://127.0.0.1:")
+
+
+def test_onednn_keeps_the_kernels_of_many_sizes(monkeypatch):
+    key = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(key, "7")
+    assert command.main(["--config-file", "none.yaml"]) != 0
+    assert os.environ[key] == "7"
+    monkeypatch.delenv(key)
+    command.main(["--config-file", "none.yaml"])
+    assert int(os.environ[key]) > 1024
 
 
 def test_what_a_user_did_wrong_is_told_without_a_traceback(capsys):
