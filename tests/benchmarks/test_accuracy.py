@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import accuracy
 from dyhead.config import load_config
-from dyhead.torchvision import get_cfg
+from dyhead.torchvision import build_model, get_cfg
+from dyhead.torchvision.checkpoint import load_weights, portable_state
 
 STUDIES = sorted((Path(accuracy.__file__).parent / "studies").glob("*.yaml"))
 FCOS = "configs/quickstart/fcos_R18_shapes.yaml"
@@ -41,6 +43,10 @@ def trainings(monkeypatch):
         started.append(command)
         folder = Path(value["OUTPUT_DIR"])
         (folder / "config.yaml").write_text("")
+        if folder.name == "pretraining":
+            cfg = get_cfg()
+            load_config(cfg, DYHEAD)
+            torch.save({"model": portable_state(build_model(cfg))}, folder / "model_final.pth")
         with_it, seed = "with_it" in folder.name, int(value["SEED"])
         metrics = dict.fromkeys(("AP50", "AP75", "APs", "APm"), 40.0)
         metrics |= {"AP": 20.0 + seed + with_it * (1 + seed), "APl": None}
@@ -80,6 +86,31 @@ def test_what_is_done_is_not_repeated_and_what_is_not_is_resumed(study, training
     assert ["--resume" in command for command in trainings[2:]] == [True, False]
 
 
+def test_all_runs_start_from_the_network_of_one_pretraining(study, trainings, tmp_path, capsys):
+    study.write_text(STUDY + f"pretraining: {{config: {DYHEAD}, SOLVER.MAX_ITER: 7, MODEL.DYHEAD.NUM_BLOCKS: 0}}")
+    folder = tmp_path / "runs" / "pretraining"
+    arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
+    assert accuracy.main([*arguments, "--only", "plain"]) == 0
+    first, *others = trainings
+    assert first[first.index("SOLVER.MAX_ITER") + 1] == "7"
+    assert len(others) == 2
+    assert all(run[run.index("MODEL.WEIGHTS") + 1] == str(folder / "network.pth") for run in others)
+    # The network of a checkpoint of ours, and nothing else: it is read, but for what is not there.
+    cfg = get_cfg()
+    load_config(cfg, DYHEAD)
+    model = build_model(cfg)
+    load_weights(model, str(folder / "network.pth"), strict=False)
+    accuracy.main(arguments)
+    assert len(trainings) == 3 + 2  # once
+    first_network = torch.load(folder / "network.pth", weights_only=True)["model"]
+    assert first_network
+    for name, parameter in model.backbone.named_parameters():
+        key = f"backbone.{name}"
+        assert (key in first_network) == (".bottom_up." in key)
+        if key in first_network:
+            assert torch.equal(parameter, first_network[key])
+
+
 def test_a_failed_training_is_named_and_the_others_go_on(study, trainings, tmp_path, monkeypatch, capsys):
     good = accuracy.subprocess.run
     monkeypatch.setattr(
@@ -107,7 +138,7 @@ def test_a_folder_of_another_command_is_refused(study, trainings, tmp_path, caps
     [
         (FCOS, "configs/none.yaml", "plain: config: expected a file"),
         ("against: plain", "against: nothing", "with it: against: expected another entry"),
-        ("question", "Question", "expected question, seeds, common and entries"),
+        ("question", "Question", "expected question, seeds, common, entries and pretraining"),
     ],
 )
 def test_a_study_that_is_none_is_refused(study, before, after, message, tmp_path, capsys):
@@ -120,7 +151,8 @@ def test_a_study_that_is_none_is_refused(study, before, after, message, tmp_path
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_sets_keys_that_there_are(path):
     study = accuracy.read_study(path)
-    for run in accuracy.runs(study, Path("runs")):
+    pretraining = accuracy.Run(study.pretraining, 0, Path("runs"))
+    for run in [pretraining, *accuracy.runs(study, Path("runs"))]:
         command = run.command("torchvision", [])
         load_config(get_cfg(), run.entry.config, command[command.index("--engine") + 2 :])
     assert len({run.folder for run in accuracy.runs(study, Path("runs"))}) == len(study.entries) * len(study.seeds)
