@@ -274,6 +274,15 @@ def gains(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
     return [run["AP"] - of[run["seed"]] for run in after["runs"] if run["seed"] in of]
 
 
+def origin(result: dict[str, Any]) -> str:
+    """When, where and with what a study was run."""
+    machine = result["machine"]
+    return (
+        f"{result['date']}; {machine['device']}, {machine['processes']} trainings at once, threads of each: "
+        f"{machine['threads']}; {machine['system']}; torch {machine['torch']}; {result['entries'][0]['engine']}"
+    )
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draws AP as a PNG file: a row for each entry, a dot for each seed, a line at the mean."""
     import matplotlib
@@ -361,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "benchmark": "accuracy",
                         "command": shlex.join(["python", "-m", "benchmarks.accuracy", *words]),
                         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-                        "machine": describe_machine(options.device) | {"threads": options.threads},
+                        "machine": describe_machine(options.device)
+                        | {"threads": options.threads, "processes": options.processes},
                         **gather(study, folder),
                     },
                     output,

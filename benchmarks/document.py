@@ -1,8 +1,9 @@
-"""`python -m benchmarks.document`: writes the tables of benchmarks/results into docs/performance.md.
+"""`python -m benchmarks.document`: writes the tables of benchmarks/results into docs/performance.md and evidence.md.
 
 A table is between a line `<!-- table: FILE WHAT KEY=VALUE ... -->` and a line `<!-- end -->`, where FILE is in
-benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds`, `goals`, or for the counts of
-`benchmarks.additions` `command` or `additions`, and KEY=VALUE selects cases by their fields.
+benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds`, `goals`, for the counts of `benchmarks.additions`
+`command` or `additions`, or for the studies of `benchmarks.accuracy` `run` or `accuracy`; KEY=VALUE selects cases by
+their fields.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import additions
+from benchmarks import accuracy, additions
 from benchmarks.operator import Case, least_bytes
 from benchmarks.program import RESULTS, markdown, number, table
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCUMENTS = [Path(__file__).parents[1] / "docs" / name for name in ("performance.md", "evidence.md")]
 _TABLE = re.compile(r"(<!-- table: (?P<words>.+?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -86,6 +87,10 @@ def _section(words: list[str]) -> str:
         return f"    {result['command']}\n\n{result['date']}"
     if what == "additions":
         return additions.table(result)
+    if what == "accuracy":
+        return accuracy.table(result)
+    if what == "run":
+        return f"    {result['command']}\n\n{accuracy.origin(result)}"
     if what == "bounds":
         return _bounds(result, keep)
     if what == "goals":
@@ -159,4 +164,5 @@ def _text(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    rewrite(DOCUMENT)
+    for document in DOCUMENTS:
+        rewrite(document)
