@@ -1,0 +1,54 @@
+"""Blocks that studies compare DyHead's with."""
+
+import importlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dyhead.layers import DyHead
+
+
+@pytest.fixture
+def variants():
+    return importlib.import_module("benchmarks.variants")
+
+
+def test_hes_kernels_pass_nothing_unchanged_and_all_else_is_dyheads(variants):
+    torch.manual_seed(0)
+    head = variants.VariantOptions(num_blocks=2, initialization="he").build(64)
+    assert [type(block) for block in head.blocks] == [type(block) for block in DyHead(64, 2).blocks]
+    for block in head.blocks:
+        for kernel in block.spatial_attention.weight:
+            assert kernel.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
+            assert kernel[range(64), range(64), 1, 1].mean().abs() < 0.05
+    same = variants.VariantOptions(num_blocks=1).build(64).blocks[0].spatial_attention.weight[1]
+    assert same[range(64), range(64), 1, 1].mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_norms_of_branches_come_before_the_sum(variants):
+    torch.manual_seed(0)
+    attention = variants.NormOfBranches(16, norm_groups=4)
+    for norm in attention.norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    fine, coarse = torch.randn(2, 16, 6, 8), torch.randn(2, 16, 3, 4)
+    weight = torch.tensor([[0.5, 0.0], [2.0, 0.0]])
+
+    def same(x, scale):
+        # At the start nothing moves and every importance is 1/2.
+        norm = attention.norms[1]
+        return F.group_norm(F.conv2d(x, attention.weight[1], padding=1) / 2, 4, norm.weight, norm.bias) * scale
+
+    (alone,) = attention([fine])
+    torch.testing.assert_close(alone, same(fine, 1), rtol=1e-4, atol=1e-4)
+    # A level of weight 0 adds nothing, where a norm of the sum would undo the other's weight.
+    got, _ = attention([fine, coarse], weight)
+    torch.testing.assert_close(got, same(fine, weight[:, 0, None, None, None]) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_with_norms_of_branches_trains(variants):
+    head = variants.VariantOptions(num_blocks=1, norm_place="branches", norm_groups=4).build(16)
+    out = head([torch.randn(1, 16, 6, 8), torch.randn(1, 16, 3, 4)])
+    sum(level.square().mean() for level in out).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
