@@ -268,6 +268,22 @@ def table(result: dict[str, Any]) -> str:
     return markdown(lines, left=1)
 
 
+def short_table(result: dict[str, Any]) -> str:
+    """A line for each entry that another is compared with: both, and the gain seed by seed."""
+    by_name = {entry["name"]: entry for entry in result["entries"]}
+    lines = [["", "AP", "head, G", "against", "AP", "head, G", "gain"]]
+    for entry in result["entries"]:
+        if entry["against"] in by_name:
+            before = by_name[entry["against"]]
+            sides = [
+                text
+                for side in (entry, before)
+                for text in (side["name"], _spread([run["AP"] for run in side["runs"]]), f"{side['head_gflops']:.2f}")
+            ]
+            lines.append([*sides, _spread(gains(before, entry), "+")])
+    return markdown(lines, left=1)
+
+
 def gains(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
     """Differences in AP of two entries, for each seed that both have."""
     of = {run["seed"]: run["AP"] for run in before["runs"]}
@@ -300,7 +316,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.plot([mean(values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
     axis.set_yticks(range(len(entries)), [f"{entry['name']}  ({entry['head_gflops']:.2f} G)" for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
-    axis.set_xlabel("AP; dots are seeds, lines their means; multiply-adds of the head for an image")
+    axis.set_xlabel("AP: dots are seeds, lines means (G: multiply-adds of the head)")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

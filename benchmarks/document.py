@@ -1,9 +1,10 @@
-"""`python -m benchmarks.document`: writes the tables of benchmarks/results into docs/performance.md and evidence.md.
+"""`python -m benchmarks.document`: writes the tables of benchmarks/results into README.md, docs/performance.md and
+docs/evidence.md.
 
 A table is between a line `<!-- table: FILE WHAT KEY=VALUE ... -->` and a line `<!-- end -->`, where FILE is in
 benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds`, `goals`, for the counts of `benchmarks.additions`
-`command` or `additions`, or for the studies of `benchmarks.accuracy` `run` or `accuracy`; KEY=VALUE selects cases by
-their fields.
+`command` or `additions`, or for the studies of `benchmarks.accuracy` `run`, `accuracy` or `gains`; KEY=VALUE selects
+cases by their fields.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks import accuracy, additions
 from benchmarks.operator import Case, least_bytes
 from benchmarks.program import RESULTS, markdown, number, table
 
-DOCUMENTS = [Path(__file__).parents[1] / "docs" / name for name in ("performance.md", "evidence.md")]
+DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "docs/performance.md", "docs/evidence.md")]
 _TABLE = re.compile(r"(<!-- table: (?P<words>.+?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -89,6 +90,8 @@ def _section(words: list[str]) -> str:
         return additions.table(result)
     if what == "accuracy":
         return accuracy.table(result)
+    if what == "gains":
+        return accuracy.short_table(result)
     if what == "run":
         return f"    {result['command']}\n\n{accuracy.origin(result)}"
     if what == "bounds":

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import accuracy
 from dyhead.config import load_config
@@ -62,8 +63,8 @@ def trainings(monkeypatch):
 
 def test_every_entry_is_trained_with_every_seed_and_its_results_are_compared(study, trainings, tmp_path, capsys):
     arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
-    assert accuracy.main(arguments) == 0
-    assert [command[command.index("SEED") + 1] for command in trainings] == ["0", "0", "1", "1"]
+    assert accuracy.main([*arguments, "--processes", "2", "--threads", "3"]) == 0
+    assert sorted(command[command.index("SEED") + 1] for command in trainings) == ["0", "0", "1", "1"]
     assert all(command[command.index("SOLVER.MAX_ITER") + 1] == "3" for command in trainings)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:4]]
     # AP 20 and 21, and 21 and 23: gains of 1 and 2, whose standard deviation is the root of 1/2.
@@ -75,6 +76,12 @@ def test_every_entry_is_trained_with_every_seed_and_its_results_are_compared(stu
     assert plain["runs"][0]["training_minutes"] == pytest.approx((20 * 3 + 20 * 6) / 60)
     assert plain["head_gflops"] == pytest.approx(with_it["head_gflops"])  # both are "2" without the same pyramid
     assert 0 < plain["head_gflops"] < 2
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.width > image.height > 100
+    short = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.short_table(result).splitlines()[2:]]
+    head = f"{plain['head_gflops']:.2f}"
+    assert short == [["with it", "22.0 ± 1.4", head, "plain", "20.5 ± 0.7", head, "+1.5 ± 0.7"]]
+    assert "2 trainings at once, threads of each: 3" in accuracy.origin(result)
 
 
 def test_what_is_done_is_not_repeated_and_what_is_not_is_resumed(study, trainings, tmp_path):
