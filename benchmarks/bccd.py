@@ -16,7 +16,7 @@ from dyhead.files import write_text
 
 CLASSES = ("RBC", "WBC", "Platelets")
 SPLITS = {"train": "trainval", "val": "test"}
-LEAST_SIDE = 2  # pixels; two boxes are thinner, by a slip of the mouse
+LEAST_SIDE = 2  # pixels; two boxes are thinner
 
 
 def coco(folder: Path, split: str) -> dict[str, Any]:

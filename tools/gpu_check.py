@@ -196,6 +196,7 @@ def parts(folder: Path, capability: str) -> list[Part]:
         benchmark(
             *("detector", 30, 60, *gpu, *few),
             *("--detectors", "fcos", "--backbones", "R50", "--batch", "2", "--no-memory"),
+            *("--peers", "ours", "composition"),
             needs=("torchvision", "fvcore"),
         ),
         sanitizer("memcheck", 30),

@@ -74,7 +74,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def adamw(cfg: CfgNode, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW on ``groups`` of parameters, by PyTorch's fused steps, which take a quarter of the time on a CPU.
+    """AdamW on ``groups`` of parameters, by PyTorch's fused steps.
 
     A fused step divides gradients by the scale of ``SOLVER.AMP`` itself, after they were clipped: with it the steps are
     not fused.
