@@ -175,10 +175,10 @@ def train(run: Run, engine: str, more: Sequence[str], threads: int) -> bool:
 def pretrain(study: Study, folder: Path, engine: str, more: Sequence[str], threads: int) -> Path | None:
     """The weights of the network that all runs start from, in a file; None if that training failed."""
     run = Run(study.pretraining, PRETRAINING_SEED, folder / "pretraining")
+    if not train(run, engine, more, threads):
+        return None
     weights = run.folder / "network.pth"
     if not weights.exists():
-        if not train(run, engine, more, threads):
-            return None
         state = torch.load(run.folder / "model_final.pth", weights_only=True)["model"]
         network = {name: tensor for name, tensor in state.items() if name.startswith(_NETWORK)}
         with replacing(weights) as file:
