@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 _log = logging.getLogger(__name__)
@@ -18,11 +17,15 @@ def wants_statistics(cfg: CfgNode, model: nn.Module) -> bool:
 
     A warning says that one has none.
     """
-    wanted = cfg.TEST.PRECISE_BN.ENABLED
-    if wanted and not get_bn_modules(model):
+    if not cfg.TEST.PRECISE_BN.ENABLED:
+        return False
+    # Imported where it is needed: fvcore.nn compiles a loss by torch.jit.script, of which PyTorch warns in every run.
+    from fvcore.nn.precise_bn import get_bn_modules
+
+    if not get_bn_modules(model):
         _log.warning("TEST.PRECISE_BN.ENABLED True: the model learns no statistics of batch normalization")
         return False
-    return wanted
+    return True
 
 
 def update_statistics(cfg: CfgNode, model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any]) -> None:
@@ -34,6 +37,8 @@ def update_statistics(cfg: CfgNode, model: nn.Module, batches: Iterable[Any], fo
         batches: at least as many.
         forward: runs the model on one of them.
     """
+    from fvcore.nn.precise_bn import update_bn_stats
+
     _log.info("Computing precise statistics of batch normalization from %d batches", cfg.TEST.PRECISE_BN.NUM_ITER)
     update_bn_stats(_Forward(model, forward), batches, cfg.TEST.PRECISE_BN.NUM_ITER)
 
