@@ -13,6 +13,8 @@ A study is a YAML file, see benchmarks/studies:
       FCOS: {config: configs/quickstart/fcos_R18_shapes.yaml}
       FCOS, DyHead: {config: configs/quickstart/fcos_dyhead_R18_shapes.yaml, against: FCOS, MODEL.DYHEAD.NUM_BLOCKS: 3}
 
+`base: OTHER.yaml` takes over another study, in which `common` and entries of the same name change keys or add some.
+
 With `pretraining: {config: ..., KEY: VALUE}` beside the entries, that is trained first, once, with a seed of its own,
 and every run starts from its network's weights, as detectors are used to start from ImageNet's; pyramid, necks, towers
 and predictors are new.
@@ -112,15 +114,24 @@ def read_study(path: Path) -> Study:
     Raises:
         ValueError: it is not as described above.
     """
-    text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = {"question", "seeds", "common", "entries", "pretraining"}
-    if not isinstance(text, dict) or not {"question", "seeds", "entries"} <= set(text) <= names:
-        raise ValueError(f"{path}: expected question, seeds, common, entries and pretraining, got {text!r:.80}")
-    entries = [
-        _entry(path, name, text.get("common", {}) | keys, text["entries"]) for name, keys in text["entries"].items()
-    ]
+    text = _read_text(path)
+    entries = [_entry(path, name, text["common"] | keys, text["entries"]) for name, keys in text["entries"].items()]
     pretraining = _entry(path, "pretraining", text["pretraining"]) if "pretraining" in text else None
     return Study(path.stem, text["question"], tuple(text["seeds"]), tuple(entries), pretraining)
+
+
+def _read_text(path: Path) -> dict[str, Any]:
+    """What a study's file says, with what its base says."""
+    text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = _read_text(path.parent / text.pop("base")) if isinstance(text, dict) and "base" in text else {}
+    names = {"question", "seeds", "common", "entries", "pretraining"}
+    if not isinstance(text, dict) or not {"question", "seeds", "entries"} <= set(base | text) <= names:
+        raise ValueError(f"{path}: expected question, seeds, common, entries and pretraining, got {text!r:.80}")
+    entries = base.get("entries", {})
+    for name, keys in text.get("entries", {}).items():
+        entries[name] = entries.get(name, {}) | keys
+    common = base.get("common", {}) | text.get("common", {})
+    return base | text | {"common": common, "entries": entries}
 
 
 def _entry(path: Path, name: str, keys: dict[str, Any], others: Container[str] = ()) -> Entry:
@@ -138,7 +149,7 @@ def _entry(path: Path, name: str, keys: dict[str, Any], others: Container[str] =
 def runs(study: Study, folder: Path) -> list[Run]:
     """All trainings, seed by seed, so that what is there after an interruption can be compared."""
     return [
-        Run(entry, seed, folder / f"{re.sub(r'[^A-Za-z0-9.+]+', '_', entry.name)}-{seed}")
+        Run(entry, seed, folder / study.name / f"{re.sub(r'[^A-Za-z0-9.+]+', '_', entry.name)}-{seed}")
         for seed in study.seeds
         for entry in study.entries
     ]

@@ -88,7 +88,7 @@ def test_what_is_done_is_not_repeated_and_what_is_not_is_resumed(study, training
     arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
     accuracy.main([*arguments, "--only", "plain"])
     assert len(trainings) == 2
-    (tmp_path / "runs" / "plain-1" / "done").unlink()
+    (tmp_path / "runs" / "gain" / "plain-1" / "done").unlink()
     accuracy.main([*arguments, "--seeds", "1"])
     assert ["--resume" in command for command in trainings[2:]] == [True, False]
 
@@ -163,3 +163,19 @@ def test_every_study_sets_keys_that_there_are(path):
         command = run.command("torchvision", [])
         load_config(get_cfg(), run.entry.config, command[command.index("--engine") + 2 :])
     assert len({run.folder for run in accuracy.runs(study, Path("runs"))}) == len(study.entries) * len(study.seeds)
+
+
+def test_a_study_changes_keys_of_its_base_and_adds_entries(study):
+    path = study.parent / "longer.yaml"
+    path.write_text(
+        "base: gain.yaml\ncommon: {SOLVER.MAX_ITER: 9, SOLVER.BASE_LR: 0.1}\n"
+        f"entries: {{with it: {{MODEL.DYHEAD.NUM_BLOCKS: 2}}, more: {{config: {DYHEAD}, SOLVER.MAX_ITER: 4}}}}\n"
+    )
+    read = accuracy.read_study(path)
+    assert (read.name, read.question, read.seeds) == ("longer", "Does it gain?", (0, 1))
+    common = {"SOLVER.MAX_ITER": 9, "SOLVER.BASE_LR": 0.1}
+    assert [(entry.name, entry.against, entry.keys) for entry in read.entries] == [
+        ("plain", "", common),
+        ("with it", "plain", common | {"MODEL.DYHEAD.NUM_BLOCKS": 2}),
+        ("more", "", common | {"SOLVER.MAX_ITER": 4}),
+    ]
