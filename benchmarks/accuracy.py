@@ -19,6 +19,9 @@ With `pretraining: {config: ..., KEY: VALUE}` beside the entries, that is traine
 and every run starts from its network's weights, as detectors are used to start from ImageNet's; pyramid, necks, towers
 and predictors are new.
 
+`--latency` trains nothing and measures how long detectors that are done take for an image, in turns, at a time when the
+machine has nothing else to do. The table has it then.
+
 An entry with `module: benchmarks.variants` is trained by `python -m benchmarks.variants`, which registers more necks,
 instead of by train_net.py.
 """
@@ -35,6 +38,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,10 +46,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from fvcore.common.config import CfgNode
 
 from benchmarks.program import RESULTS, machine_name, markdown, write
+from dyhead import data, load_detector
 from dyhead.config import load_config
 from dyhead.evaluation import count_flops, describe_machine
 from dyhead.files import replacing, write_text
@@ -56,6 +63,7 @@ _ROOT = Path(__file__).parents[1]
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _NETWORK = "backbone.backbone.bottom_up."
 _SHOWN = ("AP50", "APs", "APm", "APl")
+_IMAGES = 50
 
 
 #: Not one that a study would compare.
@@ -183,9 +191,8 @@ def train(run: Run, engine: str, more: Sequence[str], threads: int) -> bool:
     return code == 0
 
 
-def pretrain(study: Study, folder: Path, engine: str, more: Sequence[str], threads: int) -> Path | None:
+def pretrain(run: Run, engine: str, more: Sequence[str], threads: int) -> Path | None:
     """The weights of the network that all runs start from, in a file; None if that training failed."""
-    run = Run(study.pretraining, PRETRAINING_SEED, folder / "pretraining")
     if not train(run, engine, more, threads):
         return None
     weights = run.folder / "network.pth"
@@ -197,8 +204,40 @@ def pretrain(study: Study, folder: Path, engine: str, more: Sequence[str], threa
     return weights
 
 
+def measure_latency(study: Study, folder: Path, device: str, threads: int) -> None:
+    """Writes how long the first run of each entry that is done takes for an image, for :func:`gather`.
+
+    Milliseconds from pixels to detections, medians over `_IMAGES` test images, one at a time; every image goes through
+    all detectors in turn, so that a slow moment of the machine slows all of them.
+    """
+    torch.set_num_threads(threads)
+    detectors = {}
+    for run in runs(study, folder):
+        if run.entry.name not in detectors and (run.folder / "done").exists():
+            detectors[run.entry.name] = load_detector(run.folder, device=device)
+    times: dict[str, list[float]] = {name: [] for name in detectors}
+    images = _test_images(next(iter(detectors.values())).cfg)
+    for image in [None, *images]:
+        for name, detector in detectors.items():
+            pixels = np.zeros((192, 192, 3), np.uint8) if image is None else image  # the first, which warms up
+            start = time.perf_counter()
+            detector(pixels)  # what it returns is on the CPU
+            if image is not None:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    result = {"threads": threads, "images": len(images), "ms": {name: median(own) for name, own in times.items()}}
+    write_text(folder / study.name / "latency.json", json.dumps(result, indent=1))
+
+
+def _test_images(cfg: CfgNode) -> list[np.ndarray]:
+    data.register_from_config(cfg.DATASETS.REGISTER)
+    records = data.load(data.get(cfg.DATASETS.TEST[0])).records[:_IMAGES]
+    return [data.read_image(record["file_name"]) for record in records]
+
+
 def gather(study: Study, folder: Path) -> dict[str, Any]:
     """What is known so far: for each entry its cost and the results of the seeds that are done."""
+    measured = folder / study.name / "latency.json"
+    latency = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {"ms": {}}
     entries = []
     for entry in study.entries:
         own = [run for run in runs(study, folder) if run.entry == entry and (run.folder / "done").exists()]
@@ -217,18 +256,24 @@ def gather(study: Study, folder: Path) -> dict[str, Any]:
                 "head_gflops": first["gflops"] - _pyramid_gflops(entry, first["input_size"]),
                 "input_size": first["input_size"],
                 "engine": first["engine"],
+                "latency_ms": latency["ms"].get(entry.name),
                 "runs": [
                     {
                         "seed": run.seed,
                         **{key: result["metrics"][key] for key in _METRICS},
                         "training_minutes": sum(seconds for *_, seconds in _times(run.folder)) / 60,
-                        "latency_ms": result["timing"]["latency_ms"],
                     }
                     for run, result in zip(own, results, strict=True)
                 ],
             }
         )
-    return {"study": study.name, "question": study.question, "seeds": study.seeds, "entries": entries}
+    return {
+        "study": study.name,
+        "question": study.question,
+        "seeds": study.seeds,
+        "entries": entries,
+        "latency": latency,
+    }
 
 
 def _times(folder: Path) -> Iterator[tuple[int, float]]:
@@ -272,7 +317,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{entry['gflops']:.2f}",
                 f"{entry['parameters'] / 1e6:.2f}",
                 f"{median(run['training_minutes'] for run in own):.1f}",
-                f"{median(run['latency_ms'] for run in own):.0f}",
+                "-" if entry["latency_ms"] is None else f"{entry['latency_ms']:.1f}",
                 str(len(own)),
             ]
         )
@@ -303,10 +348,11 @@ def gains(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
 
 def origin(result: dict[str, Any]) -> str:
     """When, where and with what a study was run."""
-    machine = result["machine"]
+    machine, latency = result["machine"], result["latency"]
+    timed = f"; ms: medians over {latency['images']} images, {latency['threads']} threads" if latency["ms"] else ""
     return (
         f"{result['date']}; {machine['device']}, {machine['processes']} trainings at once, threads of each: "
-        f"{machine['threads']}; {machine['system']}; torch {machine['torch']}; {result['entries'][0]['engine']}"
+        f"{machine['threads']}; {machine['system']}; torch {machine['torch']}; {result['entries'][0]['engine']}{timed}"
     )
 
 
@@ -358,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the study's")
     parser.add_argument("--processes", type=int, default=1, help="trainings at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--latency", action="store_true", help="train nothing, measure latencies of what is done")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results)")
     options = parser.parse_args(argv)
@@ -372,47 +419,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or RESULTS / f"accuracy-{study.name}-{machine_name(options)}.json"
     seeds = study.seeds if options.seeds is None else options.seeds
     chosen = [run for run in runs(study, folder) if run.entry.name in wanted and run.seed in seeds]
+    about = {
+        "benchmark": "accuracy",
+        "command": shlex.join(["python", "-m", "benchmarks.accuracy", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": describe_machine(options.device) | {"threads": options.threads, "processes": options.processes},
+    }
     failed: list[Path] = []
-    words = sys.argv[1:] if argv is None else argv
-
-    more = ["MODEL.DEVICE", options.device]
-
-    def work(run: Run) -> None:
-        print(f"{run.entry.name}, seed {run.seed}", file=sys.stderr, flush=True)
-        if not train(run, options.engine, more, options.threads):
-            failed.append(run.folder / "output.txt")
-
     try:
-        if study.pretraining:
-            print("pretraining", file=sys.stderr, flush=True)
-            weights = pretrain(study, folder, options.engine, more, options.threads * options.processes)
-            if weights is None:
-                print(f"error: the pretraining failed, see {folder / 'pretraining' / 'output.txt'}", file=sys.stderr)
-                return 1
-            more += ["MODEL.WEIGHTS", str(weights)]
-        with ThreadPoolExecutor(options.processes) as pool:
-            for _ in pool.map(work, chosen):
-                write(
-                    {
-                        "benchmark": "accuracy",
-                        "command": shlex.join(["python", "-m", "benchmarks.accuracy", *words]),
-                        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-                        "machine": describe_machine(options.device)
-                        | {"threads": options.threads, "processes": options.processes},
-                        **gather(study, folder),
-                    },
-                    output,
-                )
+        if options.latency:
+            measure_latency(study, folder, options.device, options.threads)
+            if output.exists():  # the command that trained is the one to tell
+                before = json.loads(output.read_text(encoding="utf-8"))
+                about = {key: before[key] for key in about}
+            _save(about | gather(study, folder), output)
+        else:
+            for run, done in _train_all(study, chosen, folder, options):
+                if not done:
+                    failed.append(run.folder / "output.txt")
+                elif run.seed != PRETRAINING_SEED:
+                    _save(about | gather(study, folder), output)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    result = json.loads(output.read_text(encoding="utf-8"))
-    print(table(result))
-    plot(result, output.with_suffix(".png"))
-    print(f"Written to {output} and {output.with_suffix('.png')}")
+    if output.exists():
+        result = json.loads(output.read_text(encoding="utf-8"))
+        print(table(result))
+        plot(result, output.with_suffix(".png"))
+        print(f"Written to {output} and {output.with_suffix('.png')}")
     for path in failed:
         print(f"error: a training failed, see {path}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _train_all(
+    study: Study, chosen: Sequence[Run], folder: Path, options: argparse.Namespace
+) -> Iterator[tuple[Run, bool]]:
+    """What was trained, and whether it is done; after a pretraining that failed nothing else."""
+    more = ["MODEL.DEVICE", options.device]
+    if study.pretraining:
+        run = Run(study.pretraining, PRETRAINING_SEED, folder / "pretraining")
+        print("pretraining", file=sys.stderr, flush=True)
+        weights = pretrain(run, options.engine, more, options.threads * options.processes)
+        yield run, weights is not None
+        if weights is None:
+            return
+        more += ["MODEL.WEIGHTS", str(weights)]
+
+    def work(run: Run) -> tuple[Run, bool]:
+        print(f"{run.entry.name}, seed {run.seed}", file=sys.stderr, flush=True)
+        return run, train(run, options.engine, more, options.threads)
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        yield from pool.map(work, chosen)
+
+
+def _save(result: dict[str, Any], path: Path) -> None:
+    write(result | {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}, path)
 
 
 if __name__ == "__main__":
