@@ -9,8 +9,10 @@
 
 #if defined(__CUDACC__)
 #define DYHEAD_HOST_DEVICE __host__ __device__ __forceinline__
+#define DYHEAD_ROLLED _Pragma("unroll 1")  // in front of a loop whose copies would take too many registers
 #else
 #define DYHEAD_HOST_DEVICE inline
+#define DYHEAD_ROLLED
 #endif
 
 namespace dyhead {
@@ -174,6 +176,20 @@ struct RegionCell {
     const int64_t top = rows.low * width, bottom = rows.high * width;
     return {
         {top + columns.low, top + columns.high, bottom + columns.low, bottom + columns.high}, rows.part, columns.part};
+  }
+  // Calls visit(cell) with the pixels around every point that counts.
+  template <typename Visit>
+  DYHEAD_HOST_DEVICE void for_each_sample(const Visit& visit) const {
+    DYHEAD_ROLLED
+    for (int r = 0; r < samples; ++r) {
+      const Span<T> rows = row_at(r);
+      if (!rows.counts) continue;
+      DYHEAD_ROLLED
+      for (int s = 0; s < samples; ++s) {
+        const Span<T> columns = column_at(s);
+        if (columns.counts) visit(between(rows, columns));
+      }
+    }
   }
   // What the sum of the samples is divided by.
   DYHEAD_HOST_DEVICE T divisor() const {

@@ -68,13 +68,6 @@ class Units {
   int64_t size_ = kChannels;
 };
 
-template <typename A>
-std::vector<Buffer<A>> buffers(int64_t workers, int64_t pixels) {
-  std::vector<Buffer<A>> result;
-  for (int64_t worker = 0; worker < workers; ++worker) result.emplace_back(volume(pixels, kChannels));
-  return result;
-}
-
 template <typename T>
 void maxima_of(const Tensor& x, const Tensor& boxes_tensor, const BorderProblem& problem, Maxima& maxima) {
   using A = Accumulator<T>;
@@ -86,7 +79,7 @@ void maxima_of(const Tensor& x, const Tensor& boxes_tensor, const BorderProblem&
   uint8_t* const index = static_cast<uint8_t*>(maxima.index.mutable_data_ptr());
   const Units units(problem);
   const int64_t workers = units.workers(static_cast<double>(8 * (problem.pool_size + 1)));
-  const std::vector<Buffer<A>> copies = buffers<A>(workers, problem.pixels());
+  const std::vector<Buffer<A>> copies = buffers<A>(workers, problem.pixels(), kChannels);
   parallel_units(units.count(), workers, [&](int64_t number, int64_t worker) {
     const Unit unit = units.at(number);
     const Part<A> part{copies[static_cast<size_t>(worker)].get(), unit.width, 1};
@@ -153,7 +146,7 @@ void gradient_of(const Tensor& grad_tensor, const Tensor& boxes_tensor, const Te
   T* const data = static_cast<T*>(result.mutable_data_ptr());
   const Units units(problem);
   const int64_t workers = units.workers(16 * 8);
-  const std::vector<Buffer<A>> sums = buffers<A>(workers, problem.pixels() + 1);
+  const std::vector<Buffer<A>> sums = buffers<A>(workers, problem.pixels() + 1, kChannels);
   parallel_units(units.count(), workers, [&](int64_t number, int64_t worker) {
     const Unit unit = units.at(number);
     A* const sum = sums[static_cast<size_t>(worker)].get();

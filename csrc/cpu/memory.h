@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace dyhead::cpu {
 
@@ -48,6 +49,14 @@ class Buffer {
   };
   std::unique_ptr<T, Free> data_;
 };
+
+// For every worker one of these dimensions.
+template <typename T, typename... Sizes>
+std::vector<Buffer<T>> buffers(int64_t workers, Sizes... sizes) {
+  std::vector<Buffer<T>> result;
+  for (int64_t worker = 0; worker < workers; ++worker) result.emplace_back(volume(sizes...));
+  return result;
+}
 
 // How many threads `units` pieces of work are worth, each of about `cost` vector instructions: a thread takes some
 // microseconds to wake, and much longer where other programs keep the machine busy.

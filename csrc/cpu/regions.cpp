@@ -60,21 +60,15 @@ template <typename A, typename Visit>
 void visit_samples(const RegionCell<A>& cell, const Visit& visit) {
   Sample<A> samples[kPooled];
   int64_t count = 0;
-  for (int r = 0; r < cell.samples; ++r) {
-    const Span<A> rows = cell.row_at(r);
-    if (!rows.counts) continue;
-    for (int s = 0; s < cell.samples; ++s) {
-      const Span<A> columns = cell.column_at(s);
-      if (!columns.counts) continue;
-      Sample<A>& sample = samples[count++];
-      sample.cell = cell.between(rows, columns);
-      sample.mask = 1;
-      corner_shares(sample.cell, sample.share);
-      if (count < kPooled) continue;
-      visit(samples, count);
-      count = 0;
-    }
-  }
+  cell.for_each_sample([&](const Cell<A>& pixels) {
+    Sample<A>& sample = samples[count++];
+    sample.cell = pixels;
+    sample.mask = 1;
+    corner_shares(sample.cell, sample.share);
+    if (count < kPooled) return;
+    visit(samples, count);
+    count = 0;
+  });
   if (count > 0) visit(samples, count);
 }
 
@@ -88,8 +82,7 @@ void pool(const RegionArguments& arguments, const RegionProblem& problem, Tensor
   T* const to = static_cast<T*>(result.mutable_data_ptr());
   const int64_t channels = problem.channels, side = problem.pooling.side, units = problem.regions * side;
   const int64_t workers = worker_count(units, regions.row_cost(channels, 8));
-  std::vector<Buffer<A>> sums;
-  for (int64_t worker = 0; worker < workers; ++worker) sums.emplace_back(volume(side, channels));
+  const std::vector<Buffer<A>> sums = buffers<A>(workers, side, channels);
   parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
     const int64_t q = unit / side, i = unit % side;
     const Channels<T> from{regions.image(data, q), channels, nullptr};
@@ -119,8 +112,7 @@ void offset_gradient(const Tensor& grad, const RegionArguments& arguments, const
   A* const to = static_cast<A*>(result.mutable_data_ptr());
   const int64_t channels = problem.channels, side = problem.pooling.side, units = problem.regions * side;
   const int64_t workers = worker_count(units, regions.row_cost(channels, 8));
-  std::vector<Buffer<A>> rows;
-  for (int64_t worker = 0; worker < workers; ++worker) rows.emplace_back(volume(side, channels));
+  const std::vector<Buffer<A>> rows = buffers<A>(workers, side, channels);
   parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
     const int64_t q = unit / side, i = unit % side;
     const Channels<T> from{regions.image(data, q), channels, nullptr};
@@ -167,13 +159,12 @@ void map_gradient(const Tensor& grad, const RegionArguments& arguments, const Re
   const int64_t units = count(), runs = blocks(channels, width);
   const double rows = static_cast<double>(problem.regions * side) / static_cast<double>(std::max<int64_t>(units, 1));
   const int64_t workers = worker_count(units, rows * static_cast<double>(runs) * regions.row_cost(width, 12));
-  std::vector<Buffer<A>> buffers;
-  for (int64_t worker = 0; worker < workers; ++worker) buffers.emplace_back(volume(side, width));
+  const std::vector<Buffer<A>> rows_of_cells = buffers<A>(workers, side, width);
   parallel_units(units, workers, [&](int64_t unit, int64_t worker) {
     const int64_t n = unit / runs, first = unit % runs * width, own = std::min(width, channels - first);
     A* const image = to + n * problem.pixels() * channels + first;
     for (int64_t p = 0; p < problem.pixels(); ++p) std::fill(image + p * channels, image + p * channels + own, A(0));
-    A* const row = buffers[static_cast<size_t>(worker)].get();
+    A* const row = rows_of_cells[static_cast<size_t>(worker)].get();
     for (const int64_t q : of_image[static_cast<size_t>(n)]) {
       for (int64_t i = 0; i < side; ++i) {
         copy(part_of(grad, grad_data, q, first).from(i * side), Part<A>{row, own, 1}, side, own);

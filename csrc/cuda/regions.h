@@ -60,24 +60,15 @@ struct PoolRegions {
     const RegionCell<A> cell = maps.cell(maps.region(q), q, static_cast<int>(at % maps.cells()));
     const T* const from = params.x + (cell.region.image < 0 ? 0 : cell.region.image) * maps.image_stride() + channel;
     A sum[kCount] = {};
-#pragma unroll 1  // registers
-    for (int r = 0; r < cell.samples; ++r) {
-      const Span<A> rows = cell.row_at(r);
-      if (!rows.counts) continue;
-#pragma unroll 1
-      for (int s = 0; s < cell.samples; ++s) {
-        const Span<A> columns = cell.column_at(s);
-        if (!columns.counts) continue;
-        const Cell<A> sample = cell.between(rows, columns);
-        A share[4], value[4][kCount];
-        corner_shares(sample, share);
-        load_corners<T>(sample, from, pixel_bytes, value);
+    cell.for_each_sample([&](const Cell<A>& sample) {
+      A share[4], value[4][kCount];
+      corner_shares(sample, share);
+      load_corners<T>(sample, from, pixel_bytes, value);
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) {
-          sum[c] += share[0] * value[0][c] + share[1] * value[1][c] + share[2] * value[2][c] + share[3] * value[3][c];
-        }
+      for (int c = 0; c < kCount; ++c) {
+        sum[c] += share[0] * value[0][c] + share[1] * value[1][c] + share[2] * value[2][c] + share[3] * value[3][c];
       }
-    }
+    });
     const A divisor = cell.divisor();
     T rounded[kCount];
 #pragma unroll
@@ -134,28 +125,19 @@ struct RegionMapGradient {
     const RegionCell<A> cell = maps.cell(region, q, place);
     const A grad = static_cast<A>(params.grad[(q * maps.cells() + place) * maps.channels + channel]) / cell.divisor();
     A* const sums = params.sums + region.image * maps.image_stride() + channel;
-#pragma unroll 1
-    for (int r = 0; r < cell.samples; ++r) {
-      const Span<A> rows = cell.row_at(r);
-      if (!rows.counts) continue;
-#pragma unroll 1
-      for (int s = 0; s < cell.samples; ++s) {
-        const Span<A> columns = cell.column_at(s);
-        if (!columns.counts) continue;
-        const Cell<A> sample = cell.between(rows, columns);
-        A share[4];
-        corner_shares(sample, share);
+    cell.for_each_sample([&](const Cell<A>& sample) {
+      A share[4];
+      corner_shares(sample, share);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          A* const to = sums + sample.corner[i] * maps.channels;
-          if constexpr (kOrdered) {
-            owned_atomic_add(to, share[i] * grad);
-          } else {
-            atomic_add(to, share[i] * grad);
-          }
+      for (int i = 0; i < 4; ++i) {
+        A* const to = sums + sample.corner[i] * maps.channels;
+        if constexpr (kOrdered) {
+          owned_atomic_add(to, share[i] * grad);
+        } else {
+          atomic_add(to, share[i] * grad);
         }
       }
-    }
+    });
   }
 };
 
@@ -180,28 +162,19 @@ struct RegionOffsetGradient {
     const T* const from = params.x + (cell.region.image < 0 ? 0 : cell.region.image) * maps.image_stride();
     const T* const grads = params.grad + at * maps.channels;
     A right = A(0), down = A(0);
-#pragma unroll 1
-    for (int r = 0; r < cell.samples; ++r) {
-      const Span<A> rows = cell.row_at(r);
-      if (!rows.counts) continue;
-#pragma unroll 1
-      for (int s = 0; s < cell.samples; ++s) {
-        const Span<A> columns = cell.column_at(s);
-        if (!columns.counts) continue;
-        const Cell<A> sample = cell.between(rows, columns);
-        A products[4] = {};
+    cell.for_each_sample([&](const Cell<A>& sample) {
+      A products[4] = {};
 #pragma unroll 2
-        for (int channel = lane; channel < maps.channels; channel += kWarp) {
-          A value[4][1];
-          load_corners<T>(sample, from + channel, pixel_bytes, value);
-          const A grad = static_cast<A>(grads[channel]);
+      for (int channel = lane; channel < maps.channels; channel += kWarp) {
+        A value[4][1];
+        load_corners<T>(sample, from + channel, pixel_bytes, value);
+        const A grad = static_cast<A>(grads[channel]);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) products[i] += grad * value[i][0];
-        }
-        right += derivative_x(sample, products);
-        down += derivative_y(sample, products);
+        for (int i = 0; i < 4; ++i) products[i] += grad * value[i][0];
       }
-    }
+      right += derivative_x(sample, products);
+      down += derivative_y(sample, products);
+    });
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
       right += shuffle_xor(right, mask);
