@@ -19,8 +19,8 @@ import dyhead.detectron2
 from benchmarks.document import rewrite
 from benchmarks.program import code, codes, markdown
 from dyhead.backbones import NETWORKS
-from dyhead.config import OPTIONS
 from dyhead.config_checks import TWO_STAGE_NODES
+from dyhead.config_options import option_nodes
 from dyhead.config_page import summary
 from dyhead.data.shapes import SPECS
 from dyhead.detection import DETECTORS
@@ -81,11 +81,11 @@ def _datasets() -> Iterator[list[str]]:
 
 def _keys() -> Iterator[list[str]]:
     """What is in nodes that are neither a detector's nor a neck's nor a box head's, and not in Detectron2's."""
-    theirs = set(_names(get_cfg()))
+    theirs, nodes = set(_names(get_cfg())), option_nodes()
     for node in sorted(
-        set(OPTIONS) - {part.node for part in (*DETECTORS.values(), *NECKS.values(), *BOX_HEADS.values())}
+        set(nodes) - {part.node for part in (*DETECTORS.values(), *NECKS.values(), *BOX_HEADS.values())}
     ):
-        keys = [leaf.key for leaf in leaves(OPTIONS[node]) if f"{node}.{leaf.key}" not in theirs]
+        keys = [leaf.key for leaf in leaves(nodes[node]) if f"{node}.{leaf.key}" not in theirs]
         if keys:
             yield [code(node), codes(keys)]
 
