@@ -63,8 +63,7 @@ _ROOT = Path(__file__).parents[1]
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _NETWORK = "backbone.backbone.bottom_up."
 _SHOWN = ("AP50", "APs", "APm", "APl")
-_IMAGES = 50
-
+_IMAGES = 50  # through which latency is measured
 
 #: Not one that a study would compare.
 PRETRAINING_SEED = 100
@@ -209,12 +208,17 @@ def measure_latency(study: Study, folder: Path, device: str, threads: int) -> No
 
     Milliseconds from pixels to detections, medians over `_IMAGES` test images, one at a time; every image goes through
     all detectors in turn, so that a slow moment of the machine slows all of them.
+
+    Raises:
+        ValueError: nothing is done.
     """
     torch.set_num_threads(threads)
     detectors = {}
     for run in runs(study, folder):
         if run.entry.name not in detectors and (run.folder / "done").exists():
             detectors[run.entry.name] = load_detector(run.folder, device=device)
+    if not detectors:
+        raise ValueError(f"{folder / study.name}: expected trainings that are done, got none")
     times: dict[str, list[float]] = {name: [] for name in detectors}
     images = _test_images(next(iter(detectors.values())).cfg)
     for image in [None, *images]:
@@ -436,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for run, done in _train_all(study, chosen, folder, options):
                 if not done:
                     failed.append(run.folder / "output.txt")
-                elif run.seed != PRETRAINING_SEED:
+                elif run.entry is not study.pretraining:
                     _save(about | gather(study, folder), output)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -88,6 +88,8 @@ def test_latency_is_measured_in_turns_of_what_is_done_and_the_command_that_train
     study, trainings, tmp_path, monkeypatch, capsys
 ):
     arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
+    assert accuracy.main([*arguments, "--latency"]) == 1
+    assert "expected trainings that are done, got none" in capsys.readouterr().err
     accuracy.main([*arguments, "--processes", "2"])
     now, turns = [0.0], []
 
