@@ -33,10 +33,10 @@ class SpatialAwareAttention(nn.Module):
     The offset convolution is initialised to zero, so that sampling starts as a plain convolution with every importance
     at 1/2. The kernel of the same level is initialised as the identity, so that a deep stack first passes on the
     backbone's features; all three kernels get noise of ``INITIAL_NOISE`` times the standard deviation that He et al.
-    give a layer followed by a ReLU, about a third of the output's variance. (In four small trials from scratch the
-    final loss was 0.4 to 3 percent below that of He et al.'s initialisation alone.) GroupNorm undoes the attenuation by
-    the importances, 1/L_m and the level weights, so the kernels do not compensate for it: under a normalisation, larger
-    kernels give the same output and only learn more slowly.
+    give a layer followed by a ReLU, about a third of the output's variance. (docs/evidence.md compares this with He et
+    al.'s initialisation alone.) GroupNorm undoes the attenuation by the importances, 1/L_m and the level weights, so
+    the kernels do not compensate for it: under a normalisation, larger kernels give the same output and only learn
+    more slowly.
 
     Args:
         channels: channels C of every level, in and out.
