@@ -241,7 +241,7 @@ def _test_images(cfg: CfgNode) -> list[np.ndarray]:
 def gather(study: Study, folder: Path) -> dict[str, Any]:
     """What is known so far: for each entry its cost and the results of the seeds that are done."""
     measured = folder / study.name / "latency.json"
-    latency = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {"ms": {}}
+    latency = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None
     entries = []
     for entry in study.entries:
         own = [run for run in runs(study, folder) if run.entry == entry and (run.folder / "done").exists()]
@@ -260,7 +260,7 @@ def gather(study: Study, folder: Path) -> dict[str, Any]:
                 "head_gflops": first["gflops"] - _pyramid_gflops(entry, first["input_size"]),
                 "input_size": first["input_size"],
                 "engine": first["engine"],
-                "latency_ms": latency["ms"].get(entry.name),
+                "latency_ms": latency and latency["ms"].get(entry.name),
                 "runs": [
                     {
                         "seed": run.seed,
@@ -276,7 +276,7 @@ def gather(study: Study, folder: Path) -> dict[str, Any]:
         "question": study.question,
         "seeds": study.seeds,
         "entries": entries,
-        "latency": latency,
+        "latency": latency and {key: latency[key] for key in ("threads", "images")},
     }
 
 
@@ -353,7 +353,7 @@ def gains(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
 def origin(result: dict[str, Any]) -> str:
     """When, where and with what a study was run."""
     machine, latency = result["machine"], result["latency"]
-    timed = f"; ms: medians over {latency['images']} images, {latency['threads']} threads" if latency["ms"] else ""
+    timed = f"; ms: medians over {latency['images']} images, {latency['threads']} threads" if latency else ""
     return (
         f"{result['date']}; {machine['device']}, {machine['processes']} trainings at once, threads of each: "
         f"{machine['threads']}; {machine['system']}; torch {machine['torch']}; {result['entries'][0]['engine']}{timed}"
