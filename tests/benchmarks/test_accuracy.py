@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -85,7 +86,7 @@ def test_every_entry_is_trained_with_every_seed_and_its_results_are_compared(stu
 
 
 def test_latency_is_measured_in_turns_of_what_is_done_and_the_command_that_trained_is_kept(
-    study, trainings, tmp_path, monkeypatch, capsys
+    study, trainings, five_pictures, tmp_path, monkeypatch, capsys
 ):
     arguments = [str(study), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out.json")]
     assert accuracy.main([*arguments, "--latency"]) == 1
@@ -94,26 +95,28 @@ def test_latency_is_measured_in_turns_of_what_is_done_and_the_command_that_train
     now, turns = [0.0], []
 
     class Detector:
-        cfg = SimpleNamespace(DATASETS=SimpleNamespace(REGISTER=[], TEST=["shapes"]))
+        cfg = SimpleNamespace(DATASETS=SimpleNamespace(REGISTER=[five_pictures], TEST=five_pictures[:1]))
 
         def __init__(self, folder, device):
             self.name = folder.name
 
         def __call__(self, pixels):
-            turns.append(self.name)
+            turns.append((self.name, pixels.shape, int(pixels.sum())))
             now[0] += 0.002 if self.name == "plain-0" else 0.005
 
     monkeypatch.setattr(accuracy, "load_detector", Detector)
-    monkeypatch.setattr(accuracy, "_test_images", lambda cfg: ["first", "second", "third"])
     monkeypatch.setattr(accuracy, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert accuracy.main([*arguments, "--latency", "--threads", "1"]) == 0
     assert len(trainings) == 4
-    assert turns == ["plain-0", "with_it-0"] * 4  # once to warm up
+    assert [name for name, *_ in turns] == ["plain-0", "with_it-0"] * 6  # once to warm up
+    pictures = [np.asarray(Image.open(tmp_path / f"{i}.png")) for i in range(1, 6)]
+    for picture, turn in zip(pictures, turns[2::2], strict=True):
+        assert turn == ("plain-0", (48, 64, 3), picture.sum())
     result = json.loads((tmp_path / "out.json").read_text())
     assert [entry["latency_ms"] for entry in result["entries"]] == pytest.approx([2, 5])
     assert "--processes 2" in result["command"]
     assert "--latency" not in result["command"]
-    assert accuracy.origin(result).endswith("ms: medians over 3 images, 1 threads")
+    assert accuracy.origin(result).endswith("ms: medians over 5 images, 1 threads")
 
 
 def test_what_is_done_is_not_repeated_and_what_is_not_is_resumed(study, trainings, tmp_path):
