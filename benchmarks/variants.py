@@ -1,12 +1,16 @@
-"""`python -m benchmarks.variants ...` is train_net.py with one more neck: DyHead with what was tried in its blocks.
+"""`python -m benchmarks.variants ...` is train_net.py with more necks, to compare DyHead with.
 
-`MODEL.NECKS ["DyHeadVariant"]` and `MODEL.DYHEADVARIANT`, which has the keys of `MODEL.DYHEAD` and those below. What
-wins becomes an option of `dyhead.layers.DyHead`, or its default; see docs/evidence.md.
+* `MODEL.NECKS ["DyHeadVariant"]` is DyHead with what was tried in its blocks: `MODEL.DYHEADVARIANT` has the keys of
+  `MODEL.DYHEAD` and those below. What wins becomes an option of `dyhead.layers.DyHead`, or its default.
+* `MODEL.NECKS ["Convolutions"]` is ordinary convolutions in DyHead's place.
+
+See docs/evidence.md.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,7 +21,7 @@ from dyhead.layers.levels import relative_strides
 from dyhead.layers.spatial_attention import SpatialAwareAttention
 from dyhead.necks import DyHeadOptions, register_neck
 from dyhead.ops import pyramid_deform_conv2d
-from dyhead.options import one_of, option
+from dyhead.options import at_least, one_of, option
 from dyhead.runs.command import main
 
 
@@ -81,6 +85,40 @@ class VariantOptions(DyHeadOptions):
                     for kernel in block.spatial_attention.weight:
                         nn.init.kaiming_normal_(kernel, nonlinearity="relu")
         return head
+
+
+class Convolutions(nn.Module):
+    """3x3 convolutions with GroupNorm and ReLU, the same for all levels: a detector's tower as a neck."""
+
+    def __init__(self, channels: int, depth: int, norm_groups: int) -> None:
+        super().__init__()
+        layers = [
+            layer
+            for _ in range(depth)
+            for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(norm_groups, channels), nn.ReLU())
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Levels (N, C, H, W) by name to levels of the same shapes."""
+        return {name: self.layers(level) for name, level in pyramid.items()}
+
+
+@register_neck("Convolutions")
+@dataclass(frozen=True)
+class ConvolutionsOptions:
+    """A tower in the place of a neck."""
+
+    depth: int = option(3, "3x3 convolutions one after the other", at_least(1))
+    norm_groups: int = option(16, "groups of their GroupNorm", at_least(1))
+
+    def build(self, channels: int, num_levels: int | None = None) -> Convolutions:
+        """The module, with random weights."""
+        return Convolutions(channels, self.depth, self.norm_groups)
+
+    def size_divisibility(self, strides: Sequence[int]) -> int:
+        """What it asks of the image's height and width, in pixels: nothing."""
+        return 1
 
 
 if __name__ == "__main__":

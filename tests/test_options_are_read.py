@@ -122,6 +122,7 @@ CHANGES = {
         "offset_groups": 2,
         "norm": "BN",
         "norm_groups": 4,
+        "shortcut": True,
     },
     "SEPC": {"num_blocks": 1, "conv": "plain", "task_convs": "plain", "norm": "", "task_padding": 0},
     "FPT": {"parts": 4, "similarity": "softmax", "dropout": 0.5},

@@ -32,6 +32,7 @@ class DyHeadBlock(nn.Module):
         norm: its normalisation, "GN", "BN", "SyncBN" or None.
         norm_groups: groups of its GroupNorm.
         zero_init_offset: start its offset convolution at zero.
+        shortcut: add F to the result, as a residual network does; the paper's block does not.
 
     Raises:
         ValueError: see the three attentions.
@@ -58,6 +59,7 @@ class DyHeadBlock(nn.Module):
         norm: Literal["GN", "BN", "SyncBN"] | None = "GN",
         norm_groups: int = 16,
         zero_init_offset: bool = True,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels = check_integer("channels", channels)
@@ -75,6 +77,7 @@ class DyHeadBlock(nn.Module):
             else None
         )
         self.task_attention = TaskAwareAttention(channels) if task_aware else None
+        self.shortcut = bool(shortcut)
         # A GroupNorm is, given its statistics, a map of every channel.
         self.merges_norm = bool(spatial_aware and task_aware and norm == "GN")
 
@@ -88,7 +91,7 @@ class DyHeadBlock(nn.Module):
             TypeError, ValueError: not a valid pyramid (no levels, wrong order, sizes, channels, ...). Names the level,
                 what was expected and what came.
         """
-        levels = split_pyramid(pyramid, self.channels, halved=False)
+        inputs = levels = split_pyramid(pyramid, self.channels, halved=False)
         # Conditions are nested, not joined, for torch.jit.script, which leaves out branches of absent attentions then.
         weight: Tensor | None = None
         if self.scale_attention is not None:
@@ -105,4 +108,6 @@ class DyHeadBlock(nn.Module):
             levels = [level * weight[:, i, None, None, None] for i, level in enumerate(levels)]
         if self.task_attention is not None:
             levels = self.task_attention(levels, affine)
+        if self.shortcut:
+            levels = [inputs[i] + level for i, level in enumerate(levels)]
         return join_pyramid(levels, pyramid)

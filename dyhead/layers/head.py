@@ -38,8 +38,8 @@ class DyHead(nn.Module):
         block: "paper" is :class:`DyHeadBlock`. "released" is :class:`ReleasedDyHeadBlock`, the block of all published
             weights of microsoft/DynamicHead and mmdetection (``dyhead convert`` renames their keys); "mmdetection" is
             another name for it. "mmdetection_main" is the same with ``coarse_mask="corner"``, for weights that were
-            trained with mmdetection's main branch after release 3.3. The options from ``window`` to ``norm_groups``
-            apply to "paper" alone.
+            trained with mmdetection's main branch after release 3.3. ``shortcut`` and the options from ``window`` to
+            ``norm_groups`` apply to "paper" alone.
         window: levels on each side of a level that the spatial-aware attention sees; None is the whole pyramid.
         scale_aware: apply Eq. 3.
         spatial_aware: apply Eq. 4.
@@ -50,6 +50,8 @@ class DyHead(nn.Module):
         norm_groups: groups of its GroupNorm.
         zero_init_offset: start its offset convolution at zero, so that sampling starts as a convolution; otherwise with
             small random weights.
+        shortcut: add each block's input to its output. The paper does not, and dense detectors do better without; a
+            box head with fully connected layers behind the blocks learns classes late without (docs/evidence.md).
         use_checkpoint: compute each block again in the backward pass instead of keeping what it computed: memory for
             one block instead of all, for the time of one more forward pass.
 
@@ -89,6 +91,7 @@ class DyHead(nn.Module):
         norm: Literal["GN", "BN", "SyncBN"] | None = "GN",
         norm_groups: int = 16,
         zero_init_offset: bool = True,
+        shortcut: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
@@ -106,6 +109,7 @@ class DyHead(nn.Module):
             "offset_groups": offset_groups,
             "norm": norm,
             "norm_groups": norm_groups,
+            "shortcut": shortcut,
         }
         if block == "paper":
             make = partial(DyHeadBlock, **options)

@@ -45,6 +45,11 @@ class DyHeadOptions:
     zero_init_offset: bool = option(
         True, "start the offsets of Eq. 4 at zero; otherwise small and random, as microsoft/DynamicHead does"
     )
+    shortcut: bool = option(
+        False,
+        "add each block's input to its output, as the paper does not: for a box head with fully connected layers "
+        "behind the blocks, which otherwise learns classes late",
+    )
     use_checkpoint: bool = option(
         False,
         "compute each block again in the backward pass: memory for one block instead of all, for one more forward pass "

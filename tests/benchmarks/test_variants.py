@@ -52,3 +52,16 @@ def test_a_head_with_norms_of_branches_trains(variants):
     out = head([torch.randn(1, 16, 6, 8), torch.randn(1, 16, 3, 4)])
     sum(level.square().mean() for level in out).backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_convolutions_are_a_tower_of_every_level(variants):
+    torch.manual_seed(0)
+    neck = variants.ConvolutionsOptions(depth=2, norm_groups=4).build(8, 2)
+    pyramid = {"p3": torch.randn(2, 8, 6, 4), "p4": torch.randn(2, 8, 3, 2)}
+    out = neck(pyramid)
+    parameters = list(neck.parameters())
+    assert len(parameters) == 8
+    for name, x in pyramid.items():
+        for weight, bias, gain, shift in (parameters[:4], parameters[4:]):
+            x = F.relu(F.group_norm(F.conv2d(x, weight, bias, padding=1), 4, gain, shift))
+        torch.testing.assert_close(out[name], x)

@@ -36,6 +36,14 @@ def test_with_everything_off_is_the_identity(make_pyramid):
     assert not list(block.parameters())
 
 
+def test_a_shortcut_adds_what_comes_in(make_pyramid, randomize):
+    plain = randomize(DyHeadBlock(8, norm_groups=2).double())
+    levels = make_pyramid(13, 10)
+    result = block_with(plain, shortcut=True)(levels)
+    for x, y, out in zip(levels, plain(levels), result, strict=True):
+        torch.testing.assert_close(out, x + y)
+
+
 def test_scale_alone_multiplies_the_levels(make_pyramid, randomize):
     block = DyHeadBlock(8, spatial_aware=False, task_aware=False).double()
     randomize(block)

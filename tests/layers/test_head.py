@@ -308,7 +308,9 @@ def test_a_checkpoint_computes_blocks_again_in_the_backward_pass(make_pyramid, r
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(library.PROBLEM is not None, reason="torch.jit.script takes the compiled operator")
-@pytest.mark.parametrize("options", [{"norm": "GN"}, {"norm": None}, {"out_channels": [8, 24, 48]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"norm": "GN"}, {"norm": None}, {"out_channels": [8, 24, 48], "shortcut": True}], ids=str
+)
 def test_torchscript_takes_adapters(randomize, options):
     head = randomize(yolo_head(**options)).eval()
     named = dict(zip(("p3", "p4", "p5"), yolo_levels(), strict=True))
@@ -422,6 +424,7 @@ def test_the_released_block_wants_sizes_rounded_up():
         ({"norm_groups": 5}, "norm_groups: expected a divisor of the 16 channels, got 5"),
         ({"block": "released", "window": None}, "block='released': expected no options, .*got window=None"),
         ({"block": "mmdetection", "task_aware": False, "norm_groups": 8}, "got task_aware=False, norm_groups=8"),
+        ({"block": "released", "shortcut": True}, "block='released': expected no options, .*got shortcut=True"),
     ],
 )
 def test_names_a_wrong_argument(options, message):
