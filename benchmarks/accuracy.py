@@ -50,6 +50,7 @@ import numpy as np
 import torch
 import yaml
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from benchmarks.program import RESULTS, machine_name, markdown, write
 from dyhead import data, load_detector
@@ -294,14 +295,16 @@ def _times(folder: Path) -> Iterator[tuple[int, float]]:
 
 def _pyramid_gflops(entry: Entry, size: Sequence[int]) -> float:
     """Multiply-adds, in billions, of what is before the head: the network and its feature pyramid."""
-    cfg = get_cfg()
-    keys = entry.keys | {"MODEL.NECKS": []}
-    load_config(cfg, _ROOT / entry.config, [text for key, value in keys.items() for text in (key, str(value))])
-    with torch.device("meta"):
-        pyramid = build_pyramid(cfg).eval()
-    divisor = pyramid.size_divisibility
+
+    def pyramid(keys: dict[str, Any]) -> nn.Module:
+        cfg = get_cfg()
+        load_config(cfg, _ROOT / entry.config, [text for key, value in keys.items() for text in (key, str(value))])
+        with torch.device("meta"):
+            return build_pyramid(cfg).eval()
+
+    divisor = pyramid(entry.keys).size_divisibility  # images are padded as the necks want it
     padded = [-(-side // divisor) * divisor for side in size]
-    return count_flops(pyramid, torch.empty(1, 3, *padded, device="meta"))
+    return count_flops(pyramid(entry.keys | {"MODEL.NECKS": []}), torch.empty(1, 3, *padded, device="meta"))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -214,3 +214,10 @@ def test_a_study_changes_keys_of_its_base_and_adds_entries(study):
         ("with it", "plain", common | {"MODEL.DYHEAD.NUM_BLOCKS": 2}),
         ("more", "", common | {"SOLVER.MAX_ITER": 4}),
     ]
+
+
+def test_what_is_before_the_head_is_counted_as_the_head_pads_images():
+    paper, released = (accuracy.Entry(block, DYHEAD, {"MODEL.DYHEAD.BLOCK": block}) for block in ("paper", "released"))
+    counted = accuracy._pyramid_gflops(released, [64, 96])
+    assert counted == accuracy._pyramid_gflops(paper, [128, 128])
+    assert counted > 2 * accuracy._pyramid_gflops(paper, [64, 96])
