@@ -380,7 +380,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.plot([mean(values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
     axis.set_yticks(range(len(entries)), [f"{entry['name']}  ({entry['head_gflops']:.2f} G)" for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
-    axis.set_xlabel("AP: dots are seeds, lines means (G: multiply-adds of the head)")
+    figure.supxlabel("AP: dots are seeds, lines means (G: multiply-adds of the head)", fontsize="medium")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
