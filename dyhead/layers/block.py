@@ -18,7 +18,8 @@ from dyhead.ops.channelwise import channel_statistics
 class DyHeadBlock(nn.Module):
     """Scale-, spatial- and task-aware attention in turn, ``pi_C(pi_S(pi_L(F) F) F) F`` (Eq. 2).
 
-    Each attention can be switched off, as in the paper's ablation; with all three off the block is the identity.
+    Each attention can be switched off, as in the paper's ablation; with all three off and no shortcut the block is the
+    identity.
     With the spatial-aware attention on, the scale-aware weights are folded into its sum; with it off, they multiply
     the levels.
 
