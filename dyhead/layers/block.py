@@ -19,9 +19,8 @@ class DyHeadBlock(nn.Module):
     """Scale-, spatial- and task-aware attention in turn, ``pi_C(pi_S(pi_L(F) F) F) F`` (Eq. 2).
 
     Each attention can be switched off, as in the paper's ablation; with all three off and no shortcut the block is the
-    identity.
-    With the spatial-aware attention on, the scale-aware weights are folded into its sum; with it off, they multiply
-    the levels.
+    identity. With the spatial-aware attention on, the scale-aware weights are folded into its sum; with it off, they
+    multiply the levels.
 
     Args:
         channels: channels C of every level, in and out.

@@ -50,8 +50,8 @@ class DyHead(nn.Module):
         norm_groups: groups of its GroupNorm.
         zero_init_offset: start its offset convolution at zero, so that sampling starts as a convolution; otherwise with
             small random weights.
-        shortcut: add each block's input to its output. The paper does not, and dense detectors do better without; a
-            box head with fully connected layers behind the blocks learns classes late without (docs/evidence.md).
+        shortcut: add each block's input to its output. The paper does not, and ATSS did better without; a box head
+            with fully connected layers behind the blocks learned classes late without (docs/evidence.md).
         use_checkpoint: compute each block again in the backward pass instead of keeping what it computed: memory for
             one block instead of all, for the time of one more forward pass.
 
