@@ -9,7 +9,7 @@ them:
     DYHEAD_PURE_PYTHON=1   build no library although there is a compiler
     FORCE_CUDA=1 / 0       build the CUDA library although no CUDA device is found / do not, although one is
     CUDA_HOME              the CUDA toolkit (default: the one that the nvcc on PATH belongs to)
-    TORCH_CUDA_ARCH_LIST   compute capabilities to compile for (default: 8.0;9.0+PTX)
+    TORCH_CUDA_ARCH_LIST   compute capabilities to compile for (default: 8.0+PTX;9.0a)
     MAX_JOBS               compilers at a time
     DYHEAD_CXX_FLAGS       more flags for the C++ compiler and linker, for example -fsanitize=address
 
@@ -46,7 +46,8 @@ def find_cuda_home() -> str | None:
 # Before torch.utils.cpp_extension is imported, which reads both once.
 if CUDA_HOME := find_cuda_home():
     os.environ["CUDA_HOME"] = CUDA_HOME
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+# 9.0a, because products of warp groups belong to that machine alone.
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
 
 import torch  # noqa: E402
 from setuptools import Extension, setup  # noqa: E402

@@ -81,28 +81,29 @@ void deterministic_pass(const Device& device, typename Kernel::Params params,
 }
 
 // Gradients of features, offset, mask and level weight.
-template <typename T, bool kTensorCores, bool kVectors, int kRun, int kTaps>
+template <typename T, bool kTensorCores, bool kVectors, int kTaps>
 void sample_gradient_pass_of(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
                              const Problem& problem, bool deterministic, Gradients& gradients) {
   using A = Accumulator<T>;
-  using Kernel = SampleGradient<T, kTensorCores, kVectors, kRun, kTaps>;
+  using Kernel = SampleGradient<T, kTensorCores, kVectors, kTaps>;
   const auto& maps = inputs.maps;
   const Needs& needs = gradients.needs;
   const ScalarType dtype = accumulation_dtype(problem.dtype);
   const Tensor& like = inputs.tensors[0];
 
   const int slices = static_cast<int>(blocks_of(maps.group_out_channels, kRow<T>));
-  const int runs = maps.runs(0, maps.channels, kRun);
+  const int runs = maps.runs(0, maps.channels, Kernel::kRun);
   const Tensor weights = pack_weights<typename Kernel::Pack>(device, inputs, like, slices, runs);
   const int64_t patches = Patch<Kernel::kPixels>::count(maps), all_patches = maps.batch * patches;
 
-  // Runs and levels in parts of their own where patches are few. What a block begins and ends with counts as one of
-  // them; the gradients of positions take memory for every part.
+  // Steps in parts of their own where patches are few. What a block begins and ends with counts as one of them; the
+  // gradients of positions take memory for every part.
   constexpr int64_t most_elements = int64_t(1) << 26;
-  const int64_t units = static_cast<int64_t>(runs) * maps.levels;
+  const int64_t level_steps = static_cast<int64_t>(runs) * Kernel::Pack::tap_groups(maps);
+  const int64_t steps = level_steps * maps.levels;
   const int64_t offsets = needs.offset ? gradients.offset.numel() : 0, masks = needs.mask ? gradients.mask.numel() : 0;
   const int splits =
-      static_cast<int>(best_parts(all_patches, units, static_cast<int64_t>(device.processors()) * Kernel::kMinBlocks, 1,
+      static_cast<int>(best_parts(all_patches, steps, static_cast<int64_t>(device.processors()) * Kernel::kMinBlocks, 1,
                                   most_elements / std::max<int64_t>(offsets + masks, 1)));
   typename Kernel::Params params{
       maps,   gradient, static_cast<const char*>(weights.const_data_ptr()), slices, runs, 0, runs, 0, maps.levels,
@@ -120,7 +121,8 @@ void sample_gradient_pass_of(const Device& device, const Inputs<T>& inputs, cons
   params.mask = parts_of(needs.mask, gradients.mask, params.mask_stride);
   Tensor level_terms;
   if (needs.level_weight) {
-    level_terms = workspace(like, static_cast<int64_t>(maps.batch) * units * patches, dtype);
+    level_terms = workspace(like, static_cast<int64_t>(maps.batch) * steps * patches, dtype);
+    torch::stable::zero_(level_terms);
     params.level_weight = static_cast<A*>(level_terms.mutable_data_ptr());
   }
 
@@ -144,7 +146,7 @@ void sample_gradient_pass_of(const Device& device, const Inputs<T>& inputs, cons
   add_parts(params.offset, gradients.offset);
   add_parts(params.mask, gradients.mask);
   if (needs.level_weight) {
-    sum_rows<A, A>(device, level_terms, static_cast<int64_t>(maps.batch) * maps.levels, runs * patches,
+    sum_rows<A, A>(device, level_terms, static_cast<int64_t>(maps.batch) * maps.levels, level_steps * patches,
                    gradients.level_weight);
   }
   gradients.finish(sums);
@@ -153,24 +155,13 @@ void sample_gradient_pass_of(const Device& device, const Inputs<T>& inputs, cons
 template <typename T, bool kTensorCores, bool kVectors>
 void sample_gradient_pass(const Device& device, const Inputs<T>& inputs, const OutputGradient<T>& gradient,
                           const Problem& problem, bool deterministic, Gradients& gradients) {
-  const auto& maps = inputs.maps;
   if constexpr (kTensorCores && kVectors) {
-    // Where shared memory is large enough for the window of 64 channels; three taps at a time, because kernels of 3 x 3
-    // have three times three.
-    if (std::min(maps.group_channels, maps.offset_channels) > 32) {
-      if (maps.taps > 1 && SampleGradient<T, true, true, 64, 3>::kSharedBytes <= device.shared_limit()) {
-        return sample_gradient_pass_of<T, true, true, 64, 3>(device, inputs, gradient, problem, deterministic,
-                                                             gradients);
-      }
-      if (SampleGradient<T, true, true, 64, 1>::kSharedBytes <= device.shared_limit()) {
-        return sample_gradient_pass_of<T, true, true, 64, 1>(device, inputs, gradient, problem, deterministic,
-                                                             gradients);
-      }
+    // All taps of a 3 x 3 kernel at a time, where shared memory is large enough.
+    if (inputs.maps.taps > 3 && SampleGradient<T, true, true, 9>::kSharedBytes <= device.shared_limit()) {
+      return sample_gradient_pass_of<T, true, true, 9>(device, inputs, gradient, problem, deterministic, gradients);
     }
   }
-  constexpr int run = kRowBytes / static_cast<int>(sizeof(Accumulator<T>));
-  sample_gradient_pass_of<T, kTensorCores, kVectors, run, 1>(device, inputs, gradient, problem, deterministic,
-                                                             gradients);
+  sample_gradient_pass_of<T, kTensorCores, kVectors, 3>(device, inputs, gradient, problem, deterministic, gradients);
 }
 
 template <typename T, bool kTensorCores, bool kVectors, int kRunPanels>

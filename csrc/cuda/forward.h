@@ -2,15 +2,17 @@
 //
 // A block sums up a patch of output pixels by a block of a group's output channels, in registers, over all levels, taps
 // and slices of channels (128 bytes of a sample each). While tensor cores multiply one slice's samples, the same
-// threads gather the next slice's: before each quarter of a product they load four corners of one vector, after it they
-// interpolate and store it. So loads take 16 registers and have the time of a quarter to arrive, if the compiler issues
-// all of them before the product and waits for none before its end; tools/machine_code.py reads from the machine code
-// that it does. There is one synchronisation a slice. Producers of their own (warp specialisation) would need registers
-// that the sums take: with mma.sync a block of 128 x 256 sums holds half of all registers, and only sm_90 can hand
-// registers on between warps.
+// threads gather the next slice's. Products of warp groups (warp_groups.h) go on by themselves meanwhile. Where there
+// are none, threads load four corners of one vector before each quarter of a product, after it they interpolate and
+// store it: so loads take 16 registers and have the time of a quarter to arrive, if the compiler issues all of them
+// before the product and waits for none before its end; tools/machine_code.py reads from the machine code that it does.
+// There is one synchronisation a slice. Producers of their own (warp specialisation) would need registers that the sums
+// take: with mma.sync a block of 128 x 256 sums holds half of all registers, and only sm_90 can hand registers on
+// between warps.
 //
-// Weights arrive by asynchronous copies, kStages - 1 slices ahead. The places of samples are found once per tap and
-// level, one place ahead of the gathering, and lie in shared memory for all slices.
+// Taps follow each other while the slice of channels stays: what they read overlaps, and so is in the first-level
+// cache. The places of several taps' samples lie in tables in shared memory, for all slices. Weights arrive by
+// asynchronous copies, kStages - 1 slices ahead.
 
 #pragma once
 
@@ -25,10 +27,14 @@ struct Forward {
   using Multiply = Product<T, kTensorCores>;
   static constexpr int kThreads = 256, kMinBlocks = kTensorCores && kVectors && kColumns == 128 ? 2 : 1;
   static constexpr int kPixels = 128, kStages = kColumns > 128 ? 3 : 2;  // 2: two blocks fit a multiprocessor
+  static constexpr int kTables = kColumns > 128 ? 9 : 3;                 // all taps of a 3 x 3 kernel; a row of them
   static constexpr int kUnrolledSteps = kMinBlocks > 1 ? 1 : kSteps;     // registers
-  static constexpr int kWarpRows = 64, kWarpColumns = kColumns / 4;      // 2 x 4 warps
+  // Where a device has products of warp groups, these do a slice's at once, while threads gather the next one.
+  static constexpr bool kGroups = kWarpGroups<T> && kTensorCores && kColumns == 256;
+  // 2 x 4 warps; of groups 8 x 1.
+  static constexpr int kWarpRows = kGroups ? 16 : 64, kWarpColumns = kGroups ? kColumns : kColumns / 4;
   static_assert(kPixels * kChunks == kThreads * kSteps, "a thread gathers one vector a step");
-  using Pack = PackWeights<T, kTensorCores, true, kColumns>;
+  using Pack = PackWeights<T, kTensorCores, true, kColumns, kTables>;
 
   struct Params {
     Maps<A> maps;
@@ -42,46 +48,48 @@ struct Forward {
   struct Shared {
     char samples[2][kPixels * kRowBytes];
     char weights[kStages][Pack::kTileBytes];
-    Table<A, kPixels> table[2];
+    Table<A, kPixels> table[kTables];
   };
   // Afterwards: the results, in rows that a column of threads can write without meeting in a bank.
   static constexpr int kResultBytes = kColumns * static_cast<int>(sizeof(T)) + static_cast<int>(sizeof(Vector));
   static constexpr int kSharedBytes = std::max(static_cast<int>(sizeof(Shared)), kPixels* kResultBytes);
 
-  // The channels of the block's group, and which of them share an offset.
+  // The channels of the block's group, and the end of those that share the first one's offset.
   struct Channels {
-    int first, end, offset_group, offset_channels;  // offset_group: of the first channel
-
-    DYHEAD_DEVICE int run_end(int begin, int group) const {
-      const int shared = (group + 1) * offset_channels, limit = shared < end ? shared : end;
-      return limit - begin < kRow<T> ? limit : begin + kRow<T>;
-    }
+    int first, limit, offset_end;
   };
 
-  // What a table is made for.
-  struct Spot {
-    int level, tap, offset_group;
-
-    DYHEAD_DEVICE void next(const Maps<A>& maps, const Channels& channels) {
-      if (++offset_group * channels.offset_channels < channels.end) return;
-      offset_group = channels.offset_group;
-      if (++tap == maps.taps) tap = 0, ++level;
-    }
-  };
-
-  // A slice of channels of a spot.
+  // A run of these at a tap of a level. Taps that have tables follow each other, then runs, then taps again, then
+  // levels.
   struct Slice {
-    Spot spot;
-    int begin, end;
+    int level, first_tap, tap, begin, end, offset_end;
 
-    // Whether the slice is of another spot.
-    DYHEAD_DEVICE bool next(const Maps<A>& maps, const Channels& channels) {
+    static DYHEAD_DEVICE Slice first(const Channels& channels) {
+      Slice slice{0, 0, 0, 0, channels.first, channels.offset_end};
+      slice.next_run(channels);
+      return slice;
+    }
+    DYHEAD_DEVICE void next_run(const Channels& channels) {
       begin = end;
-      const bool other = begin == channels.end || begin == (spot.offset_group + 1) * channels.offset_channels;
-      if (other) spot.next(maps, channels);
-      if (begin == channels.end) begin = channels.first;
-      end = channels.run_end(begin, spot.offset_group);
-      return other;
+      end = offset_end < channels.limit ? offset_end : channels.limit;
+      if (end - begin > kRow<T>) end = begin + kRow<T>;
+    }
+    // Whether other tables are needed.
+    DYHEAD_DEVICE bool next(const Maps<A>& maps, const Channels& channels) {
+      if (++tap < maps.taps && tap < first_tap + kTables) return false;
+      bool others = true;
+      if (end == channels.limit) {
+        if ((first_tap += kTables) >= maps.taps) first_tap = 0, ++level;
+        end = channels.first;
+        offset_end = channels.offset_end;
+      } else if (end == offset_end) {
+        offset_end += maps.offset_channels;
+      } else {
+        others = false;
+      }
+      tap = first_tap;
+      next_run(channels);
+      return others;
     }
   };
 
@@ -94,8 +102,9 @@ struct Forward {
     const auto patch = Patch<kPixels>::at(maps, block_index() / columns);
     const int group = static_cast<int>(column / params.blocks), block = static_cast<int>(column % params.blocks);
     const int first = group * maps.group_channels;
-    const Channels channels{first, first + maps.group_channels, first / maps.offset_channels, maps.offset_channels};
-    const int total = maps.levels * maps.taps * maps.runs(first, channels.end, kRow<T>);
+    const Channels channels{first, first + maps.group_channels,
+                            first - first % maps.offset_channels + maps.offset_channels};
+    const int total = maps.levels * maps.taps * maps.runs(first, channels.limit, kRow<T>);
     const char* const weights = params.weights + column * maps.levels * maps.taps * params.runs * Pack::kTileBytes;
 
     for (int i = 0; i < kStages - 1; ++i) {
@@ -104,44 +113,24 @@ struct Forward {
       commit_copies();
     }
 
-    const int pixel = thread < kPixels ? patch.pixel(maps, thread) : -1;
-    // The tables' owners, a pixel each. What a table is made of is read a spot ahead of it, and tables are made before
-    // a product, when few registers are taken.
-    const bool owner = thread < kPixels;
-    Spot spot{0, 0, channels.offset_group};  // that was read
-    Reading<A> reading{A(0), A(0), A(0)};
-    const auto read = [&] {
-      if (spot.level < maps.levels) reading = read_offset(maps, patch.n, spot.offset_group, spot.tap, pixel);
-    };
-    const auto fill_table = [&](Table<A, kPixels>& table) {
-      if (spot.level == maps.levels) return;
-      table.set(thread, locate_sample(maps, spot.level, spot.tap, pixel, reading),
-                reading.mask * maps.level_factor(patch.n, spot.level));
-      spot.next(maps, channels);
-      read();
-    };
     const int chunk = thread % kChunks, pixel_bytes = maps.channels * static_cast<int>(sizeof(T));
-    Gather<T, kTensorCores, kVectors> gather;
+    constexpr int kGathers = kGroups ? 3 : 1;
+    Gather<T, kTensorCores, kVectors> gathers[kGathers];  // under way at a time
     // `from`: the slice's own chunk of the image's first pixel, of which `valid` channels exist.
     const auto load = [&](const T* from, int valid, const Table<A, kPixels>& table, int step) {
-      gather.load(table, thread / kChunks + step * (kThreads / kChunks), from, pixel_bytes, valid);
+      gathers[step % kGathers].load(table, thread / kChunks + step * (kThreads / kChunks), from, pixel_bytes, valid);
     };
     const auto store = [&](const Table<A, kPixels>& table, int step, char* samples) {
       const int row = thread / kChunks + step * (kThreads / kChunks);
-      gather.store(table, row, samples + tile_offset(row, chunk));
+      gathers[step % kGathers].store(table, row, samples + tile_offset(row, chunk));
     };
 
-    // Tables of the first two spots, and the first slice's samples.
-    Slice slice{spot, first, channels.run_end(first, spot.offset_group)};
+    // The first tables, and the first slice's samples.
+    Slice slice = Slice::first(channels);
     const T* level_pixels = first_pixel(maps, patch.n, 0) + chunk * kVector<T>;
-    int current = 0;  // the table of `slice`
-    if (owner) {
-      read();
-      fill_table(shared.table[0]);
-      fill_table(shared.table[1]);
-    }
+    fill_tables(maps, patch, slice, shared);
     sync_block();
-#pragma unroll 1
+#pragma unroll kUnrolledSteps
     for (int step = 0; step < kSteps; ++step) {
       load(level_pixels + slice.begin, slice.end - slice.begin - chunk * kVector<T>, shared.table[0], step);
       store(shared.table[0], step, shared.samples[0]);
@@ -149,13 +138,21 @@ struct Forward {
 
     Sums<A, kWarpRows / 16, kWarpColumns / 8> sums;
     sums.clear();
-    const int warp_row = warp % 2 * kWarpRows, warp_column = warp / 2 * kWarpColumns;
+    constexpr int kWarpsDown = kPixels / kWarpRows;
+    const int warp_row = warp % kWarpsDown * kWarpRows, warp_column = warp / kWarpsDown * kWarpColumns;
     int stage = 0;
 #pragma unroll 1
     for (int s = 0; s < total; ++s) {
       // This slice's weights have landed, everybody's samples are stored, and nobody reads the slice before any more.
       wait_for_copies<kStages - 2>();
+      if constexpr (kGroups) fence_shared();
       sync_block();
+      const char* const samples = shared.samples[s % 2];
+      if constexpr (kGroups) {
+        begin_products();
+        Multiply::begin_rows(samples + warp / 4 * 64 * kRowBytes, shared.weights[stage], sums);
+        end_products();
+      }
       const int ahead = s + kStages - 1, free = stage == 0 ? kStages - 1 : stage - 1;
       if (ahead < total)
         Pack::template copy_tile<kThreads>(weights + static_cast<int64_t>(ahead) * Pack::kTileBytes,
@@ -165,22 +162,33 @@ struct Forward {
       const bool more = s + 1 < total;
       int valid = 0;
       if (more) {
-        const int level = slice.spot.level;
+        const int level = slice.level;
         if (slice.next(maps, channels)) {
-          // The table before was last read before this synchronisation; the one in its place is read after the next.
-          if (owner) fill_table(shared.table[current]);
-          current ^= 1;
+          // The tables before were last read before this synchronisation.
+          fill_tables(maps, patch, slice, shared);
+          sync_block();
         }
-        if (slice.spot.level != level) level_pixels = first_pixel(maps, patch.n, slice.spot.level) + chunk * kVector<T>;
+        if (slice.level != level) level_pixels = first_pixel(maps, patch.n, slice.level) + chunk * kVector<T>;
         valid = slice.end - slice.begin - chunk * kVector<T>;
       }
-      const char* const samples = shared.samples[s % 2];
-      // Branches of their own for loading and for storing: without them the compiler moves both into the product.
+      const auto& table = shared.table[slice.tap - slice.first_tap];
+      if constexpr (kGroups) {
+        if (more) {
+#pragma unroll
+          for (int step = 0; step < kSteps + kGathers - 1; ++step) {
+            if (step < kSteps) load(level_pixels + slice.begin, valid, table, step);
+            if (step >= kGathers - 1) store(table, step - kGathers + 1, shared.samples[(s + 1) % 2]);
+          }
+        }
+        wait_for_products();
+      } else {
+        // Branches of their own for loading and for storing: without them the compiler moves both into the product.
 #pragma unroll kUnrolledSteps
-      for (int step = 0; step < kSteps; ++step) {
-        if (more) load(level_pixels + slice.begin, valid, shared.table[current], step);
-        Multiply::add_rows(samples, warp_row, shared.weights[stage], warp_column, step, sums);
-        if (more) store(shared.table[current], step, shared.samples[(s + 1) % 2]);
+        for (int step = 0; step < kSteps; ++step) {
+          if (more) load(level_pixels + slice.begin, valid, table, step);
+          Multiply::add_rows(samples, warp_row, shared.weights[stage], warp_column, step, sums);
+          if (more) store(table, step, shared.samples[(s + 1) % 2]);
+        }
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -188,6 +196,20 @@ struct Forward {
     wait_for_copies<0>();
     sync_block();
     write(params, patch, group, block, warp_row, warp_column, sums);
+  }
+
+  // The tables of a slice's tap and those that follow it.
+  static DYHEAD_DEVICE void fill_tables(const Maps<A>& maps, const Patch<kPixels>& patch, const Slice& slice,
+                                        Shared& shared) {
+    const int left = maps.taps - slice.first_tap, taps = left < kTables ? left : kTables;
+    const int offset_group = slice.begin / maps.offset_channels;
+#pragma unroll 1
+    for (int i = thread_index(); i < taps * kPixels; i += kThreads) {
+      const int tap = slice.first_tap + i / kPixels, pixel = patch.pixel(maps, i % kPixels);
+      const Reading<A> reading = read_offset(maps, patch.n, offset_group, tap, pixel);
+      shared.table[i / kPixels].set(i % kPixels, locate_sample(maps, slice.level, tap, pixel, reading),
+                                    reading.mask * maps.level_factor(patch.n, slice.level));
+    }
   }
 
   static DYHEAD_DEVICE const T* first_pixel(const Maps<A>& maps, int n, int level) {

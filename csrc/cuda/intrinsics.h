@@ -39,7 +39,7 @@ DYHEAD_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
 
 // The block's dynamic shared memory.
 DYHEAD_DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
@@ -209,6 +209,9 @@ template <typename A>
 DYHEAD_DEVICE void owned_atomic_add(A* to, A value) {
   atomicAdd(to, value);
 }
+
+// *to += value in shared memory; what was there. Other threads of the block may do the same.
+DYHEAD_DEVICE int shared_fetch_add(int* to, int value) { return atomicAdd(to, value); }
 
 // Two neighbours at once, on a boundary of both; half types are rounded.
 DYHEAD_DEVICE void store_pair(float* to, float first, float second) {

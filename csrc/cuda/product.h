@@ -10,7 +10,7 @@
 
 #include <cstring>
 
-#include "intrinsics.h"
+#include "warp_groups.h"
 
 namespace dyhead::cuda {
 
@@ -125,6 +125,14 @@ struct Product<T, true> {
     }
   }
 
+  // The same for 64 rows of a warp group and 256 columns, over all of their depth; runs until wait_for_products().
+  DYHEAD_DEVICE static void begin_rows(const char* left, const char* right, Sums<float, 1, 32>& sums) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      multiply_add_rows(T(), sums.at[0], left, right, step * kRowBytes / kSteps);
+    }
+  }
+
   // sums += left^T (elements from `left_begin` on) * right (elements from `right_begin` on), over step `step` of
   // panels.
   template <int kRowBlocks, int kColumnBlocks>
@@ -166,6 +174,14 @@ struct Product<T, true> {
         multiply_add(T(), sums.at[i][j], rows[i], columns[0], columns[1]);
         multiply_add(T(), sums.at[i][j + 1], rows[i], columns[2], columns[3]);
       }
+    }
+  }
+
+  // The same for a panel of a warp group and two others, over all of their depth; runs until wait_for_products().
+  DYHEAD_DEVICE static void begin_panels(const char* left, const char* right, Sums<float, 1, 16>& sums) {
+#pragma unroll
+    for (int depth = 0; depth < kPanelRows; depth += kDepth) {
+      multiply_add_panels(T(), sums.at[0], left, right, kPanelRows * kRowBytes, depth);
     }
   }
 

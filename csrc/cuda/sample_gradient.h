@@ -1,16 +1,17 @@
 // The gradients of samples, and from them those of features, offset, mask and level weight.
 //
 // The output's gradient times a tap's weights is the gradient of that tap's samples: a patch of 64 pixels by a run of
-// channels, for several taps at a time. A tap after the other goes through shared memory, and never into main memory
-// unless the gradients have to be deterministic. There groups of lanes take a pixel each, a lane 16 bytes of channels:
-// they multiply with the four corners' features and sum up over channels by shuffles (gradients of offset, mask and
-// level weight).
+// channels, for several taps at a time (all nine of a 3x3 kernel, where shared memory is large enough). They go through
+// shared memory, and never into main memory unless the gradients have to be deterministic. From there groups of lanes
+//   * take a sample each, multiply it with the features at its four corners and sum up over channels by shuffles
+//     (gradients of offset, mask and level weight);
+//   * take a pixel of the level each and sum up what samples around it add to the features' gradient, which is added to
+//     main memory once.
 //
-// A block owns a patch of output pixels and goes over runs of channels, levels and taps, in this order. What taps read
-// lies around the patch, so that the features' gradient of a run and level is summed up over all taps in a window of
-// shared memory, kSide x kSide pixels of the level, and added to main memory once. Only corners outside the window are
-// added there one by one. A thread owns a channel of the window's pixels in even or odd rows, even or odd columns: of a
-// sample's four corners each of these four kinds has one, so no two threads meet.
+// What taps read lies around the patch. So a block lists, for every pixel of a window of kSide x kSide pixels of the
+// level, the samples of which it is a corner; corners outside the window have a list of their own, and are added to
+// main memory one by one. Lists are made once for a level and taps, and serve all runs of channels. Their order is the
+// one in which threads arrive.
 //
 // Where the features' gradient has to be deterministic the block writes the samples' gradients out instead, for
 // feature_gradient.h; everything else has a fixed order anyway.
@@ -27,24 +28,23 @@ namespace dyhead::cuda {
 template <typename T>
 using StoredSample = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, Accumulator<T>>;
 
-template <typename T, bool kTensorCores, bool kVectors, int kRunChannels, int kTapsAtOnce>
+template <typename T, bool kTensorCores, bool kVectors, int kTapsAtOnce>
 struct SampleGradient {
   using A = Accumulator<T>;
   using Multiply = Product<T, kTensorCores>;
-  static constexpr int kThreads = 256, kPixels = 64, kRun = kRunChannels, kTaps = kTapsAtOnce;
-  static constexpr int kMinBlocks = 1;
-  static constexpr int kPanel = kTaps > 1 ? 256 / kRow<T> : 4;  // slices of the output's gradient that stay
-  static constexpr int kStages = kPanel > 4 ? 2 : 3;
-  static constexpr int kColumns = kTaps * kRun, kWarpsAcross = kColumns >= 64 ? 4 : 2;
-  static constexpr int kWarpColumns = kColumns / kWarpsAcross;
-  static constexpr int kWarpRows = kPixels / (kThreads / kWarp / kWarpsAcross);
-  static constexpr int kCount = kVector<A>, kLanes = kRun / kCount;  // channels of a lane, lanes of a pixel
-  static constexpr int kSide = kRun == 64 ? 18 : 16;                 // of the window: as shared memory allows
-  static constexpr int kKinds = kThreads / kRun, kSubkinds = kKinds / 4;
-  static constexpr int kOwners = kTaps * kPixels;  // of a tap's sample at a pixel
-  static_assert(kOwners <= kThreads && kPixels % kWarp == 0, "owners are whole warps");
-  static_assert(kSubkinds == 1 || kSubkinds == 2 || kSubkinds == 4);
-  using Pack = PackWeights<T, kTensorCores, false, kColumns, kTaps>;
+  static constexpr int kPixels = 64, kTaps = kTapsAtOnce, kRun = kRowBytes / static_cast<int>(sizeof(A));
+  // A column of warps for each tap.
+  static constexpr int kWarpsDown = kTaps > 4 ? 2 : 4, kWarpRows = kPixels / kWarpsDown;
+  static constexpr int kThreads = kTaps * kWarpsDown * kWarp, kMinBlocks = 1;
+  static constexpr int kPanel = 4;   // slices of the output's gradient that stay
+  static constexpr int kStages = 2;  // a tile of weights is on its way while the one before is multiplied with
+  static constexpr int kCount = kVector<A>, kLanes = kRun / kCount;  // channels of a lane, lanes of a row of sums
+  static constexpr int kCornerLanes = kRun / kVector<T>;             // lanes of a sample and its corners
+  static constexpr int kSamples = kTaps * kPixels;                   // tap * kPixels + pixel
+  static constexpr int kSide = kTaps > 4 ? 24 : 20;                  // of the window: as shared memory allows
+  static constexpr int kPlaces = kSide * kSide;
+  static_assert(kSamples <= kThreads, "a thread owns a sample");
+  using Pack = PackWeights<T, kTensorCores, false, kTaps * kRun, kTaps>;
   using Stored = StoredSample<T>;
 
   struct Params {
@@ -60,67 +60,99 @@ struct SampleGradient {
     Stored* samples;          // (image, run, tap, pixel, kRun) of this launch's images and runs; null: not wanted
     A *offset, *mask;         // (splits, N, ...), to be added to; null: not wanted
     int64_t offset_stride, mask_stride;  // of a split
-    A* level_weight;                     // (N, L, runs, patches), to be summed; null: not wanted
+    A* level_weight;                     // (N, L, steps of a level, patches), 0, to be summed; null: not wanted
+
+    DYHEAD_DEVICE bool wants_positions() const {
+      return offset != nullptr || mask != nullptr || level_weight != nullptr;
+    }
   };
 
-  static constexpr int kPlaces = kSide * kSide;
+  // What a block works on at a time: taps of a level, a run of channels. Runs follow each other, then taps, then
+  // levels.
+  struct Step {
+    int level, tap, run;  // tap: the first one
+    int begin, end;       // channels of the run
+    int group, offset_group;
 
-  // Where a corner's gradient goes: a place of the window, ~corner, a pixel of the level, or a place of no use.
-  struct Entry {
-    int target;
-    A share;
+    // Number `index` of a launch.
+    static DYHEAD_DEVICE Step at(const Params& params, int index) {
+      const int row = index / params.run_count, groups = Pack::tap_groups(params.maps);
+      Step step{params.first_level + row / groups, row % groups * kTaps, 0};
+      step.rewind(params);
+      for (int i = index % params.run_count; i > 0; --i) step.next(params);
+      return step;
+    }
+    DYHEAD_DEVICE void rewind(const Params& params) {
+      run = params.first_run;
+      begin = 0;
+      for (int i = 0; i < run; ++i) begin = params.maps.run_end(begin, kRun);
+      find(params.maps);
+    }
+    DYHEAD_DEVICE void find(const Maps<A>& maps) {
+      end = maps.run_end(begin, kRun);
+      group = begin / maps.group_channels;
+      offset_group = begin / maps.offset_channels;
+    }
+    DYHEAD_DEVICE void next(const Params& params) {
+      if (++run < params.first_run + params.run_count) {
+        begin = end;
+        return find(params.maps);
+      }
+      if ((tap += kTaps) >= params.maps.taps) tap = 0, ++level;
+      rewind(params);
+    }
+    // Whether the same samples are read.
+    DYHEAD_DEVICE bool shares_terms(const Step& other) const {
+      return level == other.level && tap == other.tap && offset_group == other.offset_group;
+    }
   };
+
   struct alignas(16) Corners {
     int at[4];  // pixels of the level, -1: outside
+  };
+  // What a sample adds to a pixel. 4 * sample + corner.
+  struct Term {
+    int corner;
+    A share;
   };
   struct Shared {
     char gradient[kPanel][kPixels * kRowBytes];
     char weights[kStages][Pack::kTileBytes];
-    A window[kPlaces + kKinds][kRun];  // the last ones, one for each kind, take what is not to be summed
-    // The gradients of a tap's samples; padded, so that the rows that a warp writes at a time lie in different banks.
-    A samples[kPixels][kRun + 32 / sizeof(A)];
-    Corners corner[kTaps][kPixels];
-    Entry entry[kTaps][kPixels][4];  // by kind: 2 * (row & 1) + (column & 1) of the window
-    A corner_products[kTaps][kPixels][4];
-    A level_sums[kOwners / kWarp];
+    char samples[kSamples * kRowBytes];  // their gradients, as `sample_at` says
+    Corners corners[kSamples];
+    A products[kSamples][4];  // of samples' gradients with corners, summed up over runs
+    // By places of the window, and last what lies outside.
+    int term_count[kPlaces + 1], first_term[kPlaces + 1];
+    Term terms[4 * kSamples];
+    int listed;  // terms
+    A level_sums[kThreads / kWarp];
+    // What the block works on is here, because registers are few.
+    Patch<kPixels> patch;
+    Step steps[2];
   };
   static constexpr int kSharedBytes = static_cast<int>(sizeof(Shared));
 
-  // A run of channels of a level.
-  struct Unit {
-    int run, level, begin, end;
-    int group, offset_group;  // of the run
+  // Channel c of a sample's gradient. Chunks of 16 bytes stand in an order that puts what a warp writes at a time, a
+  // few neighbours in 8 rows, into different banks.
+  template <typename SharedMemory>
+  static DYHEAD_DEVICE auto sample_at(SharedMemory& shared, int sample, int c) {
+    const int chunk = c / kCount ^ (sample & 3) * 2;
+    using Element = std::conditional_t<std::is_const_v<SharedMemory>, const A, A>;
+    return reinterpret_cast<Element*>(shared.samples + sample * kRowBytes) + chunk * kCount + c % kCount;
+  }
 
-    // Number `index` of a launch.
-    static DYHEAD_DEVICE Unit at(const Params& params, int index) {
-      Unit unit{params.first_run + index / params.level_count, params.first_level + index % params.level_count};
-      for (int i = 0; i < unit.run; ++i) unit.begin = params.maps.run_end(unit.begin, kRun);
-      unit.find(params.maps);
-      return unit;
-    }
-    DYHEAD_DEVICE void find(const Maps<A>& maps) {
-      group = begin / maps.group_channels;
-      offset_group = begin / maps.offset_channels;
-      end = maps.run_end(begin, kRun);
-    }
-    DYHEAD_DEVICE void next(const Params& params) {
-      if (++level < params.first_level + params.level_count) return;
-      level = params.first_level;
-      ++run;
-      begin = end;
-      if (begin < params.maps.channels) find(params.maps);
-    }
-  };
+  // A thread's own sample. It is found twice for a level and taps, because registers are few.
+  struct Sample {
+    int tap, pixel;  // pixel: -1 where there is none
+    A mask;
+    Cell<A> cell;
 
-  // Taps of a unit that are worked on together.
-  struct Step {
-    Unit unit;
-    int first_tap;
-
-    DYHEAD_DEVICE void next(const Params& params) {
-      if ((first_tap += kTaps) < params.maps.taps) return;
-      first_tap = 0;
-      unit.next(params);
+    static DYHEAD_DEVICE Sample own(const Maps<A>& maps, const Patch<kPixels>& patch, const Step& step) {
+      const int tap = step.tap + thread_index() / kPixels;
+      const bool exists = thread_index() < kSamples && tap < maps.taps;
+      const int pixel = exists ? patch.pixel(maps, thread_index() % kPixels) : -1;
+      const Reading<A> reading = read_offset(maps, patch.n, step.offset_group, tap, pixel);
+      return {tap, pixel, reading.mask, locate_sample(maps, step.level, tap, pixel, reading)};
     }
   };
 
@@ -128,139 +160,94 @@ struct SampleGradient {
     const Maps<A>& maps = params.maps;
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     const int thread = thread_index(), warp = thread / kWarp;
-    const int64_t all = static_cast<int64_t>(params.run_count) * params.level_count;
     const int split = static_cast<int>(block_index() % params.splits);
+    const int64_t all = static_cast<int64_t>(params.run_count) * params.level_count * Pack::tap_groups(maps);
     const int first = static_cast<int>(all * split / params.splits);
-    const int units = static_cast<int>(all * (split + 1) / params.splits) - first;
-    if (units == 0) return;
-    const int64_t patch_index = params.first_patch + block_index() / params.splits;
-    const auto patch = Patch<kPixels>::at(maps, patch_index);
-    const int tap_groups = (maps.taps + kTaps - 1) / kTaps, tiles = tap_groups * params.slices;  // of a unit
-
-    // Weights arrive in the order of their tiles in memory, from one unit's to the next one's.
-    const auto first_weights = [&](int index) {
-      const int64_t run = params.first_run + index / params.level_count;
-      return params.weights +
-             (run * maps.levels + params.first_level + index % params.level_count) * tiles * Pack::kTileBytes;
-    };
-    const char* weights = first_weights(first);
-    int tiles_ahead = tiles, unit_ahead = first;
-    const auto copy_ahead = [&](int stage) {
-      if (unit_ahead < first + units) {
-        Pack::template copy_tile<kThreads>(weights, shared.weights[stage]);
-        weights += Pack::kTileBytes;
-        if (--tiles_ahead == 0) {
-          tiles_ahead = tiles;
-          if (++unit_ahead < first + units) weights = first_weights(unit_ahead);
-        }
-      }
-      commit_copies();
-    };
-    for (int i = 0; i < kStages - 1; ++i) copy_ahead(i);
-
-    // The owner of a tap's sample at a pixel. What a place is made of is read a step ahead of it.
-    const bool owner = thread < kOwners;
-    const int own_tap = thread / kPixels, own_pixel = thread % kPixels;
-    const int pixel = owner ? patch.pixel(maps, own_pixel) : -1;
-    Step step{Unit::at(params, first), 0};
-    Cell<A> cell{{-1, -1, -1, -1}, A(0), A(0)};
-    Reading<A> reading{A(0), A(0), A(0)}, next_reading = reading;
-    const auto read = [&](const Step& step) {
-      const int tap = step.first_tap + own_tap;
-      next_reading = read_offset(maps, patch.n, step.unit.offset_group, tap, tap < maps.taps ? pixel : -1);
-    };
-    const auto fill_tables = [&](bool more) {
-      const int tap = step.first_tap + own_tap;
-      reading = next_reading;
-      cell = locate_sample(maps, step.unit.level, tap, tap < maps.taps ? pixel : -1, reading);
-      set_tables(maps, patch, step.unit.level, cell, reading.mask * maps.level_factor(patch.n, step.unit.level),
-                 shared.corner[own_tap][own_pixel], shared.entry[own_tap][own_pixel]);
-      if (!more) return;
-      Step next = step;
-      next.next(params);
-      read(next);
-    };
-    const int steps = units * tap_groups;
-    if (owner) {
-      read(step);
-      fill_tables(steps > 1);
+    const int steps = static_cast<int>(all * (split + 1) / params.splits) - first;
+    if (steps == 0) return;
+    if (thread == 0) {
+      shared.patch = Patch<kPixels>::at(maps, params.first_patch + block_index() / params.splits);
+      shared.steps[0] = Step::at(params, first);
     }
-    for (int i = thread; i < (kPlaces + kKinds) * kLanes; i += kThreads) {
-      store_vector(&shared.window[i / kLanes][i % kLanes * kCount], Vector{});
-    }
+    sync_block();
 
-    A level_sum = A(0);  // of this thread's samples of a unit
-    int loaded_group = -1, loaded_panel = -1, stage = 0;
-    const int warp_row = warp / kWarpsAcross * kWarpRows, warp_column = warp % kWarpsAcross * kWarpColumns;
+    // Weights lie in the order of steps, but for runs that are not this launch's.
+    const Step& begin = shared.steps[0];
+    const int64_t row = static_cast<int64_t>(begin.level) * Pack::tap_groups(maps) + begin.tap / kTaps;
+    const char* weights = params.weights + (row * params.runs + begin.run) * params.slices * Pack::kTileBytes;
+    Pack::template copy_tile<kThreads>(weights, shared.weights[0]);
+
+    const int warp_row = warp % kWarpsDown * kWarpRows, warp_tap = warp / kWarpsDown;
+    A level_sum = A(0);
+    const int panels = (params.slices + kPanel - 1) / kPanel;
+    int loaded = -1;      // group * panels + panel
+    bool listed = false;  // whether the terms are the step's
 #pragma unroll 1
     for (int s = 0; s < steps; ++s) {
-      const Unit unit = step.unit;
-      const int first_tap = step.first_tap, left = maps.taps - first_tap, taps = left < kTaps ? left : kTaps;
-      Sums<A, kWarpRows / 16, kWarpColumns / 8> sums;
+      const Step& step = shared.steps[s % 2];
+      Sums<A, kWarpRows / 16, kRun / 8> sums;
       sums.clear();
 #pragma unroll 1
       for (int slice = 0; slice < params.slices; ++slice) {
-        const int panel = slice / kPanel;
-        if (loaded_group != unit.group || loaded_panel != panel) {
-          loaded_group = unit.group, loaded_panel = panel;
+        const int panel = slice / kPanel, wanted = step.group * panels + panel;
+        if (loaded != wanted) {
+          loaded = wanted;
           sync_block();  // nobody reads the last one any more
-          load_panel(params, patch, unit.group, panel * kPanel, shared);
-          commit_copies();
-          wait_for_copies<0>();
+          load_panel(params, shared.patch, step.group, panel * kPanel, shared);
         }
         // This slice's weights have landed, and nobody reads the slice before, nor the last step's samples, any more.
-        wait_for_copies<kStages - 2>();
+        commit_copies();
+        wait_for_copies<0>();
         sync_block();
-        copy_ahead(stage == 0 ? kStages - 1 : stage - 1);
-        if (warp_column < taps * kRun) {
-#pragma unroll
+        const int stage = (s * params.slices + slice) % kStages;
+        if (s + 1 < steps || slice + 1 < params.slices) {
+          const bool end = slice + 1 == params.slices && step.run + 1 == params.first_run + params.run_count;
+          const int64_t others = end ? params.runs - params.run_count : 0;
+          weights += (1 + others * params.slices) * Pack::kTileBytes;
+          Pack::template copy_tile<kThreads>(weights, shared.weights[stage ^ 1]);
+        }
+        if (step.tap + warp_tap < maps.taps) {
+#pragma unroll 1  // registers
           for (int i = 0; i < kSteps; ++i) {
-            Multiply::add_rows(shared.gradient[slice % kPanel], warp_row, shared.weights[stage], warp_column, i, sums);
+            Multiply::add_rows(shared.gradient[slice % kPanel], warp_row, shared.weights[stage], warp_tap * kRun, i,
+                               sums);
           }
         }
-        stage = stage + 1 == kStages ? 0 : stage + 1;
       }
+      sums.visit_pairs([&](int row, int column, A value0, A value1) {
+        store_pair(sample_at(shared, warp_tap * kPixels + warp_row + row, column), value0, value1);
+      });
+      const bool more = s + 1 < steps;
+      if (thread == 0 && more) {
+        shared.steps[(s + 1) % 2] = step;
+        shared.steps[(s + 1) % 2].next(params);
+      }
+      if (!listed) list_terms(maps, step, shared);
+      sync_block();
 
-#pragma unroll 1
-      for (int t = 0; t < taps; ++t) {
-        if (t > 0) sync_block();  // nobody reads the tap before any more
+      if (params.wants_positions()) multiply_corners(maps, step, shared);
+      if (params.features[step.level] != nullptr) add_features(params, step, shared);
+      if (params.samples != nullptr) write_samples(params, step, shared);
+
+      const Step& next = shared.steps[(s + 1) % 2];
+      listed = more && next.shares_terms(step);
+      if (listed || !params.wants_positions()) continue;
+      sync_block();  // the products are complete
+      add_positions(params, step, shared, level_sum);
+      if (params.level_weight == nullptr || (more && next.level == step.level)) continue;
 #pragma unroll
-        for (int block = 0; block < kWarpColumns / 8; ++block) {
-          const int begin = warp_column + block * 8 - t * kRun;
-          if (kTaps > 1 && (begin < 0 || begin >= kRun)) continue;
-          sums.visit_pairs_of_block(block, [&](int row, int column, A value0, A value1) {
-            store_pair(&shared.samples[warp_row + row][begin + column], value0, value1);
-          });
-        }
-        sync_block();
-        if (params.offset != nullptr || params.mask != nullptr || params.level_weight != nullptr) {
-          multiply_corners(maps, patch, unit, t, shared);
-        }
-        if (params.features[unit.level] != nullptr) add_to_window(params, patch, unit, t, shared);
-        if (params.samples != nullptr) write_samples(params, patch, unit, first_tap + t, shared);
-      }
-      sync_block();  // the products are complete, and nobody reads the tables or samples any more
-      if (owner && pixel >= 0 && own_tap < taps) {
-        add_positions(params, patch, unit, split, first_tap + own_tap, cell, reading.mask, pixel,
-                      shared.corner_products[own_tap][own_pixel], level_sum);
-      }
-      step.next(params);
-      if (owner && s + 1 < steps) fill_tables(s + 2 < steps);
-      if (first_tap + taps < maps.taps) continue;
-      if (params.features[unit.level] != nullptr) add_window(params, patch, unit, shared);
-      if (params.level_weight != nullptr) {
-#pragma unroll
-        for (int mask = kWarp / 2; mask > 0; mask /= 2) level_sum += shuffle_xor(level_sum, mask);
-        if (owner && thread % kWarp == 0) shared.level_sums[warp] = level_sum;
-        level_sum = A(0);
-        sync_block();
-        if (thread == 0) {
-          A sum = A(0);
-          for (int w = 0; w < kOwners / kWarp; ++w) sum += shared.level_sums[w];
-          const int64_t row = (static_cast<int64_t>(patch.n) * maps.levels + unit.level) * params.runs + unit.run;
-          const int64_t patches = Patch<kPixels>::count(maps);
-          params.level_weight[row * patches + patch_index % patches] = sum;
-        }
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) level_sum += shuffle_xor(level_sum, mask);
+      if (thread % kWarp == 0) shared.level_sums[warp] = level_sum;
+      level_sum = A(0);
+      sync_block();
+      if (thread == 0) {
+        A sum = A(0);
+        for (int w = 0; w < kThreads / kWarp; ++w) sum += shared.level_sums[w];
+        // The place of the last step, which no other block has.
+        const int64_t row = static_cast<int64_t>(shared.patch.n) * maps.levels + step.level;
+        const int64_t place = (row * Pack::tap_groups(maps) + step.tap / kTaps) * params.runs + step.run;
+        const int64_t patches = Patch<kPixels>::count(maps), patch = params.first_patch + block_index() / params.splits;
+        params.level_weight[place * patches + patch % patches] = sum;
       }
     }
     wait_for_copies<0>();
@@ -269,15 +256,22 @@ struct SampleGradient {
   static DYHEAD_DEVICE void load_panel(const Params& params, const Patch<kPixels>& patch, int group, int first_slice,
                                        Shared& shared) {
     const Maps<A>& maps = params.maps;
-    const int left = params.slices - first_slice, slices = left < kPanel ? left : kPanel;
-    for (int i = thread_index(); i < slices * kPixels * kChunks; i += kThreads) {
-      const int chunk = i % kChunks, row = i / kChunks % kPixels, slice = i / (kChunks * kPixels);
+    constexpr int kRowsAtOnce = kThreads >= kPixels * kChunks ? kPixels : kPixels / 2;
+    const int chunk = thread_index() % kChunks, out = first_slice * kRow<T> + chunk * kVector<T>;
+    if (thread_index() >= kRowsAtOnce * kChunks) return;
+#pragma unroll 1  // registers
+    for (int row = thread_index() / kChunks; row < kPixels; row += kRowsAtOnce) {
       const int pixel = patch.pixel(maps, row);
-      const int64_t from = static_cast<int64_t>(patch.n) * maps.pixels + pixel;
-      const int out = (first_slice + slice) * kRow<T> + chunk * kVector<T>;
-      const bool valid = pixel >= 0 && out < params.gradient.group_stride;
-      copy_async(shared.gradient[slice] + tile_offset(row, chunk),
-                 valid ? params.gradient.at(from, group, out) : params.gradient.data, valid);
+      const T* from =
+          params.gradient.at(static_cast<int64_t>(patch.n) * maps.pixels + (pixel < 0 ? 0 : pixel), group, out);
+      char* to = shared.gradient[0] + tile_offset(row, chunk);
+#pragma unroll 1
+      for (int i = 0; i < kPanel; ++i) {
+        const bool valid = pixel >= 0 && out + i * kRow<T> < params.gradient.group_stride;
+        copy_async(to, valid ? from : params.gradient.data, valid);
+        from += kRow<T>;
+        to += kPixels * kRowBytes;
+      }
     }
   }
 
@@ -296,150 +290,137 @@ struct SampleGradient {
              window_begin(to.columns, patch.column, patch.kWidth, maps.kernel_width, to.width)}};
   }
 
-  static DYHEAD_DEVICE void set_tables(const Maps<A>& maps, const Patch<kPixels>& patch, int level, const Cell<A>& cell,
-                                       A factor, Corners& corners, Entry (&entries)[4]) {
-    const Corners begin = window_begins(maps, patch, level);
-    const int width = maps.level[level].width;
-    // Of the top left corner, from the first one that is inside.
-    int64_t row = 0, column = 0;
-    for (int i = 3; i >= 0; --i) {
-      if (cell.corner[i] < 0) continue;
-      const int corner = static_cast<int>(cell.corner[i]);
-      row = corner / width - i / 2;
-      column = corner % width - i % 2;
+  // Lists what all samples add to which pixels.
+  static DYHEAD_DEVICE void list_terms(const Maps<A>& maps, const Step& step, Shared& shared) {
+    const Patch<kPixels>& patch = shared.patch;
+    const int level = step.level;
+    const Sample own = Sample::own(maps, patch, step);
+    const Cell<A>& cell = own.cell;
+    const int thread = thread_index();
+    for (int i = thread; i <= kPlaces; i += kThreads) shared.term_count[i] = 0;
+    if (thread == 0) shared.listed = 0;
+    sync_block();
+    int place[4] = {}, rank[4] = {};
+    if (thread < kSamples) {
+      const Corners begin = window_begins(maps, patch, level);
+      const int width = maps.level[level].width;
+      Corners corners;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int corner = static_cast<int>(cell.corner[i]);
+        corners.at[i] = corner;
+        if (corner < 0) continue;
+        const int64_t y = static_cast<int64_t>(corner / width) - begin.at[0];
+        const int64_t x = static_cast<int64_t>(corner % width) - begin.at[1];
+        const bool near = y >= 0 && y < kSide && x >= 0 && x < kSide;
+        place[i] = near ? static_cast<int>(y * kSide + x) : kPlaces;
+        rank[i] = shared_fetch_add(&shared.term_count[place[i]], 1);
+      }
+      shared.corners[thread] = corners;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) shared.products[thread][i] = A(0);
     }
-    row -= begin.at[0];
-    column -= begin.at[1];
-    A shares[4];
-    corner_shares(cell, shares);
-    Corners found;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t y = row + i / 2, x = column + i % 2;
-      found.at[i] = static_cast<int>(cell.corner[i]);
-      const bool near = y >= 0 && y < kSide && x >= 0 && x < kSide;
-      const int place = static_cast<int>(y * kSide + x);
-      const int slot = static_cast<int>((y & 1) * 2 + (x & 1));
-      entries[slot] = {found.at[i] < 0 ? kPlaces + slot : near ? place : ~found.at[i], shares[i] * factor};
+    sync_block();
+    for (int i = thread; i <= kPlaces; i += kThreads) {
+      shared.first_term[i] = shared_fetch_add(&shared.listed, shared.term_count[i]);
     }
-    corners = found;
-  }
-
-  // Which of the kinds that share an entry's place in the table owns it; for what is nowhere, none that exists.
-  static DYHEAD_DEVICE int subkind(int target) {
-    if (target >= kPlaces) return kSubkinds;
-    const int at = target < 0 ? ~target / 2 : target / 2, row = at / kSide % 2, column = at % 2;
-    return kSubkinds == 2 ? row : 2 * row + column;
-  }
-
-  static DYHEAD_DEVICE void add_to_window(const Params& params, const Patch<kPixels>& patch, const Unit& unit, int t,
-                                          Shared& shared) {
-    const int c = thread_index() % kRun, kind = thread_index() / kRun, slot = kind % 4, unused = kPlaces + kind;
-    if (unit.begin + c >= unit.end) return;
-    A* const level = params.features[unit.level] + patch.n * params.maps.image_stride(unit.level) + unit.begin + c;
-    // A few pixels at a time, so that they do not wait for each other's sums.
-    constexpr int kBatch = 4;
-#pragma unroll 1
-    for (int first = 0; first < kPixels; first += kBatch) {
-      int place[kBatch];
-      A share[kBatch], sample[kBatch], sum[kBatch];
-      bool far = false;
+    sync_block();
+    if (thread < kSamples) {
+      const A factor = own.mask * maps.level_factor(patch.n, level);
+      A shares[4];
+      corner_shares(cell, shares);
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const Entry entry = shared.entry[t][first + k][slot];
-        place[k] = kSubkinds == 1 || subkind(entry.target) == kind / 4 ? entry.target : unused;
-        share[k] = entry.share;
-        sample[k] = shared.samples[first + k][c];
-        far = far || place[k] < 0;
+      for (int i = 0; i < 4; ++i) {
+        if (cell.corner[i] < 0) continue;
+        shared.terms[shared.first_term[place[i]] + rank[i]] = {4 * thread + i, shares[i] * factor};
       }
-      if (far) {
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          if (place[k] >= 0) continue;
-          atomic_add(level + static_cast<int64_t>(~place[k]) * params.maps.channels, share[k] * sample[k]);
-          place[k] = unused;
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) sum[k] = shared.window[place[k]][c];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-#pragma unroll
-        for (int j = 0; j < k; ++j) {
-          if (place[j] == place[k]) sum[k] = sum[j];
-        }
-        sum[k] += share[k] * sample[k];
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) shared.window[place[k]][c] = sum[k];
     }
   }
 
-  // Adds the window to main memory, and clears it.
-  static DYHEAD_DEVICE void add_window(const Params& params, const Patch<kPixels>& patch, const Unit& unit,
-                                       Shared& shared) {
+  // Adds a run's part of the features' gradient to main memory.
+  static DYHEAD_DEVICE void add_features(const Params& params, const Step& step, const Shared& shared) {
     const Maps<A>& maps = params.maps;
-    const auto& to = maps.level[unit.level];
-    const Corners begin = window_begins(maps, patch, unit.level);
-    const int c = thread_index() % kLanes * kCount, valid = unit.end - unit.begin - c;
-    A* const level = params.features[unit.level] + patch.n * maps.image_stride(unit.level) + unit.begin + c;
-    for (int place = thread_index() / kLanes; place < kPlaces; place += kThreads / kLanes) {
-      const int row = begin.at[0] + place / kSide, column = begin.at[1] + place % kSide;
-      const Vector vector = read_vector(&shared.window[place][c]);
-      store_vector(&shared.window[place][c], Vector{});
-      A sum[kCount];
-      std::memcpy(sum, &vector, sizeof(vector));
-      bool any = false;  // NaN is something
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) any = any || sum[k] != A(0);
-      if (!any || valid <= 0 || row < 0 || row >= to.height || column < 0 || column >= to.width) continue;
-      A* const pixel = level + (static_cast<int64_t>(row) * to.width + column) * maps.channels;
+    const Patch<kPixels>& patch = shared.patch;
+    const Corners begin = window_begins(maps, patch, step.level);
+    const int c = thread_index() % kLanes * kCount, valid = step.end - step.begin - c;
+    const int width = maps.level[step.level].width;
+    A* const gradient = params.features[step.level] + patch.n * maps.image_stride(step.level) + step.begin + c;
+    const auto add = [&](int64_t pixel, const A(&sum)[kCount]) {
+      A* const to = gradient + pixel * maps.channels;
       if constexpr (kVectors) {
-        atomic_add(pixel, sum);
+        if (valid > 0) atomic_add(to, sum);
       } else {
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
-          if (k < valid) atomic_add(pixel + k, sum[k]);
+          if (k < valid) atomic_add(to + k, sum[k]);
         }
       }
+    };
+    const auto add_term = [&](const Term& term, A(&sum)[kCount]) {
+      A sample[kCount];
+      const Vector vector = read_vector(sample_at(shared, term.corner / 4, c));
+      std::memcpy(sample, &vector, sizeof(vector));
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) sum[k] += term.share * sample[k];
+    };
+    constexpr int kGroups = kThreads / kLanes;
+#pragma unroll 1
+    for (int place = thread_index() / kLanes; place < kPlaces; place += kGroups) {
+      const int count = shared.term_count[place];
+      if (count == 0) continue;
+      const Term* const terms = shared.terms + shared.first_term[place];
+      A sum[kCount] = {};
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) add_term(terms[i], sum);
+      bool any = false;  // NaN is something
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) any = any || sum[k] != A(0);
+      if (!any) continue;
+      add(static_cast<int64_t>(begin.at[0] + place / kSide) * width + begin.at[1] + place % kSide, sum);
+    }
+    const Term* const outside = shared.terms + shared.first_term[kPlaces];
+#pragma unroll 1
+    for (int i = thread_index() / kLanes; i < shared.term_count[kPlaces]; i += kGroups) {
+      A sum[kCount] = {};
+      add_term(outside[i], sum);
+      add(shared.corners[outside[i].corner / 4].at[outside[i].corner % 4], sum);
     }
   }
 
-  static DYHEAD_DEVICE void write_samples(const Params& params, const Patch<kPixels>& patch, const Unit& unit, int tap,
-                                          Shared& shared) {
+  static DYHEAD_DEVICE void write_samples(const Params& params, const Step& step, const Shared& shared) {
     const Maps<A>& maps = params.maps;
+    const Patch<kPixels>& patch = shared.patch;
     const int64_t image = patch.n - params.first_patch / Patch<kPixels>::count(maps);
-    const int64_t plane = (image * params.run_count + unit.run - params.first_run) * maps.taps + tap;
-    Stored* const to = params.samples + plane * maps.pixels * kRun;
     const int c = thread_index() % kLanes * kCount;
-    for (int p = thread_index() / kLanes; p < kPixels; p += kThreads / kLanes) {
-      const int pixel = patch.pixel(maps, p);
-      if (pixel < 0) continue;
+    for (int s = thread_index() / kLanes; s < kSamples; s += kThreads / kLanes) {
+      const int tap = step.tap + s / kPixels, pixel = patch.pixel(maps, s % kPixels);
+      if (tap >= maps.taps || pixel < 0) continue;
+      const int64_t plane = (image * params.run_count + step.run - params.first_run) * maps.taps + tap;
+      Stored* const to = params.samples + (plane * maps.pixels + pixel) * kRun + c;
       A value[kCount];
-      const Vector vector = read_vector(&shared.samples[p][c]);
+      const Vector vector = read_vector(sample_at(shared, s, c));
       std::memcpy(value, &vector, sizeof(vector));
 #pragma unroll
-      for (int k = 0; k < kCount; k += 2) {
-        store_pair(to + static_cast<int64_t>(pixel) * kRun + c + k, value[k], value[k + 1]);
-      }
+      for (int k = 0; k < kCount; k += 2) store_pair(to + k, value[k], value[k + 1]);
     }
   }
 
-  // The products of samples' gradients with the features at their four corners, summed up over a run.
-  static DYHEAD_DEVICE void multiply_corners(const Maps<A>& maps, const Patch<kPixels>& patch, const Unit& unit, int t,
-                                             Shared& shared) {
-    const int lane = thread_index() % kLanes, c = lane * kCount, valid = unit.end - unit.begin - c;
-    const T* const features = static_cast<const T*>(maps.level[unit.level].features) +
-                              patch.n * maps.image_stride(unit.level) + unit.begin + c;
-    // Of two pixels all corners are under way before the first one is used.
-    constexpr int kBatch = 2, kPixelsAtOnce = kThreads / kLanes;
-    static_assert(kPixels % (kBatch * kPixelsAtOnce) == 0);
+  // Adds the products of samples' gradients with the features at their four corners, summed up over a run.
+  static DYHEAD_DEVICE void multiply_corners(const Maps<A>& maps, const Step& step, Shared& shared) {
+    constexpr int kWide = kVector<T>;
+    const int lane = thread_index() % kCornerLanes, c = lane * kWide, valid = step.end - step.begin - c;
+    const T* const features = static_cast<const T*>(maps.level[step.level].features) +
+                              shared.patch.n * maps.image_stride(step.level) + step.begin + c;
+    const bool below = lane & kCornerLanes / 2, beside = lane & kCornerLanes / 4;
+    // Of kBatch samples all corners are under way before the first one is used.
+    constexpr int kBatch = 2, kSamplesAtOnce = kThreads / kCornerLanes;
+    static_assert(kSamples % (kBatch * kSamplesAtOnce) == 0);
 #pragma unroll 1
-    for (int first = thread_index() / kLanes; first < kPixels; first += kBatch * kPixelsAtOnce) {
-      T value[kBatch][4][kCount];
+    for (int first = thread_index() / kCornerLanes; first < kSamples; first += kBatch * kSamplesAtOnce) {
+      T value[kBatch][4][kWide];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const Corners corners = shared.corner[t][first + b * kPixelsAtOnce];
+        const Corners corners = shared.corners[first + b * kSamplesAtOnce];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           load_channels<kVectors>(features, corners.at[i], maps.channels * static_cast<int>(sizeof(T)), valid,
@@ -448,49 +429,53 @@ struct SampleGradient {
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const int p = first + b * kPixelsAtOnce;
-        A gradient[kCount];
-        const Vector vector = read_vector(&shared.samples[p][c]);
-        std::memcpy(gradient, &vector, sizeof(vector));
+        const int sample = first + b * kSamplesAtOnce;
+        A gradient[kWide];
+#pragma unroll
+        for (int k = 0; k < kWide; k += kCount) {
+          const Vector vector = read_vector(sample_at(std::as_const(shared), sample, c + k));
+          std::memcpy(gradient + k, &vector, sizeof(vector));
+        }
         A product[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          A wide[kCount];
+          A wide[kWide];
           widen(value[b][i], wide);
           product[i] = A(0);
 #pragma unroll
-          for (int k = 0; k < kCount; ++k) product[i] += gradient[k] * wide[k];
+          for (int k = 0; k < kWide; ++k) product[i] += gradient[k] * wide[k];
         }
         // Two exchanges leave every lane the part of one corner; the rest sums it up over the lanes that have the same.
-        const bool below = lane & kLanes / 2, beside = lane & kLanes / 4;
         const A kept0 = below ? product[2] : product[0], kept1 = below ? product[3] : product[1];
-        const A row0 = kept0 + shuffle_xor(below ? product[0] : product[2], kLanes / 2);
-        const A row1 = kept1 + shuffle_xor(below ? product[1] : product[3], kLanes / 2);
-        A sum = (beside ? row1 : row0) + shuffle_xor(beside ? row0 : row1, kLanes / 4);
+        const A row0 = kept0 + shuffle_xor(below ? product[0] : product[2], kCornerLanes / 2);
+        const A row1 = kept1 + shuffle_xor(below ? product[1] : product[3], kCornerLanes / 2);
+        A sum = (beside ? row1 : row0) + shuffle_xor(beside ? row0 : row1, kCornerLanes / 4);
 #pragma unroll
-        for (int mask = kLanes / 8; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-        if (lane % (kLanes / 4) == 0) shared.corner_products[t][p][2 * below + beside] = sum;
+        for (int mask = kCornerLanes / 8; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+        if (lane % (kCornerLanes / 4) == 0) shared.products[sample][2 * below + beside] += sum;
       }
     }
   }
 
-  // Adds a run's and level's part of the gradients at one pixel and tap. The same thread adds all of them, in order.
-  static DYHEAD_DEVICE void add_positions(const Params& params, const Patch<kPixels>& patch, const Unit& unit,
-                                          int split, int tap, const Cell<A>& cell, A mask, int pixel,
-                                          const A (&products)[4], A& level_sum) {
+  // Adds what runs of a level give of the gradients at one pixel and tap. The same thread adds all of them, in order.
+  static DYHEAD_DEVICE void add_positions(const Params& params, const Step& step, const Shared& shared, A& level_sum) {
     const Maps<A>& maps = params.maps;
-    if (params.offset == nullptr && params.mask == nullptr && params.level_weight == nullptr) return;
-    const auto& level = maps.level[unit.level];
-    const SampleGradients<A> more =
-        sample_gradients(cell, products, mask, maps.level_factor(patch.n, unit.level), static_cast<A>(level.rows.shift),
-                         static_cast<A>(level.columns.shift));
-    const int64_t begin = plane(patch.n, maps.offset_groups, unit.offset_group, maps.taps, tap, maps.pixels);
+    const Sample own = Sample::own(maps, shared.patch, step);
+    if (own.pixel < 0) return;
+    const auto& axes = maps.level[step.level];
+    const SampleGradients<A> more = sample_gradients(
+        own.cell, shared.products[thread_index()], own.mask, maps.level_factor(shared.patch.n, step.level),
+        static_cast<A>(axes.rows.shift), static_cast<A>(axes.columns.shift));
+    const int64_t split = block_index() % params.splits;
+    const int64_t begin = plane(shared.patch.n, maps.offset_groups, step.offset_group, maps.taps, own.tap, maps.pixels);
     if (params.offset != nullptr) {
-      A* const to = params.offset + split * params.offset_stride + 2 * begin + pixel;
+      A* const to = params.offset + split * params.offset_stride + 2 * begin + own.pixel;
       owned_atomic_add(to, more.dy);
       owned_atomic_add(to + maps.pixels, more.dx);
     }
-    if (params.mask != nullptr) owned_atomic_add(params.mask + split * params.mask_stride + begin + pixel, more.mask);
+    if (params.mask != nullptr) {
+      owned_atomic_add(params.mask + split * params.mask_stride + begin + own.pixel, more.mask);
+    }
     level_sum += more.level_weight;
   }
 };

@@ -19,6 +19,8 @@ struct WeightGradient {
   static constexpr int kThreads = 256, kMinBlocks = 1;
   static constexpr int kPanels = 4, kOuts = kPanels * kRow<T>, kRun = kRunPanels * kRow<T>;
   static constexpr int kWarpOuts = kOuts / 4, kWarpChannels = kRun / 2;  // 4 x 2 warps
+  // Where a device has products of warp groups, each of the two does half of the output channels.
+  static constexpr bool kGroups = kWarpGroups<T> && kTensorCores && kRunPanels == 2 && sizeof(T) == 2;
   static constexpr int kTileBytes = kPanelRows * kRowBytes;
 
   struct Params {
@@ -103,16 +105,18 @@ struct WeightGradient {
     static_assert(kPanelRows * kChunks == 2 * kThreads && Multiply::kPanelSteps % kParts == 0);
     const int chunk = thread % kChunks;
     const T* const features = static_cast<const T*>(maps.level[level].features) + begin + chunk * kVector<T>;
-    Gather<T, kTensorCores, kVectors> gather;
+    constexpr int kGathers = kGroups ? 2 : 1;
+    Gather<T, kTensorCores, kVectors> gathers[kGathers];
     const auto load = [&](int slice, int part) {
       const int row = thread / kChunks + part % 2 * (kThreads / kChunks), channel = part / 2 * kRow<T>;
-      gather.load(shared.table[slice % 2], row, features + shared.first_pixel[slice % 2] + channel,
-                  maps.channels * static_cast<int>(sizeof(T)), end - begin - chunk * kVector<T> - channel);
+      gathers[part % kGathers].load(shared.table[slice % 2], row, features + shared.first_pixel[slice % 2] + channel,
+                                    maps.channels * static_cast<int>(sizeof(T)),
+                                    end - begin - chunk * kVector<T> - channel);
     };
     const auto store = [&](int slice, int part) {
       const int row = thread / kChunks + part % 2 * (kThreads / kChunks);
-      gather.store(shared.table[slice % 2], row,
-                   shared.samples[slice % 2] + panel_offset(row, part / 2 * kChunks + chunk));
+      gathers[part % kGathers].store(shared.table[slice % 2], row,
+                                     shared.samples[slice % 2] + panel_offset(row, part / 2 * kChunks + chunk));
     };
 
     copy_gradient(shared.gradient[0]);
@@ -125,19 +129,36 @@ struct WeightGradient {
       read_next(2);
     }
     sync_block();
+#pragma unroll kGathers
     for (int part = 0; part < kParts; ++part) {
       load(0, part);
       store(0, part);
     }
 
     Sums<A, kWarpOuts / 16, kWarpChannels / 8> sums;
-    sums.clear();
+    Sums<A, 1, 16> group_sums[2];  // of 64 output channels each
+    if constexpr (kGroups) {
+      group_sums[0].clear();
+      group_sums[1].clear();
+    } else {
+      sums.clear();
+    }
     const int warp_out = warp % 4 * kWarpOuts, warp_channel = warp / 4 * kWarpChannels;
 #pragma unroll 1
     for (int slice = 0; slice < slices; ++slice) {
       // This slice has landed and is stored, and nobody reads the one before any more.
       wait_for_copies<0>();
+      if constexpr (kGroups) fence_shared();
       sync_block();
+      if constexpr (kGroups) {
+        begin_products();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Multiply::begin_panels(shared.gradient[slice % 2] + (2 * (warp / 4) + half) * kTileBytes,
+                                 shared.samples[slice % 2], group_sums[half]);
+        }
+        end_products();
+      }
       const bool more = slice + 1 < slices;
       if (more) copy_gradient(shared.gradient[(slice + 1) % 2]);
       commit_copies();
@@ -147,15 +168,27 @@ struct WeightGradient {
         fill_table(slice + 2);
         read_next(slice + 3);
       }
-#pragma unroll 1
-      for (int part = 0; part < kParts; ++part) {
-        if (more) load(slice + 1, part);
+      if constexpr (kGroups) {
+        if (more) {
+          load(slice + 1, 0);
 #pragma unroll
-        for (int step = 0; step < Multiply::kPanelSteps / kParts; ++step) {
-          Multiply::add_panels(shared.gradient[slice % 2], warp_out, shared.samples[slice % 2], warp_channel,
-                               part * (Multiply::kPanelSteps / kParts) + step, sums);
+          for (int part = 0; part < kParts; ++part) {
+            if (part + 1 < kParts) load(slice + 1, part + 1);
+            store(slice + 1, part);
+          }
         }
-        if (more) store(slice + 1, part);
+        wait_for_products();
+      } else {
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part) {
+          if (more) load(slice + 1, part);
+#pragma unroll
+          for (int step = 0; step < Multiply::kPanelSteps / kParts; ++step) {
+            Multiply::add_panels(shared.gradient[slice % 2], warp_out, shared.samples[slice % 2], warp_channel,
+                                 part * (Multiply::kPanelSteps / kParts) + step, sums);
+          }
+          if (more) store(slice + 1, part);
+        }
       }
     }
     wait_for_copies<0>();
@@ -163,13 +196,25 @@ struct WeightGradient {
     const int64_t matrix = (rest * maps.levels + level) * maps.taps + tap;
     const int group_channels = maps.group_channels, outs = maps.group_out_channels;
     A* const part = params.parts + matrix * maps.out_channels * group_channels;
-    sums.visit_pairs([&](int row, int column, A value0, A value1) {
-      const int out = block * kOuts + warp_out + row, channel = begin + warp_channel + column;
+    const auto write = [&](int row, int column, A value0, A value1) {
+      const int out = block * kOuts + row, channel = begin + column;
       if (out >= outs) return;
       A* const to = part + static_cast<int64_t>(group * outs + out) * group_channels + channel % group_channels;
       if (channel < end) to[0] = value0;
       if (channel + 1 < end) to[1] = value1;
-    });
+    };
+    if constexpr (kGroups) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int first_row = (2 * (warp / 4) + half) * 64 + warp % 4 * 16;
+        group_sums[half].visit_pairs(
+            [&](int row, int column, A value0, A value1) { write(first_row + row, column, value0, value1); });
+      }
+    } else {
+      sums.visit_pairs([&](int row, int column, A value0, A value1) {
+        write(warp_out + row, warp_channel + column, value0, value1);
+      });
+    }
   }
 };
 

@@ -10,10 +10,10 @@
 namespace dyhead::cuda {
 
 // For the forward pass (kForward) a tile's rows are output channels, its depth a run of channels. Tiles come as
-//     (group, block of output channels, level, tap, run of the group).
+//     (group, block of output channels, level, kTaps taps, run of the group, tap of these).
 // For gradients of samples a tile's rows are a run of channels for each of kTaps taps, its depth output channels. Tiles
 // come as
-//     (run of all channels, level, taps, slice of output channels).
+//     (level, taps, run of all channels, slice of output channels).
 template <typename T, bool kTensorCores, bool kForward, int kRows, int kTaps = 1>
 struct PackWeights {
   using A = Accumulator<T>;
@@ -30,7 +30,8 @@ struct PackWeights {
   };
 
   static int64_t tiles(const Maps<A>& maps, int blocks, int runs) {
-    return static_cast<int64_t>(kForward ? maps.groups : 1) * maps.levels * tap_groups(maps) * blocks * runs;
+    const int64_t taps = kForward ? static_cast<int64_t>(maps.groups) * maps.taps : tap_groups(maps);
+    return taps * maps.levels * blocks * runs;
   }
   static DYHEAD_HOST_DEVICE int tap_groups(const Maps<A>& maps) {
     return static_cast<int>((static_cast<int64_t>(maps.taps) + kTaps - 1) / kTaps);
@@ -71,17 +72,20 @@ struct PackWeights {
       exists = at < maps.levels * maps.taps * runs;
       if (!exists) at = 0;
       begin = first;
-      for (int i = at % runs; i > 0; --i) begin = maps.run_end(begin, kRun);
-      tap = at / runs % maps.taps;
-      level = at / runs / maps.taps;
+      level = at / (maps.taps * runs);
+      at -= level * maps.taps * runs;
+      const int first_tap = at / (kTaps * runs) * kTaps, left = maps.taps - first_tap,
+                taps = left < kTaps ? left : kTaps;
+      at -= first_tap * runs;
+      for (int i = at / taps; i > 0; --i) begin = maps.run_end(begin, kRun);
+      tap = first_tap + at % taps;
       end = maps.run_end(begin, kRun);
       out = group * maps.group_out_channels + block * kRows + row;
       exists = exists && block * kRows + row < maps.group_out_channels;
     } else {
-      const int slice = take(params.blocks);
+      const int slice = take(params.blocks), run = take(params.runs);
       tap = take(tap_groups(maps)) * kTaps + row / kRun;
       level = take(maps.levels);
-      const int run = take(params.runs);
       begin = 0;
       for (int i = run; i > 0; --i) begin = maps.run_end(begin, kRun);
       end = maps.run_end(begin, kRun);

@@ -234,6 +234,13 @@ void atomic_add(double* to, double value) {
   *to += value;
 }
 
+int fetch_add(int* to, int value) {
+  races::record(to, sizeof(*to), races::Access::kAtomic);
+  const int before = *to;
+  *to += value;
+  return before;
+}
+
 void collective(void (*operation)(void* const lanes[kWarp]), void* own) {
   const int thread = block->running, first = thread / kWarp * kWarp;
   Warp& warp = block->warps[thread / kWarp];

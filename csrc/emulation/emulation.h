@@ -56,6 +56,7 @@ void read(void* to, const void* from, size_t bytes);
 void write(void* to, const void* from, size_t bytes);
 void atomic_add(float* to, float value);
 void atomic_add(double* to, double value);
+int fetch_add(int* to, int value);
 void check_alignment(const void* pointer, size_t bytes = sizeof(Vector));
 void check_owner(const void* pointer);
 
@@ -116,6 +117,45 @@ inline void multiply_add(float, float (&sum)[4], const uint32_t (&left)[4], uint
   emulation::multiply_add_tf32(sum, left, right0, right1);
 }
 
+// csrc/cuda/warp_groups.h, at once and each thread its own sums. A row's chunks of 16 bytes are in product.h's order.
+// Only half types, so that what runs without such products is tested, too.
+template <typename T>
+constexpr bool kWarpGroups = sizeof(T) == 2;
+inline void fence_shared() {}
+inline void begin_products() {}
+inline void end_products() {}
+inline void wait_for_products() {}
+template <typename T>
+inline float element(const char* tile, int row, int byte) {
+  T value;
+  emulation::read(&value, tile + row * 128 + ((byte / 16) ^ (row & 7)) * 16 + byte % 16, sizeof(value));
+  return static_cast<float>(value);
+}
+template <typename T>
+inline void multiply_add_rows(T, float (&sum)[32][4], const char* left, const char* right, int begin) {
+  const int lane = thread_index() % kWarp, row = thread_index() / kWarp % 4 * 16 + lane / 4;
+  for (int byte = begin; byte < begin + 32; byte += static_cast<int>(sizeof(T))) {
+    const float rows[2] = {element<T>(left, row, byte), element<T>(left, row + 8, byte)};
+    for (int j = 0; j < 32; ++j) {
+      for (int k = 0; k < 4; ++k) sum[j][k] += rows[k / 2] * element<T>(right, j * 8 + lane % 4 * 2 + k % 2, byte);
+    }
+  }
+}
+template <typename T>
+inline void multiply_add_panels(T, float (&sum)[16][4], const char* left, const char* right, int panel_bytes,
+                                int begin) {
+  const int lane = thread_index() % kWarp, row = thread_index() / kWarp % 4 * 16 + lane / 4;
+  for (int depth = begin; depth < begin + 16; ++depth) {
+    const float rows[2] = {element<T>(left, depth, row * 2), element<T>(left, depth, (row + 8) * 2)};
+    for (int j = 0; j < 16; ++j) {
+      for (int k = 0; k < 4; ++k) {
+        const int column = j * 8 + lane % 4 * 2 + k % 2;
+        sum[j][k] += rows[k / 2] * element<T>(right + column / 64 * panel_bytes, depth, column % 64 * 2);
+      }
+    }
+  }
+}
+
 inline uint32_t round_to_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -165,6 +205,8 @@ inline void owned_atomic_add(A* to, A value) {
   emulation::check_owner(to);
   *to += value;
 }
+
+inline int shared_fetch_add(int* to, int value) { return emulation::fetch_add(to, value); }
 
 template <typename T, typename A>
 inline void store_pair(T* to, A first, A second) {

@@ -222,22 +222,22 @@ def test_kernels_fit_the_shared_memory_of_smaller_devices(precision, emulated, m
     case = make_case(
         channels=72, out_channels=136, kernel=(1, 1), batch=1, size=(17, 20), levels=((9, 10),), dtype=dtype
     )
-    launches, results = {}, {}
+    largest, results = {}, {}
     for limit in (227, 163, 99):
         emulated.operators.set_device(4, limit << 10)
         check_case(case, emulated, precision)
-        launches[limit] = take_launches(emulated)
+        largest[limit] = max(shared for _, shared in take_launches(emulated))
+        assert largest[limit] <= limit << 10
         results[limit] = emulated.forward(case, allow_tf32=allow_tf32)
         emulated.operators.take_launches()
-    assert launches[163] == launches[227]
-    assert max(shared for _, shared in launches[163]) > 99 << 10
-    assert max(shared for _, shared in launches[99]) <= 99 << 10
-    assert torch.equal(results[99], results[227])
+    assert largest[227] > 163 << 10
+    assert largest[163] > 99 << 10
+    assert torch.equal(results[99], results[163])
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_kernels_of_the_sample_gradient_agree(precision, emulated, make_case):
-    """By the shared memory that they have: 64 channels and three taps at a time, 64 and one, 32 and one."""
+    """By the shared memory that they have: nine taps at a time, or three."""
     dtype, allow_tf32 = PRECISIONS[precision]
     case = make_case(channels=40, out_channels=8, batch=1, size=(9, 10), levels=((9, 10), (5, 5)), dtype=dtype)
     shared = {}
@@ -248,7 +248,7 @@ def test_kernels_of_the_sample_gradient_agree(precision, emulated, make_case):
         emulated.operators.take_launches()
         emulated.backward(case, needs=(True, *[False] * 5), allow_tf32=allow_tf32)
         shared[limit] = max(size for _, size in take_launches(emulated))
-    assert shared[99] < shared[163] < shared[227]
+    assert shared[99] == shared[163] < shared[227]
 
 
 def time_of(parts, rows, work, wave, extra):
@@ -311,15 +311,12 @@ class TestAdditions:
 
     @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
     def test_windows_lie_around_what_patches_read(self, channels, scale, emulated, make_case):
-        """Every pixel of a window that any tap reads once, and corners outside it, each by itself.
-
-        A window has 18 x 18 pixels where a kernel has 64 channels, otherwise 16 x 16.
-        """
+        """Every pixel of a window of 24 x 24 that any tap reads once, and corners outside it, each by itself."""
         size = int(16 * scale)
         case = make_case(
             channels=channels, batch=1, size=(16, 16), levels=((size, size),), scales=[scale], dtype=torch.bfloat16
         )
-        near, far = self.places(case.offset.detach()[0].unflatten(0, (9, 2)), scale, size, 18 if channels > 32 else 16)
+        near, far = self.places(case.offset.detach()[0].unflatten(0, (9, 2)), scale, size, 24)
         assert self.count(case, emulated) == near + far
 
     def places(self, offset, scale, size, side):

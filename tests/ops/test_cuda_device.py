@@ -105,7 +105,9 @@ def test_two_runs_are_equal_where_determinism_is_asked_for(dtype, make_case):
     for result, grads in runs[1:]:
         assert torch.equal(result, runs[0][0])
         assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1], strict=True))
-    torch.testing.assert_close(runs[0][1], case.run(operator)[1], rtol=2e-2, atol=1e-2)
+    # Samples' gradients are rounded on the way, so that sums of them are as precise as their largest terms.
+    for ordered, other in zip(runs[0][1], case.run(operator)[1], strict=True):
+        assert (ordered - other).abs().max() <= 2e-2 * other.abs().max()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")

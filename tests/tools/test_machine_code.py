@@ -84,6 +84,13 @@ def test_only_kernels_that_gather_have_to_pass(tmp_path):
     ]
 
 
+def test_products_of_warp_groups_wait_for_nothing(tmp_path):
+    (tmp_path / "forward.compute_90a.sm_90a.cubin").write_bytes(cubin({FORWARD.format("f", 1): LOADS + STORE}))
+    assert problems(tmp_path) == []
+    (tmp_path / "forward.compute_90a.sm_90a.cubin").write_bytes(cubin({FORWARD.format("f", 1): LATE}))
+    assert len(problems(tmp_path)) == 1
+
+
 def test_files_without_such_kernels_do_not_pass(tmp_path):
     assert problems(tmp_path) == [f"{tmp_path}: no kernel that gathers"]
     (tmp_path / "forward.compute_120.cubin").write_bytes(b"of a later machine")
