@@ -8,11 +8,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "geometry.h"
@@ -55,11 +56,25 @@ struct Problem {
 
 namespace detail {
 
+inline void append(std::string& text, const std::string& part) { text += part; }
+inline void append(std::string& text, const char* part) { text += part; }
+inline void append(std::string& text, double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", part);
+  text += digits;
+}
+template <typename Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+void append(std::string& text, Integer part) {
+  text += std::to_string(part);
+}
+
+// Without streams, which need the C++ library of the compiler at hand, where a process may have loaded an older one;
+// and which are slow.
 template <typename... Parts>
 std::string text(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
+  std::string result;
+  (append(result, parts), ...);
+  return result;
 }
 
 // Plain exceptions: PyTorch's own macro would put a file name before the text.
