@@ -74,13 +74,21 @@ struct SampleGradient {
     int begin, end;       // channels of the run
     int group, offset_group;
 
-    // Number `index` of a launch.
-    static DYHEAD_DEVICE Step at(const Params& params, int index) {
+    // Becomes number `index` of a launch.
+    DYHEAD_DEVICE void start(const Params& params, int index) {
       const int row = index / params.run_count, groups = Pack::tap_groups(params.maps);
-      Step step{params.first_level + row / groups, row % groups * kTaps, 0};
-      step.rewind(params);
-      for (int i = index % params.run_count; i > 0; --i) step.next(params);
-      return step;
+      level = params.first_level + row / groups;
+      tap = row % groups * kTaps;
+      rewind(params);
+      for (int i = index % params.run_count; i > 0; --i) next(params);
+    }
+    // Becomes the one after `other`.
+    DYHEAD_DEVICE void follow(const Step& other, const Params& params) {
+      level = other.level;
+      tap = other.tap;
+      run = other.run;
+      end = other.end;
+      next(params);
     }
     DYHEAD_DEVICE void rewind(const Params& params) {
       run = params.first_run;
@@ -166,8 +174,12 @@ struct SampleGradient {
     const int steps = static_cast<int>(all * (split + 1) / params.splits) - first;
     if (steps == 0) return;
     if (thread == 0) {
-      shared.patch = Patch<kPixels>::at(maps, params.first_patch + block_index() / params.splits);
-      shared.steps[0] = Step::at(params, first);
+      // Member by member, because the search for races does not see copies of structs.
+      const auto patch = Patch<kPixels>::at(maps, params.first_patch + block_index() / params.splits);
+      shared.patch.n = patch.n;
+      shared.patch.row = patch.row;
+      shared.patch.column = patch.column;
+      shared.steps[0].start(params, first);
     }
     sync_block();
 
@@ -218,10 +230,7 @@ struct SampleGradient {
         store_pair(sample_at(shared, warp_tap * kPixels + warp_row + row, column), value0, value1);
       });
       const bool more = s + 1 < steps;
-      if (thread == 0 && more) {
-        shared.steps[(s + 1) % 2] = step;
-        shared.steps[(s + 1) % 2].next(params);
-      }
+      if (thread == 0 && more) shared.steps[(s + 1) % 2].follow(step, params);
       if (!listed) list_terms(maps, step, shared);
       sync_block();
 
