@@ -266,7 +266,7 @@ def gather(study: Study, folder: Path) -> dict[str, Any]:
                     {
                         "seed": run.seed,
                         **{key: result["metrics"][key] for key in _METRICS},
-                        "training_minutes": sum(seconds for *_, seconds in _times(run.folder)) / 60,
+                        "training_minutes": _training_minutes(run.folder),
                     }
                     for run, result in zip(own, results, strict=True)
                 ],
@@ -281,16 +281,14 @@ def gather(study: Study, folder: Path) -> dict[str, Any]:
     }
 
 
-def _times(folder: Path) -> Iterator[tuple[int, float]]:
-    """The iterations up to which a training's log has lines, and the seconds that led there."""
-    last, seen = -1, {}
+def _training_minutes(folder: Path) -> float:
+    """What a training takes, by the median of its log's lines: without the time that a process was stopped for."""
+    seen = {}
     for line in (folder / "metrics.json").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         if "time" in entry:
             seen[entry["iteration"]] = entry["time"]  # a resumed run repeats what came after its checkpoint
-    for iteration, seconds in sorted(seen.items()):
-        yield iteration, seconds * (iteration - last)
-        last = iteration
+    return (max(seen) + 1) * median(seen.values()) / 60
 
 
 def _pyramid_gflops(entry: Entry, size: Sequence[int]) -> float:
