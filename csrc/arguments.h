@@ -68,8 +68,7 @@ void append(std::string& text, Integer part) {
   text += std::to_string(part);
 }
 
-// Without streams, which need the C++ library of the compiler at hand, where a process may have loaded an older one;
-// and which are slow.
+// Without streams, which are slow, and depend on the C++ library that a process happens to have loaded.
 template <typename... Parts>
 std::string text(const Parts&... parts) {
   std::string result;
