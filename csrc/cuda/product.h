@@ -181,7 +181,7 @@ struct Product<T, true> {
   DYHEAD_DEVICE static void begin_panels(const char* left, const char* right, Sums<float, 1, 16>& sums) {
 #pragma unroll
     for (int depth = 0; depth < kPanelRows; depth += kDepth) {
-      multiply_add_panels(T(), sums.at[0], left, right, kPanelRows * kRowBytes, depth);
+      multiply_add_panels(T(), sums.at[0], left, right, kPanelRows * kRowBytes, depth * kRowBytes);
     }
   }
 

@@ -145,7 +145,7 @@ template <typename T>
 inline void multiply_add_panels(T, float (&sum)[16][4], const char* left, const char* right, int panel_bytes,
                                 int begin) {
   const int lane = thread_index() % kWarp, row = thread_index() / kWarp % 4 * 16 + lane / 4;
-  for (int depth = begin; depth < begin + 16; ++depth) {
+  for (int depth = begin / 128; depth < begin / 128 + 16; ++depth) {
     const float rows[2] = {element<T>(left, depth, row * 2), element<T>(left, depth, (row + 8) * 2)};
     for (int j = 0; j < 16; ++j) {
       for (int k = 0; k < 4; ++k) {
