@@ -4,6 +4,7 @@
 watched for races (csrc/emulation/races.h), which takes a multiple of the time.
 """
 
+import fcntl
 import hashlib
 import os
 import runpy
@@ -42,24 +43,27 @@ def build() -> Path:
     sources = [*kernels, *sorted(EMULATION.glob("*.cpp"))]
     newest = max(file.stat().st_mtime for file in [*ROOT.glob("csrc/**/*.h"), *sources, Path(__file__)])
     library = folder / "libdyhead_emulated.so"
-    if library.exists() and library.stat().st_mtime > newest:
+    # One process at a time, where several run the tests.
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists() and library.stat().st_mtime > newest:
+            return library
+
+        def run(*command: object) -> None:
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stderr}")
+
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [
+                (compiler, *flags, *(watch if source in kernels else ()), "-x", "c++", "-c", source, "-o", object)
+                for source, object in zip(sources, objects, strict=True)
+            ]
+            list(pool.map(lambda command: run(*command), commands))
+        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+        run(compiler, "-shared", *flags, *objects, *libraries, "-o", library)
         return library
-
-    def run(*command: object) -> None:
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stderr}")
-
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = [
-            (compiler, *flags, *(watch if source in kernels else ()), "-x", "c++", "-c", source, "-o", object)
-            for source, object in zip(sources, objects, strict=True)
-        ]
-        list(pool.map(lambda command: run(*command), commands))
-    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
-    run(compiler, "-shared", *flags, *objects, *libraries, "-o", library)
-    return library
 
 
 def load() -> None:
