@@ -1,4 +1,4 @@
-"""Where does the CUDA operator spend its time? Each kernel's share of a pass, beside the device's limits."""
+"""Where do the CUDA operator and six blocks spend their time? Each kernel's share, beside the device's limits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import block
 from benchmarks.operator import Case, build, least_bytes
 from benchmarks.program import RESULTS, markdown, number, size
 from dyhead.evaluation import describe_machine
+
+_SHOWN = 20  # kernels of a training step, of hundreds
 
 
 def milliseconds(call: Callable[[], Any], repeats: int) -> float:
@@ -48,18 +51,18 @@ def roofs(dtype: torch.dtype, repeats: int) -> dict[str, float]:
     }
 
 
-def kernels(case: Case, repeats: int) -> dict[str, float]:
-    """Milliseconds of each kernel in one pass of the operator, by name."""
+def kernels(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds of each kernel in one call, by name, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
-    call = build(case, "ours, channels_last", torch.device("cuda"))
     for _ in range(3):
         call()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()
-    return {event.key: event.self_device_time_total / 1e3 / repeats for event in profiler.key_averages()}
+    times = {event.key: event.self_device_time_total / 1e3 / repeats for event in profiler.key_averages()}
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
 def short(name: str) -> str:
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    kinds = ["paper", "released"]
+    parser.add_argument("--blocks", nargs="*", choices=kinds, default=kinds, help="of which to train six")
     parser.add_argument("--levels", nargs="+", type=int, choices=[1, 3], default=[1, 3])
     parser.add_argument("--size", type=size, default=(100, 168), help="of the output")
     parser.add_argument("--channels", type=int, default=256)
@@ -84,12 +89,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none")
+    if options.blocks and options.dtype == "float16":
+        parser.error("--dtype float16: expected no --blocks, which are trained in float32 or bfloat16")
     bounds = roofs(getattr(torch, options.dtype), options.repeats)
     result = {"benchmark": "kernels", "machine": describe_machine("cuda"), "roofs": bounds, "cases": []}
     print("\n".join(f"{name}: {number(value)}" for name, value in bounds.items()))
     for levels in options.levels:
         case = Case("forward+backward", options.dtype, levels, options.size, options.channels, options.batch)
-        times = kernels(case, options.repeats)
+        times = kernels(build(case, "ours, channels_last", torch.device("cuda")), options.repeats)
         passes = 3  # the forward pass, and twice its products in the backward pass
         floors = {
             "products": 2e-9 * passes * case.multiply_adds / bounds["product, TFLOP/s"],
@@ -99,17 +106,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             * math.ceil(options.size[0] / 8) * math.ceil(options.size[1] / 8) / bounds["atomic additions, GB/s"],
         }  # fmt: skip
         result["cases"].append({"case": asdict(case), "floors, ms": floors, "kernels, ms": times})
-        rows = [("kernel", "ms"), *((short(name), number(time)) for name, time in sorted(times.items(), key=_longest))]
-        rows += [("all", number(sum(times.values()))), *((f"floor: {k}", number(v)) for k, v in floors.items())]
+        rows = [*_rows(times), *((f"floor: {k}", number(v)) for k, v in floors.items())]
         print(f"\n{levels} levels, forward and backward:\n\n{markdown(rows, left=1)}")
+    for name in options.blocks:
+        case = block.Case(name, "training", options.size, options.dtype, channels=options.channels, batch=options.batch)
+        call = block.build(case, "ours", torch.device("cuda"))
+        times = kernels(call, max(1, options.repeats // 4))
+        step = milliseconds(call, max(1, options.repeats // 4))
+        result["cases"].append({"case": asdict(case), "step, ms": step, "kernels, ms": times})
+        rows = [*_rows(times, _SHOWN), ("a step, with what lies between kernels", number(step))]
+        print(f"\ntraining step of six blocks ({name}):\n\n{markdown(rows, left=1)}")
     output = options.output or RESULTS / "kernels.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _longest(item: tuple[str, float]) -> float:
-    return -item[1]
+def _rows(times: dict[str, float], most: int | None = None) -> list[tuple[str, str]]:
+    shown = list(times.items())[:most]
+    left = sum(times.values()) - sum(time for _, time in shown)
+    rows = [("kernel", "ms"), *((short(name), number(time)) for name, time in shown)]
+    return [*rows, *([("others", number(left))] if most else []), ("all", number(sum(times.values())))]
 
 
 if __name__ == "__main__":

@@ -235,10 +235,13 @@ def test_kernels_ask_for_a_cuda_device(capsys):
 @pytest.mark.cuda
 def test_kernels_take_the_time_of_a_pass(tmp_path, capsys):
     options = ["--size", "8x9", "--channels", "16", "--batch", "1", "--repeats", "2", "--levels", "1"]
-    result = kernels.main([*options, "--output", str(tmp_path / "kernels.json")])
+    result = kernels.main([*options, "--blocks", "paper", "--output", str(tmp_path / "kernels.json")])
     names = " ".join(result["cases"][0]["kernels, ms"])
     assert all(kernel in names for kernel in ("Forward", "SampleGradient", "WeightGradient"))
-    assert "floor: additions" in capsys.readouterr().out
+    assert any("AffineMaximumGradient" in name for name in result["cases"][1]["kernels, ms"])
+    said = capsys.readouterr().out
+    assert "floor: additions" in said
+    assert "training step of six blocks (paper)" in said
 
 
 @pytest.mark.cuda
