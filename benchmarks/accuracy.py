@@ -22,6 +22,9 @@ and predictors are new.
 `--latency` trains nothing and measures how long detectors that are done take for an image, in turns, at a time when the
 machine has nothing else to do. The table has it then.
 
+A study may be continued on another machine, with a network that was taught there: each machine's results are a file of
+their own, and `combine` makes one table of them.
+
 An entry with `module: benchmarks.variants` is trained by `python -m benchmarks.variants`, which registers more necks,
 instead of by train_net.py.
 """
@@ -31,6 +34,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import itertools
 import json
 import math
 import os
@@ -64,6 +68,7 @@ _ROOT = Path(__file__).parents[1]
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _NETWORK = "backbone.backbone.bottom_up."
 _SHOWN = ("AP50", "APs", "APm", "APl")
+_MARKS = "os^D"
 _IMAGES = 50  # through which latency is measured
 
 #: Not one that a study would compare.
@@ -281,6 +286,31 @@ def gather(study: Study, folder: Path) -> dict[str, Any]:
     }
 
 
+def combine(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several machines found for a study, as one result; a run has the number of its `machine` in `origins`.
+
+    Costs and latencies are those of the first result that has them.
+
+    Raises:
+        ValueError: they are not of one study.
+    """
+    first = results[0]
+    entries: dict[str, dict[str, Any]] = {}
+    for machine, result in enumerate(results):
+        for entry in result["entries"]:
+            known = entries.setdefault(entry["name"], entry | {"runs": []})
+            for key in ("config", "keys", "against"):
+                if entry[key] != known[key]:
+                    raise ValueError(f"{entry['name']}: {key}: expected {known[key]!r}, got {entry[key]!r}")
+            known["runs"] += [run | {"machine": machine} for run in entry["runs"]]
+    origins = [{key: value for key, value in result.items() if key != "entries"} for result in results]
+    for result, about in zip(results, origins, strict=True):
+        about["engine"] = result["entries"][0]["engine"]
+        about["runs"] = sum(len(entry["runs"]) for entry in result["entries"])
+    latency = next((result["latency"] for result in results if result["latency"]), None)
+    return first | {"entries": list(entries.values()), "origins": origins, "latency": latency}
+
+
 def _training_minutes(folder: Path) -> float:
     """What a training takes, by the median of its log's lines: without the time that a process was stopped for."""
     seen = {}
@@ -307,7 +337,7 @@ def _pyramid_gflops(entry: Entry, size: Sequence[int]) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Means and standard deviations over seeds, gains seed by seed, and costs."""
-    head = ["", "AP", "gain", *_SHOWN, "head, G", "all, G", "M", "training, min", "ms", "seeds"]
+    head = ["", "AP", "gain", *_SHOWN, "head, G", "all, G", "M", "training, min", "ms", "runs"]
     by_name = {entry["name"]: entry for entry in result["entries"]}
     lines = [head]
     for entry in result["entries"]:
@@ -321,7 +351,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{entry['head_gflops']:.2f}",
                 f"{entry['gflops']:.2f}",
                 f"{entry['parameters'] / 1e6:.2f}",
-                f"{median(run['training_minutes'] for run in own):.1f}",
+                f"{median(run['training_minutes'] for run in own if _machine(run) == _machine(own[0])):.1f}",
                 "-" if entry["latency_ms"] is None else f"{entry['latency_ms']:.1f}",
                 str(len(own)),
             ]
@@ -346,23 +376,32 @@ def short_table(result: dict[str, Any]) -> str:
 
 
 def gains(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
-    """Differences in AP of two entries, for each seed that both have."""
-    of = {run["seed"]: run["AP"] for run in before["runs"]}
-    return [run["AP"] - of[run["seed"]] for run in after["runs"] if run["seed"] in of]
+    """Differences in AP of two entries, for each seed that both have on a machine: they started from one network."""
+    of = {(_machine(run), run["seed"]): run["AP"] for run in before["runs"]}
+    pairs = [(run["AP"], of.get((_machine(run), run["seed"]))) for run in after["runs"]]
+    return [ap - other for ap, other in pairs if other is not None]
+
+
+def _machine(run: dict[str, Any]) -> int:
+    return run.get("machine", 0)
 
 
 def origin(result: dict[str, Any]) -> str:
-    """When, where and with what a study was run."""
-    machine, latency = result["machine"], result["latency"]
-    timed = f"; ms: medians over {latency['images']} images, {latency['threads']} threads" if latency else ""
-    return (
-        f"{result['date']}; {machine['device']}, {machine['processes']} trainings at once, threads of each: "
-        f"{machine['threads']}; {machine['system']}; torch {machine['torch']}; {result['entries'][0]['engine']}{timed}"
-    )
+    """When, where and with what a study was run: a paragraph for each machine."""
+    texts = []
+    for about in combine([result])["origins"] if "origins" not in result else result["origins"]:
+        machine, latency = about["machine"], about["latency"]
+        timed = f"; ms: medians over {latency['images']} images, {latency['threads']} threads" if latency else ""
+        texts.append(
+            f"{about['date']}; {about['runs']} runs; {machine['device']}, {machine['processes']} trainings at once, "
+            f"threads of each: {machine['threads']}; {machine['system']}; torch {machine['torch']}; "
+            f"{about['engine']}{timed}"
+        )
+    return "\n\n".join(texts)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draws AP as a PNG file: a row for each entry, a dot for each seed, a line at the mean."""
+    """Draws AP as a PNG file: a row for each entry, a mark for each run, shaped by its machine, a line at the mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -371,14 +410,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
     entries = result["entries"]
     figure, axis = pyplot.subplots(figsize=(7, 0.9 + 0.3 * len(entries)))
     for row, entry in enumerate(entries):
-        values = [run["AP"] for run in entry["runs"] if run["AP"] is not None]
+        values = [(run["AP"], _machine(run)) for run in entry["runs"] if run["AP"] is not None]
         color = "C0" if entry["against"] else "0.45"
-        axis.plot(values, [row] * len(values), "o", color=color, ms=5, alpha=0.6, mew=0)
+        for ap, machine in values:
+            axis.plot([ap], [row], _MARKS[machine % len(_MARKS)], color=color, ms=5, alpha=0.6, mew=0)
         if values:
-            axis.plot([mean(values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
+            axis.plot([mean(ap for ap, _ in values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
     axis.set_yticks(range(len(entries)), [f"{entry['name']}  ({entry['head_gflops']:.2f} G)" for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
-    figure.supxlabel("AP: dots are seeds, lines means (G: multiply-adds of the head)", fontsize="medium")
+    figure.supxlabel("AP: marks are runs, lines means (G: multiply-adds of the head)", fontsize="medium")
+    origins = result.get("origins", [])
+    if len(origins) > 1:
+        for about, mark in zip(origins, itertools.cycle(_MARKS), strict=False):
+            axis.plot([], [], mark, color="0.3", ms=5, mew=0, label=about["machine"]["device"])
+        axis.legend(fontsize="small", frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=1)
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

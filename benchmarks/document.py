@@ -1,10 +1,10 @@
 """`python -m benchmarks.document`: writes the tables of benchmarks/results into README.md, docs/performance.md and
-docs/evidence.md.
+docs/evidence.md, and draws the plots of studies.
 
 A table is between a line `<!-- table: FILE WHAT KEY=VALUE ... -->` and a line `<!-- end -->`, where FILE is in
 benchmarks/results, WHAT is `machine`, `ms`, `mib`, `bounds`, `goals`, for the counts of `benchmarks.additions`
-`command` or `additions`, or for the studies of `benchmarks.accuracy` `run`, `accuracy` or `gains`; KEY=VALUE selects
-cases by their fields.
+`command` or `additions`, or for a study of `benchmarks.accuracy`, whose FILE is `accuracy-STUDY-*.json`, all machines'
+results, `run`, `accuracy` or `gains`; KEY=VALUE selects cases by their fields.
 """
 
 from __future__ import annotations
@@ -74,9 +74,25 @@ def fill(text: str, section: Callable[[list[str]], str] | None = None) -> str:
     return _TABLE.sub(lambda match: f"{match[1]}\n{section(match['words'].split())}\n\n{match[4]}", text)
 
 
+def study(files: str) -> dict[str, Any]:
+    """What all machines found for a study, in the order of time; `files` is a pattern."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(files)]
+    return accuracy.combine(sorted(found, key=lambda result: result["date"]))
+
+
+def draw(document: Path) -> None:
+    """Draws the plot of every study that a document has a table of."""
+    for match in _TABLE.finditer(document.read_text(encoding="utf-8")):
+        files, what = match["words"].split()[:2]
+        if what == "accuracy":
+            picture = RESULTS / files.replace("-*.json", ".png")
+            accuracy.plot(study(files), picture)
+            print(f"Written to {picture}")
+
+
 def _section(words: list[str]) -> str:
     file, what, *choices = words
-    result = _read(file)
+    result = study(file) if "*" in file else _read(file)
     wanted = dict(choice.split("=") for choice in choices)
 
     def keep(case: dict[str, Any]) -> bool:
@@ -93,7 +109,8 @@ def _section(words: list[str]) -> str:
     if what == "gains":
         return accuracy.short_table(result)
     if what == "run":
-        return f"    {result['command']}\n\n{accuracy.origin(result)}"
+        commands = dict.fromkeys(about["command"] for about in result["origins"])
+        return "".join(f"    {command}\n" for command in commands) + f"\n{accuracy.origin(result)}"
     if what == "bounds":
         return _bounds(result, keep)
     if what == "goals":
@@ -169,3 +186,4 @@ def _text(value: Any) -> str:
 if __name__ == "__main__":
     for document in DOCUMENTS:
         rewrite(document)
+        draw(document)

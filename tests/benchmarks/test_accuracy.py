@@ -82,6 +82,7 @@ def test_every_entry_is_trained_with_every_seed_and_its_results_are_compared(stu
     short = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.short_table(result).splitlines()[2:]]
     head = f"{plain['head_gflops']:.2f}"
     assert short == [["with it", "22.0 ± 1.4", head, "plain", "20.5 ± 0.7", head, "+1.5 ± 0.7"]]
+    assert "; 4 runs; " in accuracy.origin(result)
     assert "2 trainings at once, threads of each: 3" in accuracy.origin(result)
 
 
@@ -173,6 +174,35 @@ def test_a_folder_of_another_command_is_refused(study, trainings, tmp_path, caps
     study.write_text(STUDY.replace("MAX_ITER: 3", "MAX_ITER: 4"))
     assert accuracy.main(arguments) == 1
     assert "plain-0: expected no run or one by this command, got one that differs at ['4']" in capsys.readouterr().err
+
+
+def test_results_of_two_machines_are_one_with_gains_within_each(study, trainings, tmp_path, capsys):
+    results = []
+    for machine, seeds in (("a", ["0", "1"]), ("b", ["1"])):
+        output = tmp_path / f"{machine}.json"
+        arguments = [str(study), "--runs", str(tmp_path / machine), "--output", str(output), "--processes", "2"]
+        assert accuracy.main([*arguments, "--seeds", *seeds]) == 0
+        results.append(json.loads(output.read_text()))
+        results[-1]["machine"]["device"] = machine
+    # On b both have 10 more, and seed 0 of "plain" was trained on it alone: no pair.
+    for entry in results[1]["entries"]:
+        entry["runs"][0]["AP"] += 10
+    results[1]["entries"][0]["runs"].append(results[1]["entries"][0]["runs"][0] | {"seed": 0})
+    both = accuracy.combine(results)
+    plain, with_it = both["entries"]
+    assert [run["AP"] for run in plain["runs"]] == [20, 21, 31, 31]
+    assert [run["AP"] for run in with_it["runs"]] == [21, 23, 33]
+    assert accuracy.gains(plain, with_it) == [1, 2, 2]
+    last = [cell.strip() for cell in accuracy.table(both).splitlines()[3].split("|")[1:-1]]
+    assert (last[2], last[-1]) == ("+1.7 ± 0.6", "3")
+    first, second = accuracy.origin(both).split("\n\n")
+    assert "; 4 runs; a, 2 trainings" in first
+    assert "; 3 runs; b, 2 trainings" in second
+    accuracy.plot(both, tmp_path / "both.png")
+    assert (tmp_path / "both.png").exists()
+    results[1]["entries"][0]["keys"]["SOLVER.MAX_ITER"] = 4
+    with pytest.raises(ValueError, match="plain: keys: expected .*'SOLVER.MAX_ITER': 3.*, got .*: 4"):
+        accuracy.combine(results)
 
 
 @pytest.mark.parametrize(
