@@ -13,7 +13,8 @@ A study is a YAML file, see benchmarks/studies:
       FCOS: {config: configs/quickstart/fcos_R18_shapes.yaml}
       FCOS, DyHead: {config: configs/quickstart/fcos_dyhead_R18_shapes.yaml, against: FCOS, MODEL.DYHEAD.NUM_BLOCKS: 3}
 
-`base: OTHER.yaml` takes over another study, in which `common` and entries of the same name change keys or add some.
+`base: OTHER.yaml` takes over another study, or a part of one, in which `common` and entries of the same name change
+keys or add some.
 
 With `pretraining: {config: ..., KEY: VALUE}` beside the entries, that is trained first, once, with a seed of its own,
 and every run starts from its network's weights, as detectors are used to start from ImageNet's; pyramid, necks, towers
@@ -128,6 +129,8 @@ def read_study(path: Path) -> Study:
         ValueError: it is not as described above.
     """
     text = _read_text(path)
+    if missing := sorted({"question", "seeds", "entries"} - set(text)):
+        raise ValueError(f"{path}: expected question, seeds and entries, got no {' and no '.join(missing)}")
     entries = [_entry(path, name, text["common"] | keys, text["entries"]) for name, keys in text["entries"].items()]
     pretraining = _entry(path, "pretraining", text["pretraining"]) if "pretraining" in text else None
     return Study(path.stem, text["question"], tuple(text["seeds"]), tuple(entries), pretraining)
@@ -138,8 +141,8 @@ def _read_text(path: Path) -> dict[str, Any]:
     text = yaml.safe_load(path.read_text(encoding="utf-8"))
     base = _read_text(path.parent / text.pop("base")) if isinstance(text, dict) and "base" in text else {}
     names = {"question", "seeds", "common", "entries", "pretraining"}
-    if not isinstance(text, dict) or not {"question", "seeds", "entries"} <= set(base | text) <= names:
-        raise ValueError(f"{path}: expected question, seeds, common, entries and pretraining, got {text!r:.80}")
+    if not isinstance(text, dict) or not set(text) <= names:
+        raise ValueError(f"{path}: expected base, question, seeds, common, entries and pretraining, got {text!r:.80}")
     entries = base.get("entries", {})
     for name, keys in text.get("entries", {}).items():
         entries[name] = entries.get(name, {}) | keys

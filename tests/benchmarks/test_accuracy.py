@@ -210,7 +210,8 @@ def test_results_of_two_machines_are_one_with_gains_within_each(study, trainings
     [
         (FCOS, "configs/none.yaml", "plain: config: expected a file"),
         ("against: plain", "against: nothing", "with it: against: expected another entry"),
-        ("question", "Question", "expected question, seeds, common, entries and pretraining"),
+        ("question", "Question", "expected base, question, seeds, common, entries and pretraining"),
+        ("question: Does it gain?", "", "expected question, seeds and entries, got no question"),
     ],
 )
 def test_a_study_that_is_none_is_refused(study, before, after, message, tmp_path, capsys):
