@@ -51,8 +51,8 @@ def roofs(dtype: torch.dtype, repeats: int) -> dict[str, float]:
     }
 
 
-def kernels(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds of each kernel in one call, by name, the longest first."""
+def kernels(call: Callable[[], Any], repeats: int) -> tuple[dict[str, float], float]:
+    """Milliseconds of each kernel in one call, by name, the longest first, and how many launches there are in all."""
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(3):
@@ -61,8 +61,10 @@ def kernels(call: Callable[[], Any], repeats: int) -> dict[str, float]:
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / 1e3 / repeats for event in profiler.key_averages()}
-    return dict(sorted(times.items(), key=lambda item: -item[1]))
+    events = profiler.key_averages()
+    times = {event.key: event.self_device_time_total / 1e3 / repeats for event in events}
+    launches = sum(event.count for event in events if event.self_device_time_total > 0) / repeats
+    return dict(sorted(times.items(), key=lambda item: -item[1])), launches
 
 
 def short(name: str) -> str:
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print("\n".join(f"{name}: {number(value)}" for name, value in bounds.items()))
     for levels in options.levels:
         case = Case("forward+backward", options.dtype, levels, options.size, options.channels, options.batch)
-        times = kernels(build(case, "ours, channels_last", torch.device("cuda")), options.repeats)
+        times, launches = kernels(build(case, "ours, channels_last", torch.device("cuda")), options.repeats)
         passes = 3  # the forward pass, and twice its products in the backward pass
         floors = {
             "products": 2e-9 * passes * case.multiply_adds / bounds["product, TFLOP/s"],
@@ -105,16 +107,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "additions": 1e-6 * 4 * 256 * case.batch * levels * case.channels
             * math.ceil(options.size[0] / 8) * math.ceil(options.size[1] / 8) / bounds["atomic additions, GB/s"],
         }  # fmt: skip
-        result["cases"].append({"case": asdict(case), "floors, ms": floors, "kernels, ms": times})
+        result["cases"].append({"case": asdict(case), "floors, ms": floors, "kernels, ms": times, "launches": launches})
         rows = [*_rows(times), *((f"floor: {k}", number(v)) for k, v in floors.items())]
         print(f"\n{levels} levels, forward and backward:\n\n{markdown(rows, left=1)}")
     for name in options.blocks:
         case = block.Case(name, "training", options.size, options.dtype, channels=options.channels, batch=options.batch)
         call = block.build(case, "ours", torch.device("cuda"))
-        times = kernels(call, max(1, options.repeats // 4))
+        times, launches = kernels(call, max(1, options.repeats // 4))
         step = milliseconds(call, max(1, options.repeats // 4))
-        result["cases"].append({"case": asdict(case), "step, ms": step, "kernels, ms": times})
-        rows = [*_rows(times, _SHOWN), ("a step, with what lies between kernels", number(step))]
+        measured = {"step, ms": step, "kernels, ms": times, "launches": launches}
+        result["cases"].append({"case": asdict(case)} | measured)
+        rows = [*_rows(times, _SHOWN), (f"a step, with what lies between {launches:.0f} launches", number(step))]
         print(f"\ntraining step of six blocks ({name}):\n\n{markdown(rows, left=1)}")
     output = options.output or RESULTS / "kernels.json"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -239,6 +239,7 @@ def test_kernels_take_the_time_of_a_pass(tmp_path, capsys):
     names = " ".join(result["cases"][0]["kernels, ms"])
     assert all(kernel in names for kernel in ("Forward", "SampleGradient", "WeightGradient"))
     assert any("AffineMaximumGradient" in name for name in result["cases"][1]["kernels, ms"])
+    assert result["cases"][1]["launches"] > result["cases"][0]["launches"] > 3
     said = capsys.readouterr().out
     assert "floor: additions" in said
     assert "training step of six blocks (paper)" in said
