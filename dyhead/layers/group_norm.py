@@ -23,7 +23,8 @@ def affine_of_group_norm(
 
     Args:
         statistics: (N, L, 2, C), mean and variance of every channel of L maps (`dyhead.ops.channelwise`).
-        weight, bias, num_groups, eps: of the GroupNorm.
+        weight, bias: of the GroupNorm, (C,), or of one for each map, (L, C).
+        num_groups, eps: of the GroupNorm.
     """
     # Not unflatten, which torch.onnx's older exporter does not know.
     n, num_levels, _, channels = statistics.shape

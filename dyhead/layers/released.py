@@ -39,13 +39,6 @@ class DeformConvNorm(nn.Module):
         """(N, C, H, W), offsets (N, 18, H', W') in pixels of ``x`` and importances (N, 9, H', W') -> (N, C, H', W')."""
         return deform_conv2d(x, offset, self.weight, self.bias, stride=self.stride, padding=1, mask=mask)
 
-    def affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The GroupNorm of the convolved ``x`` as slope, intercept and mean of its result, each (N, C)."""
-        norm = self.norm
-        statistics = channel_statistics(x)[:, None]
-        slope, intercept, mean = affine_of_group_norm(statistics, norm.weight, norm.bias, norm.num_groups, norm.eps)
-        return slope[:, 0], intercept[:, 0], mean[:, 0]
-
 
 class ReleasedDyHeadBlock(nn.Module):
     """The block of microsoft/DynamicHead's and of mmdetection's published weights, bit for bit. Train ``DyHeadBlock``.
@@ -123,61 +116,57 @@ class ReleasedDyHeadBlock(nn.Module):
             taps = logits.shape[1] // 3
             offset, mask = logits[:, : 2 * taps], logits[:, 2 * taps :].sigmoid()
             maps = [self.same(level, offset, mask)]
-            affines = [self.same.affine(maps[0])]
+            norms = [(self.same.norm.weight, self.same.norm.bias)]
             if m > 0:
                 maps.append(self.finer(levels[m - 1], offset, mask))
-                affines.append(self.finer.affine(maps[-1]))
+                norms.append((self.finer.norm.weight, self.finer.norm.bias))
             if m + 1 < len(levels):
                 coarse = levels[m + 1]
                 size = coarse.shape[2:]
                 coarse_mask = mask[..., : size[0], : size[1]] if self.coarse_mask == "corner" else flat(mask, size)
                 maps.append(self.coarser(coarse, flat(offset, size), coarse_mask))
-                affines.append(self.coarser.affine(maps[-1]))
-            out.append(in_memory_format_of(self._combine(maps, affines, level.shape[2:]), level))
+                norms.append((self.coarser.norm.weight, self.coarser.norm.bias))
+            out.append(in_memory_format_of(self._combine(maps, norms, level.shape[2:]), level))
         return join_pyramid(out, pyramid)
 
-    def _combine(self, maps: list[Tensor], affines: list[tuple[Tensor, Tensor, Tensor]], size: list[int]) -> Tensor:
+    def _combine(self, maps: list[Tensor], norms: list[tuple[Tensor, Tensor]], size: list[int]) -> Tensor:
         """Normalises, resizes, weights and averages the branches and applies the activation, (N, C, *size).
 
         Norms, weights and both branches of the activation are affine maps of every channel, and affine maps commute
-        with resizing: one affine map replaces them all (:mod:`dyhead.ops.channelwise`).
+        with resizing: one affine map replaces them all (:mod:`dyhead.ops.channelwise`). Its coefficients are computed
+        for all B branches at once, (N, B, C), because on a GPU launches of small kernels are what they cost.
         """
+        weight = torch.stack([weight for weight, _ in norms])
+        bias = torch.stack([bias for _, bias in norms])
+        norm = self.same.norm
+        statistics = torch.stack([channel_statistics(x) for x in maps], dim=1)
+        slope, intercept, mean = affine_of_group_norm(statistics, weight, bias, norm.num_groups, norm.eps)
         resized: list[Tensor] = []
-        slopes: list[Tensor] = []
-        intercepts: list[Tensor] = []
         means: list[Tensor] = []
         for i, x in enumerate(maps):
-            slope, intercept, mean = affines[i]
             if torch.jit.is_tracing() or x.shape[2:] != size:  # a trace takes images of other sizes, too
                 # Autocast resizes in float32 on CUDA.
                 x = functional.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
-                mean = slope * channel_statistics(x)[:, 0] + intercept
-            weight = self._gate(mean) / len(maps)
+                means.append(slope[:, i] * channel_statistics(x)[:, 0] + intercept[:, i])
+            else:
+                means.append(mean[:, i])
             resized.append(x)
-            slopes.append(slope * weight)
-            intercepts.append(intercept * weight)
-            means.append(mean * weight)
-        mean = _sum(means)
+        mean = torch.stack(means, dim=1)
+        share = self._gate(mean) / len(maps)
+        mean = (mean * share).sum(1)
         coefficients = self.theta(mean.to(self.scale.weight.dtype)).to(mean.dtype)
         a1, b1, a2, b2 = (_hard_sigmoid(coefficients) - 0.5).chunk(4, dim=1)
         a = torch.stack([2 * a1 + 1, 2 * a2], dim=1)
         b = torch.stack([b1, b2], dim=1)
-        slope = a[:, :, None] * torch.stack(slopes, dim=1)[:, None]
-        return affine_maximum(resized, slope, a * _sum(intercepts)[:, None] + b)
+        slopes = a[:, :, None] * (slope * share)[:, None]
+        return affine_maximum(resized, slopes, a * (intercept * share).sum(1)[:, None] + b)
 
     def _gate(self, mean: Tensor) -> Tensor:
-        """Scale-aware weight of a branch, (N, 1), from its channel means (N, C)."""
-        logit = self.scale(mean[:, :, None, None].to(self.scale.weight.dtype)).flatten(1)
-        return _hard_sigmoid(logit.to(mean.dtype).relu())
+        """Scale-aware weights of B branches, (N, B, 1), from their channel means (N, B, C)."""
+        logit = self.scale(mean.flatten(0, 1)[:, :, None, None].to(self.scale.weight.dtype))
+        return _hard_sigmoid(logit.to(mean.dtype).relu()).view(mean.shape[0], mean.shape[1], 1)
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
     # The backward pass of torch's hardsigmoid uses 1/6 in float32, which costs float64 eight digits.
     return functional.relu6(x + 3) / 6
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
