@@ -171,6 +171,12 @@ def test_pythonpath_is_kept(tmp_path, monkeypatch, before):
     assert part.output.strip().split(os.pathsep) == [str(gpu_check.ROOT), *([before] if before else [])]
 
 
+@pytest.mark.parametrize(("capability", "built"), [("9.0", "9.0a"), ("8.6", "8.6"), ("12.0", "12.0")])
+def test_a_library_is_built_for_the_device_with_all_that_it_alone_has(tmp_path, capability, built):
+    environment = parts(tmp_path, capability)[0].environment
+    assert environment == {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": built}
+
+
 def test_sanitizers_watch_our_kernels_alone_where_they_can(tmp_path):
     tools = [part.command for part in parts(tmp_path, "9.0") if part.command[0] == "compute-sanitizer"]
     assert [command[command.index("--tool") + 1] for command in tools] == ["memcheck", "racecheck", "initcheck"]
