@@ -390,9 +390,9 @@ def _machine(run: dict[str, Any]) -> int:
 
 
 def origin(result: dict[str, Any]) -> str:
-    """When, where and with what a study was run: a paragraph for each machine."""
+    """When, where and with what a study was run, as :func:`combine` has it: a paragraph for each machine."""
     texts = []
-    for about in combine([result])["origins"] if "origins" not in result else result["origins"]:
+    for about in result["origins"]:
         machine, latency = about["machine"], about["latency"]
         timed = f"; ms: medians over {latency['images']} images, {latency['threads']} threads" if latency else ""
         texts.append(

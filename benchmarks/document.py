@@ -77,6 +77,8 @@ def fill(text: str, section: Callable[[list[str]], str] | None = None) -> str:
 def study(files: str) -> dict[str, Any]:
     """What all machines found for a study, in the order of time; `files` is a pattern."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(files)]
+    if not found:
+        raise FileNotFoundError(f"{RESULTS / files}: expected results of a study, found none")
     return accuracy.combine(sorted(found, key=lambda result: result["date"]))
 
 

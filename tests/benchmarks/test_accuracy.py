@@ -82,8 +82,9 @@ def test_every_entry_is_trained_with_every_seed_and_its_results_are_compared(stu
     short = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.short_table(result).splitlines()[2:]]
     head = f"{plain['head_gflops']:.2f}"
     assert short == [["with it", "22.0 ± 1.4", head, "plain", "20.5 ± 0.7", head, "+1.5 ± 0.7"]]
-    assert "; 4 runs; " in accuracy.origin(result)
-    assert "2 trainings at once, threads of each: 3" in accuracy.origin(result)
+    origin = accuracy.origin(accuracy.combine([result]))
+    assert "; 4 runs; " in origin
+    assert "2 trainings at once, threads of each: 3" in origin
 
 
 def test_latency_is_measured_in_turns_of_what_is_done_and_the_command_that_trained_is_kept(
@@ -117,7 +118,7 @@ def test_latency_is_measured_in_turns_of_what_is_done_and_the_command_that_train
     assert [entry["latency_ms"] for entry in result["entries"]] == pytest.approx([2, 5])
     assert "--processes 2" in result["command"]
     assert "--latency" not in result["command"]
-    assert accuracy.origin(result).endswith("ms: medians over 5 images, 1 threads")
+    assert accuracy.origin(accuracy.combine([result])).endswith("ms: medians over 5 images, 1 threads")
 
 
 def test_what_is_done_is_not_repeated_and_what_is_not_is_resumed(study, trainings, tmp_path):

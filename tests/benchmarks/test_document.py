@@ -21,3 +21,5 @@ def test_a_pattern_is_all_machines_of_a_study(tmp_path, monkeypatch):
     result = document.study("accuracy-s-*.json")
     assert [about["command"] for about in result["origins"]] == ["first", "second"]
     assert [run["seed"] for run in result["entries"][0]["runs"]] == [0, 1]
+    with pytest.raises(FileNotFoundError, match="expected results of a study, found none"):
+        document.study("accuracy-none-*.json")
