@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
-import itertools
 import json
 import math
 import os
@@ -404,28 +403,36 @@ def origin(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draws AP as a PNG file: a row for each entry, a mark for each run, shaped by its machine, a line at the mean."""
+    """Draws AP as a PNG file: a row for each entry, a mark for each run and a line at the mean for each machine.
+
+    Rows of entries that others are compared with are gray.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     entries = result["entries"]
+    origins = result.get("origins", [])
     figure, axis = pyplot.subplots(figsize=(7, 0.9 + 0.3 * len(entries)))
+    compared = {entry["against"] for entry in entries}
     for row, entry in enumerate(entries):
-        values = [(run["AP"], _machine(run)) for run in entry["runs"] if run["AP"] is not None]
-        color = "C0" if entry["against"] else "0.45"
-        for ap, machine in values:
-            axis.plot([ap], [row], _MARKS[machine % len(_MARKS)], color=color, ms=5, alpha=0.6, mew=0)
-        if values:
-            axis.plot([mean(ap for ap, _ in values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
+        if entry["name"] in compared:
+            axis.axhspan(row - 0.5, row + 0.5, color="0.93", lw=0)
+        for machine in range(max(1, len(origins))):
+            values = [run["AP"] for run in entry["runs"] if run["AP"] is not None and _machine(run) == machine]
+            mark, color = _MARKS[machine % len(_MARKS)], f"C{machine}"
+            axis.plot(values, [row] * len(values), mark, color=color, ms=5, alpha=0.6, mew=0)
+            if values:
+                axis.plot([mean(values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
     axis.set_yticks(range(len(entries)), [f"{entry['name']}  ({entry['head_gflops']:.2f} G)" for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
-    figure.supxlabel("AP: marks are runs, lines means (G: multiply-adds of the head)", fontsize="medium")
-    origins = result.get("origins", [])
+    text = "AP: marks are runs, lines means, gray what others are compared with (G: multiply-adds of the head)"
+    figure.supxlabel(text, fontsize="small")
     if len(origins) > 1:
-        for about, mark in zip(origins, itertools.cycle(_MARKS), strict=False):
-            axis.plot([], [], mark, color="0.3", ms=5, mew=0, label=about["machine"]["device"])
+        for machine, about in enumerate(origins):
+            mark = _MARKS[machine % len(_MARKS)]
+            axis.plot([], [], mark, color=f"C{machine}", ms=5, mew=0, label=about["machine"]["device"])
         axis.legend(fontsize="small", frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=1)
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from dyhead.layers import DyHead
 from dyhead.layers.levels import relative_strides
-from dyhead.layers.spatial_attention import SpatialAwareAttention
+from dyhead.layers.spatial_attention import SpatialAwareAttention, WeightedConv2d
 from dyhead.necks import DyHeadOptions, register_neck
 from dyhead.ops import pyramid_deform_conv2d
-from dyhead.options import at_least, one_of, option
+from dyhead.options import above, at_least, one_of, option
 from dyhead.runs.command import main
 
 
@@ -56,6 +56,22 @@ class NormOfBranches(SpatialAwareAttention):
         return out
 
 
+class ScaledOffsets(WeightedConv2d):
+    """The convolution of offsets and importances at a learning rate of its own, as far as that is Adam's.
+
+    Its results are those of weights that are smaller, times a factor: Adam's steps do not depend on the size of
+    gradients, so that the results move by the factor of what they would.
+    """
+
+    def __init__(self, other: WeightedConv2d, factor: float) -> None:
+        super().__init__(other.in_channels, other.out_channels, 3, padding=1)
+        self.factor = factor
+        self.load_state_dict({name: value / factor for name, value in other.state_dict().items()})
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return super().forward(x, weight) * self.factor
+
+
 @register_neck("DyHeadVariant")
 @dataclass(frozen=True)
 class VariantOptions(DyHeadOptions):
@@ -69,21 +85,40 @@ class VariantOptions(DyHeadOptions):
     norm_place: str = option(
         "sum", "sum: GN after the sum over levels, as in DyHead; branches: before it", one_of("sum", "branches")
     )
+    noise: float = option(
+        SpatialAwareAttention.INITIAL_NOISE,
+        "of kernels that start as the identity, in parts of He et al.'s standard deviation",
+        at_least(0),
+    )
+    offset_factor: float = option(1.0, "of the learning rate of offsets and importances, for Adam", above(0))
 
     def build(self, channels: int, num_levels: int | None = None) -> DyHead:
         """The module, with random weights."""
         ours = asdict(self)
         initialization, norm_place = ours.pop("initialization"), ours.pop("norm_place")
+        noise, offset_factor = ours.pop("noise"), ours.pop("offset_factor")
+        if initialization == "he" and noise != SpatialAwareAttention.INITIAL_NOISE:
+            raise ValueError(
+                f"noise: expected none beside initialization 'he', whose kernels are He et al.'s, got {noise}"
+            )
         head = DyHeadOptions(**ours).build(channels, num_levels)
         for block in head.blocks:
             if norm_place == "branches":
                 options = {key: ours[key] for key in ("window", "offset_groups", "norm_groups", "zero_init_offset")}
                 block.spatial_attention = NormOfBranches(channels, **options)
                 block.merges_norm = False
-            if initialization == "he":
-                with torch.no_grad():
-                    for kernel in block.spatial_attention.weight:
+            attention = block.spatial_attention
+            with torch.no_grad():
+                if initialization == "he":
+                    for kernel in attention.weight:
                         nn.init.kaiming_normal_(kernel, nonlinearity="relu")
+                elif noise != attention.INITIAL_NOISE:
+                    identity = nn.init.dirac_(torch.empty_like(attention.weight[1]))
+                    attention.weight[1] -= identity
+                    attention.weight *= noise / attention.INITIAL_NOISE
+                    attention.weight[1] += identity
+            if offset_factor != 1:
+                attention.offset = ScaledOffsets(attention.offset, offset_factor)
         return head
 
 

@@ -26,6 +26,33 @@ def test_hes_kernels_pass_nothing_unchanged_and_all_else_is_dyheads(variants):
     assert same[range(64), range(64), 1, 1].mean().item() == pytest.approx(1, abs=0.05)
 
 
+def test_kernels_without_noise_pass_the_input_on(variants):
+    options = variants.VariantOptions(num_blocks=1, noise=0.0, norm="", task_aware=False, scale_aware=False)
+    levels = [torch.randn(1, 16, 6, 8), torch.randn(1, 16, 3, 4)]
+    # Importances start at 1/2, and each level's window is both levels.
+    for out, level in zip(options.build(16)(levels), levels, strict=True):
+        torch.testing.assert_close(out, level / 4)
+    with pytest.raises(ValueError, match="noise: expected none beside initialization .he., .*got 0.0"):
+        variants.VariantOptions(num_blocks=1, noise=0.0, initialization="he").build(16)
+
+
+def test_the_factor_of_offsets_is_that_of_their_steps_under_adam(variants):
+    torch.manual_seed(0)
+    level, moved = torch.randn(1, 16, 6, 8), []
+    for factor in (1.0, 0.1):
+        torch.manual_seed(1)
+        options = variants.VariantOptions(num_blocks=1, offset_factor=factor, zero_init_offset=False)
+        attention = options.build(16).blocks[0].spatial_attention
+        before, _ = attention.offset_and_mask(level, None)
+        optimizer = torch.optim.Adam(attention.parameters(), lr=0.001)
+        before.square().mean().backward()
+        optimizer.step()
+        moved.append((before.detach(), attention.offset_and_mask(level, None)[0].detach() - before.detach()))
+    (start, whole), (same, part) = moved
+    torch.testing.assert_close(same, start)
+    torch.testing.assert_close(part, whole * 0.1, rtol=1e-2, atol=1e-5)
+
+
 def test_norms_of_branches_come_before_the_sum(variants):
     torch.manual_seed(0)
     attention = variants.NormOfBranches(16, norm_groups=4)
