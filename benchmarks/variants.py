@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dyhead.layers import DyHead
-from dyhead.layers.levels import relative_strides
+from dyhead.layers.levels import mean_of_levels, relative_strides
+from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention, WeightedConv2d
 from dyhead.necks import DyHeadOptions, register_neck
 from dyhead.ops import pyramid_deform_conv2d
@@ -72,6 +73,37 @@ class ScaledOffsets(WeightedConv2d):
         return super().forward(x, weight) * self.factor
 
 
+class _RecoveringClamp(torch.autograd.Function):
+    """clamp(x, 0, 1) that lets those gradients pass outside whose steps lead back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient.masked_fill((x < 0) & (gradient > 0) | (x > 1) & (gradient < 0), 0)
+
+
+class RecoveringScale(ScaleAwareAttention):
+    """Eq. 3 with weights that can leave 0 and 1 again: the hard sigmoid's own gradient is 0 there."""
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        return _RecoveringClamp.apply((self.f(mean_of_levels(levels)).squeeze(2) + 1) / 2)
+
+
+class RectifiedScale(ScaleAwareAttention):
+    """Eq. 3 with a ReLU before the hard sigmoid, as the published block has it: weights from 0.5 on."""
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        return ((self.f(mean_of_levels(levels)).squeeze(2).relu() + 1) / 2).clamp(max=1)
+
+
+_SCALES = {"hard": ScaleAwareAttention, "through": RecoveringScale, "relu": RectifiedScale}
+
+
 @register_neck("DyHeadVariant")
 @dataclass(frozen=True)
 class VariantOptions(DyHeadOptions):
@@ -91,10 +123,17 @@ class VariantOptions(DyHeadOptions):
         at_least(0),
     )
     offset_factor: float = option(1.0, "of the learning rate of offsets and importances, for Adam", above(0))
+    scale: str = option(
+        "hard",
+        "scale-aware weights: hard, as in DyHead; through: with a gradient that leads back from 0 and 1; relu: a ReLU"
+        " before the hard sigmoid",
+        one_of(*_SCALES),
+    )
 
     def build(self, channels: int, num_levels: int | None = None) -> DyHead:
         """The module, with random weights."""
         ours = asdict(self)
+        scale = _SCALES[ours.pop("scale")]
         initialization, norm_place = ours.pop("initialization"), ours.pop("norm_place")
         noise, offset_factor = ours.pop("noise"), ours.pop("offset_factor")
         if initialization == "he" and noise != SpatialAwareAttention.INITIAL_NOISE:
@@ -107,6 +146,10 @@ class VariantOptions(DyHeadOptions):
                 options = {key: ours[key] for key in ("window", "offset_groups", "norm_groups", "zero_init_offset")}
                 block.spatial_attention = NormOfBranches(channels, **options)
                 block.merges_norm = False
+            if scale is not ScaleAwareAttention:
+                state = block.scale_attention.state_dict()
+                block.scale_attention = scale(channels)
+                block.scale_attention.load_state_dict(state)
             attention = block.spatial_attention
             with torch.no_grad():
                 if initialization == "he":

@@ -53,6 +53,27 @@ def test_the_factor_of_offsets_is_that_of_their_steps_under_adam(variants):
     torch.testing.assert_close(part, whole * 0.1, rtol=1e-2, atol=1e-5)
 
 
+def test_scale_weights_leave_their_limits_again_only_with_a_gradient(variants):
+    levels = [torch.ones(1, 16, 6, 8), torch.ones(1, 16, 3, 4)]
+    steps = {}
+    for scale in ("hard", "through", "relu"):
+        attention = variants.VariantOptions(num_blocks=1, scale=scale).build(16).blocks[0].scale_attention
+        for bias in (-2.0, 0.5, 2.0):
+            torch.nn.init.constant_(attention.f.bias, bias)
+            weights = attention(levels)
+            low = 0.5 if scale == "relu" else 0.0
+            assert weights.tolist() == [[min(max((bias + 1) / 2, low), 1)] * 2]
+            steps[scale, bias] = [
+                torch.autograd.grad(sign * weights.sum(), attention.f.bias, retain_graph=True)[0].item()
+                for sign in (1, -1)
+            ]
+    # A step is against the gradient: both levels' halves, where they may move.
+    assert steps["hard", -2.0] == steps["hard", 2.0] == steps["relu", -2.0] == steps["relu", 2.0] == [0, 0]
+    assert steps["through", -2.0] == [0, -1]
+    assert steps["through", 2.0] == [1, 0]
+    assert steps["hard", 0.5] == steps["through", 0.5] == steps["relu", 0.5] == [1, -1]
+
+
 def test_norms_of_branches_come_before_the_sum(variants):
     torch.manual_seed(0)
     attention = variants.NormOfBranches(16, norm_groups=4)
