@@ -414,14 +414,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     entries = result["entries"]
     origins = result.get("origins", [])
+    styles = [(_MARKS[machine % len(_MARKS)], f"C{machine}") for machine in range(max(1, len(origins)))]
     figure, axis = pyplot.subplots(figsize=(7, 0.9 + 0.3 * len(entries)))
     compared = {entry["against"] for entry in entries}
     for row, entry in enumerate(entries):
         if entry["name"] in compared:
             axis.axhspan(row - 0.5, row + 0.5, color="0.93", lw=0)
-        for machine in range(max(1, len(origins))):
+        for machine, (mark, color) in enumerate(styles):
             values = [run["AP"] for run in entry["runs"] if run["AP"] is not None and _machine(run) == machine]
-            mark, color = _MARKS[machine % len(_MARKS)], f"C{machine}"
             axis.plot(values, [row] * len(values), mark, color=color, ms=5, alpha=0.6, mew=0)
             if values:
                 axis.plot([mean(values)] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
@@ -430,9 +430,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     text = "AP: marks are runs, lines means, gray what others are compared with (G: multiply-adds of the head)"
     figure.supxlabel(text, fontsize="small")
     if len(origins) > 1:
-        for machine, about in enumerate(origins):
-            mark = _MARKS[machine % len(_MARKS)]
-            axis.plot([], [], mark, color=f"C{machine}", ms=5, mew=0, label=about["machine"]["device"])
+        for about, (mark, color) in zip(origins, styles, strict=True):
+            axis.plot([], [], mark, color=color, ms=5, mew=0, label=about["machine"]["device"])
         axis.legend(fontsize="small", frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=1)
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -148,7 +148,7 @@ class VariantOptions(DyHeadOptions):
                 block.merges_norm = False
             if scale is not ScaleAwareAttention:
                 state = block.scale_attention.state_dict()
-                with torch.random.fork_rng(devices=[]):  # what is drawn after it starts as beside DyHead
+                with torch.random.fork_rng(devices=[]):  # so that all other weights start as without it
                     block.scale_attention = scale(channels)
                 block.scale_attention.load_state_dict(state)
             attention = block.spatial_attention
