@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dyhead.layers import DyHead
-from dyhead.layers.levels import mean_of_levels, relative_strides
+from dyhead.layers.levels import relative_strides
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention, WeightedConv2d
 from dyhead.necks import DyHeadOptions, register_neck
@@ -73,35 +73,41 @@ class ScaledOffsets(WeightedConv2d):
         return super().forward(x, weight) * self.factor
 
 
-class _RecoveringClamp(torch.autograd.Function):
-    """clamp(x, 0, 1) that lets those gradients pass outside whose steps lead back."""
+class HardScale(ScaleAwareAttention):
+    """Eq. 3 with the hard sigmoid's own gradient, which is 0 where weights are 0 or 1."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient.masked_fill((x < 0) & (gradient > 0) | (x > 1) & (gradient < 0), 0)
+    def sigma(self, x: Tensor) -> Tensor:
+        return ((x + 1) / 2).clamp(0, 1)
 
 
-class RecoveringScale(ScaleAwareAttention):
-    """Eq. 3 with weights that can leave 0 and 1 again: the hard sigmoid's own gradient is 0 there."""
+class LeakyScale(HardScale):
+    """Eq. 3 with a tenth of the gradient there, wherever it leads."""
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        return _RecoveringClamp.apply((self.f(mean_of_levels(levels)).squeeze(2) + 1) / 2)
+    def sigma(self, x: Tensor) -> Tensor:
+        leak = 0.1 * (x - x.detach()) / 2
+        return super().sigma(x) + leak * (x.abs() > 1)
 
 
-class RectifiedScale(ScaleAwareAttention):
+class RectifiedScale(HardScale):
     """Eq. 3 with a ReLU before the hard sigmoid, as the published block has it: weights from 0.5 on."""
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        return ((self.f(mean_of_levels(levels)).squeeze(2).relu() + 1) / 2).clamp(max=1)
+    def sigma(self, x: Tensor) -> Tensor:
+        return super().sigma(x.relu())
 
 
-_SCALES = {"hard": ScaleAwareAttention, "through": RecoveringScale, "relu": RectifiedScale}
+_SCALES = {"through": ScaleAwareAttention, "hard": HardScale, "leaky": LeakyScale, "relu": RectifiedScale}
+
+
+class NormOfInputs(nn.Module):
+    """A GroupNorm for what comes into the blocks, the same for all levels: those of a pyramid differ in scale."""
+
+    def __init__(self, channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels)
+
+    def forward(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Levels (N, C, H, W) by name to levels of the same shapes."""
+        return {name: self.norm(level) for name, level in pyramid.items()}
 
 
 @register_neck("DyHeadVariant")
@@ -124,11 +130,12 @@ class VariantOptions(DyHeadOptions):
     )
     offset_factor: float = option(1.0, "of the learning rate of offsets and importances, for Adam", above(0))
     scale: str = option(
-        "hard",
-        "scale-aware weights: hard, as in DyHead; through: with a gradient that leads back from 0 and 1; relu: a ReLU"
-        " before the hard sigmoid",
+        "through",
+        "scale-aware weights: through, as in DyHead, with a gradient that leads back from 0 and 1; hard: with the hard"
+        " sigmoid's own, 0; leaky: with a tenth of that within; relu: hard, with a ReLU before it",
         one_of(*_SCALES),
     )
+    input_norm: bool = option(False, "a GroupNorm before the first block")
 
     def build(self, channels: int, num_levels: int | None = None) -> DyHead:
         """The module, with random weights."""
@@ -136,11 +143,14 @@ class VariantOptions(DyHeadOptions):
         scale = _SCALES[ours.pop("scale")]
         initialization, norm_place = ours.pop("initialization"), ours.pop("norm_place")
         noise, offset_factor = ours.pop("noise"), ours.pop("offset_factor")
+        input_norm = ours.pop("input_norm")
         if initialization == "he" and noise != SpatialAwareAttention.INITIAL_NOISE:
             raise ValueError(
                 f"noise: expected none beside initialization 'he', whose kernels are He et al.'s, got {noise}"
             )
         head = DyHeadOptions(**ours).build(channels, num_levels)
+        if input_norm:
+            head.adapt_in = NormOfInputs(channels, self.norm_groups)
         for block in head.blocks:
             if norm_place == "branches":
                 options = {key: ours[key] for key in ("window", "offset_groups", "norm_groups", "zero_init_offset")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dyhead.layers.hard_sigmoid import hard_sigmoid
 from dyhead.layers.levels import check_integer, mean_of_levels
 
 
@@ -11,7 +12,8 @@ class ScaleAwareAttention(nn.Module):
     """One weight in [0, 1] per level, ``sigma(f(mean of F_l))`` (Eq. 3).
 
     ``f`` is a linear function C -> 1 (a 1x1 convolution of the pooled level), shared by all levels; ``sigma`` is the
-    hard sigmoid ``max(0, min(1, (x + 1) / 2))``.
+    hard sigmoid ``max(0, min(1, (x + 1) / 2))``, with a gradient that leads back from 0 and 1: with its own, 0, levels
+    of weight 0 would be lost for good (docs/evidence.md).
 
     ``f`` is initialised with zero weights and a bias that gives every level the weight ``INITIAL_WEIGHT``: a stack of
     blocks must not attenuate its input (0.5 per block would leave 1/64 after six), and the hard sigmoid still has a
@@ -40,4 +42,8 @@ class ScaleAwareAttention(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """The levels' weights, (N, L), from L levels (N, C, H_l, W_l)."""
-        return ((self.f(mean_of_levels(levels)).squeeze(2) + 1) / 2).clamp(0, 1)
+        return self.sigma(self.f(mean_of_levels(levels)).squeeze(2))
+
+    def sigma(self, x: Tensor) -> Tensor:
+        """The weights, from the results of ``f``."""
+        return hard_sigmoid(x)

@@ -72,19 +72,16 @@ def register_derivative(
     of_level = derivative(torch.autograd.function._SingleLevelFunction)
 
     def kernel(keyset, *arguments):
-        torch_func = torch._C._are_functorch_transforms_active()
-        levels = [level.key() for level in get_interpreter_stack()] if torch_func else ()
-        # torch.compile enters levels without telling forward_ad.
-        forward_mode = forward_ad._current_level >= 0 or TransformType.Jvp in levels
+        forward_mode = in_forward_mode()
         if define is None and forward_mode and any(map(_has_tangent, pytree.tree_leaves(arguments))):
             refuse_second_derivative()
-        if define is not None and (forward_mode or levels.count(TransformType.Grad) > 1):
+        if define is not None and (forward_mode or _levels().count(TransformType.Grad) > 1):
             return define(*arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return run(keyset, arguments)
         flat, structure = pytree.tree_flatten(arguments)
         call = _Call(keyset, structure)
-        if torch_func:
+        if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 results = of_level.apply(call, *flat)
         else:
@@ -94,6 +91,18 @@ def register_derivative(
     library.impl(name, kernel, "Autograd", with_keyset=True)
     # That of the vmap before torch.func, which lets nobody register a rule.
     library.impl(name, _refuse_batched_gradients, "Batched")
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents are computed as well (torch.autograd.forward_ad, torch.func.jvp and what is made of it)."""
+    # torch.compile enters levels without telling forward_ad.
+    return forward_ad._current_level >= 0 or TransformType.Jvp in _levels()
+
+
+def _levels() -> list[TransformType]:
+    """torch.func's transforms around this, from outer to inner."""
+    # The stack is None without any.
+    return [level.key() for level in get_interpreter_stack() or ()]
 
 
 def refuse_second_derivative(*unused) -> None:

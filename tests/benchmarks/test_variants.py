@@ -56,7 +56,7 @@ def test_the_factor_of_offsets_is_that_of_their_steps_under_adam(variants):
 def test_scale_weights_leave_their_limits_again_only_with_a_gradient(variants):
     levels = [torch.ones(1, 16, 6, 8), torch.ones(1, 16, 3, 4)]
     steps = {}
-    for scale in ("hard", "through", "relu"):
+    for scale in ("hard", "through", "leaky", "relu"):
         attention = variants.VariantOptions(num_blocks=1, scale=scale).build(16).blocks[0].scale_attention
         for bias in (-2.0, 0.5, 2.0):
             torch.nn.init.constant_(attention.f.bias, bias)
@@ -71,7 +71,20 @@ def test_scale_weights_leave_their_limits_again_only_with_a_gradient(variants):
     assert steps["hard", -2.0] == steps["hard", 2.0] == steps["relu", -2.0] == steps["relu", 2.0] == [0, 0]
     assert steps["through", -2.0] == [0, -1]
     assert steps["through", 2.0] == [1, 0]
-    assert steps["hard", 0.5] == steps["through", 0.5] == steps["relu", 0.5] == [1, -1]
+    assert steps["leaky", -2.0] == steps["leaky", 2.0] == pytest.approx([0.1, -0.1])
+    for scale in ("hard", "through", "leaky", "relu"):
+        assert steps[scale, 0.5] == [1, -1]
+
+
+def test_a_norm_of_inputs_undoes_their_scale(variants):
+    torch.manual_seed(0)
+    head = variants.VariantOptions(num_blocks=1, norm_groups=4, input_norm=True).build(16)
+    pyramid = {"p3": torch.randn(2, 16, 6, 8), "p4": torch.randn(2, 16, 3, 4)}
+    got = head({"p3": pyramid["p3"] * 30 + 2, "p4": pyramid["p4"]})
+    assert got.keys() == pyramid.keys()
+    normed = {name: F.group_norm(level, 4) for name, level in pyramid.items()}
+    for name, level in head.blocks[0](normed).items():
+        torch.testing.assert_close(got[name], level, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_of_branches_come_before_the_sum(variants):
