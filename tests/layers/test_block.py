@@ -66,4 +66,7 @@ def test_gradients_reach_every_parameter_and_level_from_the_start(make_pyramid):
 def test_gradients_are_those_of_finite_differences(make_pyramid, randomize):
     block = randomize(DyHeadBlock(4, norm_groups=2).double(), std=0.2)
     levels = [level.requires_grad_() for level in make_pyramid(3, 3, channels=4, levels=2, batch=1)]
+    torch.nn.init.zeros_(block.scale_attention.f.bias)
+    # Where a scale-aware weight is 0 or 1, its gradient is not the function's.
+    assert all(0 < weight < 1 for weight in block.scale_attention(levels).flatten())
     assert torch.autograd.gradcheck(lambda *x: tuple(block(list(x))), levels)
