@@ -291,14 +291,22 @@ def gather(study: Study, folder: Path) -> dict[str, Any]:
 def combine(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several machines found for a study, as one result; a run has the number of its `machine` in `origins`.
 
-    Costs and latencies are those of the first result that has them.
+    Costs and latencies are those of the first result that has them. An entry that the first lacks comes before the one
+    that follows it in another.
 
     Raises:
         ValueError: they are not of one study.
     """
     first = results[0]
     entries: dict[str, dict[str, Any]] = {}
+    order: list[str] = []
     for machine, result in enumerate(results):
+        at = len(order)
+        for name in [entry["name"] for entry in reversed(result["entries"])]:
+            if name in order:
+                at = order.index(name)
+            else:
+                order.insert(at, name)
         for entry in result["entries"]:
             known = entries.setdefault(entry["name"], entry | {"runs": []})
             for key in ("config", "keys", "against"):
@@ -310,7 +318,7 @@ def combine(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         about["engine"] = result["entries"][0]["engine"]
         about["runs"] = sum(len(entry["runs"]) for entry in result["entries"])
     latency = next((result["latency"] for result in results if result["latency"]), None)
-    return first | {"entries": list(entries.values()), "origins": origins, "latency": latency}
+    return first | {"entries": [entries[name] for name in order], "origins": origins, "latency": latency}
 
 
 def _training_minutes(folder: Path) -> float:

@@ -201,6 +201,9 @@ def test_results_of_two_machines_are_one_with_gains_within_each(study, trainings
     assert "; 3 runs; b, 2 trainings" in second
     accuracy.plot(both, tmp_path / "both.png")
     assert (tmp_path / "both.png").exists()
+    # What was trained on b alone comes where b has it.
+    results[1]["entries"].insert(1, results[1]["entries"][1] | {"name": "more"})
+    assert [entry["name"] for entry in accuracy.combine(results)["entries"]] == [plain["name"], "more", with_it["name"]]
     results[1]["entries"][0]["keys"]["SOLVER.MAX_ITER"] = 4
     with pytest.raises(ValueError, match="plain: keys: expected .*'SOLVER.MAX_ITER': 3.*, got .*: 4"):
         accuracy.combine(results)
