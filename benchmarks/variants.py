@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dyhead.layers import DyHead
+from dyhead.layers.hard_sigmoid import plain_hard_sigmoid
 from dyhead.layers.levels import relative_strides
 from dyhead.layers.scale_attention import ScaleAwareAttention
 from dyhead.layers.spatial_attention import SpatialAwareAttention, WeightedConv2d
@@ -77,7 +78,7 @@ class HardScale(ScaleAwareAttention):
     """Eq. 3 with the hard sigmoid's own gradient, which is 0 where weights are 0 or 1."""
 
     def sigma(self, x: Tensor) -> Tensor:
-        return ((x + 1) / 2).clamp(0, 1)
+        return plain_hard_sigmoid(x)
 
 
 class LeakyScale(HardScale):

@@ -21,12 +21,15 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     Args:
         x: of any shape.
     """
-    if not torch.jit.is_scripting() and not torch.jit.is_tracing():
-        return _HardSigmoid.apply(x) if torch.compiler.is_compiling() or not in_forward_mode() else _hard_sigmoid(x)
-    return _hard_sigmoid(x)
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing():  # alone: torch.jit.script leaves the branch out
+        # torch.compile cannot trace in_forward_mode, and differentiates the code of _HardSigmoid.forward itself.
+        reverse_mode = torch.compiler.is_compiling() or not in_forward_mode()
+        return _HardSigmoid.apply(x) if reverse_mode else plain_hard_sigmoid(x)
+    return plain_hard_sigmoid(x)
 
 
-def _hard_sigmoid(x: Tensor) -> Tensor:
+def plain_hard_sigmoid(x: Tensor) -> Tensor:
+    """The same with its own derivative."""
     return ((x + 1) / 2).clamp(0, 1)
 
 
@@ -35,7 +38,7 @@ class _HardSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return _hard_sigmoid(x)
+        return plain_hard_sigmoid(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
